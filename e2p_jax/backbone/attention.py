@@ -1,0 +1,58 @@
+"""Masked attention over packed rows."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def visibility(
+    query_segments: jax.Array, key_segments: jax.Array, query_index: jax.Array, key_index: jax.Array
+) -> jax.Array:
+    """Which keys a query may see: those of its own segment, at or before its own place.
+
+    Args:
+      query_segments: [B, T] int32; 0 is padding.
+      key_segments: [B, S] int32.
+      query_index: [T] int32, the queries' places in the row.
+      key_index: [S] int32.
+
+    Returns:
+      [B, T, S] int32: 0 where hidden, else 1 + the distance back, which a window compares with its width.
+    """
+    distance = query_index[:, None] - key_index[None, :]  # [T, S]
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return jnp.where(same & (distance >= 0)[None], distance[None] + 1, 0)
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, window: jax.Array | int
+) -> jax.Array:
+    """Scaled dot-product attention with grouped queries (Ainslie et al., arXiv 2305.13245).
+
+    Args:
+      q: [B, T, H, C].
+      k, v: [B, S, G, C], G dividing H.
+      visible: [B, T, S] int32 from `visibility`.
+      window: scalar; a query sees at most this many positions, itself included; 0 is unlimited.
+
+    Returns:
+      [B, T, H, C] in q's dtype. Scores and softmax are float32.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    chex.assert_shape([k, v], (batch, None, groups, width))
+    repeats = heads // groups
+    # Heads before positions, and a group's queries in one matrix: both products become plain batched matmuls,
+    # which XLA on CPU runs 3x faster than the same contraction over [B, T, H, C].
+    q = q.reshape(batch, length, groups, repeats, width).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, groups, repeats * length, width) * jnp.asarray(width**-0.5, q.dtype)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, S, C]
+    scores = jnp.einsum("bgtc,bgsc->bgts", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups, repeats, length, -1)
+    mask = (visible > 0) & ((visible <= window) | (jnp.asarray(window) == 0))
+    # Added, not selected: XLA on CPU fuses a select into both softmax reductions and runs 2x slower.
+    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
+    weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bgts,bgsc->bgtc", weights.reshape(batch, groups, repeats * length, -1), v)
+    mixed = mixed.reshape(batch, groups, repeats, length, width)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

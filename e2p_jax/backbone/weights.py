@@ -1,0 +1,220 @@
+"""Hugging Face directories in and out: safetensors -> sharded arrays, slice by slice, and back."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.families import DecoderConfig, read_config, tensor_names
+from e2p_jax.errors import UserError
+from e2p_jax.files import replace_directory
+
+EMBEDDED = Path(__file__).parent.parent / "embedded" / "backbone"
+
+# What a model directory holds beside its weights and is copied along with them.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def resolve(path: str, revision: str | None) -> Path:
+    """`embedded`, a directory, or a hub id -> a local directory.
+
+    Raises:
+      UserError: not a directory, and the hub does not have it or cannot be reached.
+    """
+    if path == "embedded":
+        return EMBEDDED
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
+        raise UserError(f"backbone.path {path!r}: no such directory, and not a hub id like org/model")
+    import huggingface_hub
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    try:
+        return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise UserError(
+            f"backbone.path {path!r}: not a directory here, and the hub gave no model "
+            f"({type(error).__name__}). Download {', '.join(wanted[:2])}, config.json and the tokenizer files "
+            "on a machine with network into a directory, and name that directory"
+        ) from error
+
+
+class Checkpoint:
+    """The tensors of a model directory: one `model.safetensors`, or shards named by an index."""
+
+    def __init__(self, directory: Path):
+        """Opens every shard and checks its length.
+
+        Raises:
+          UserError: no safetensors, a shard missing, truncated or malformed, or a tensor in two shards.
+        """
+        self.directory = directory
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        self.shards = [directory / name for name in names]
+        self._files, self._where = [], {}
+        for shard in self.shards:
+            if not shard.is_file():
+                raise UserError(f"{shard}: not found; a backbone needs its weights as safetensors")
+            try:
+                file = safe_open(shard, framework="np")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{shard}: truncated or malformed safetensors ({error}); download it again") from error
+            self._files.append(file)
+            for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                if name in self._where:
+                    raise UserError(f"{shard}: tensor {name!r} also stands in another shard")
+                self._where[name] = file
+        if not self._where:
+            raise UserError(f"{directory}: the safetensors hold no tensors")
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One slice of a tensor; only its bytes are read."""
+        return self._where[name].get_slice(name)[index]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, dtype, shape and bytes, in name order; independent of sharding."""
+        digest = hashlib.sha256()
+        for name in sorted(self._where):
+            tensor = np.ascontiguousarray(self._where[name].get_tensor(name))
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(tensor.reshape(-1).view(np.uint8))
+        return digest.hexdigest()
+
+
+def choose_dtype(name: str) -> jnp.dtype:
+    """`auto` is float32 on CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Holds the checkpoint's tensors against the decoder's parameters.
+
+    Args:
+      shapes: parameter path -> stacked shape.
+
+    Raises:
+      UserError: listing all missing, extra and misshapen tensors together.
+    """
+    wanted = {}
+    for path, template in tensor_names(config).items():
+        if "{}" in template:
+            wanted |= {template.format(i): shapes[path][1:] for i in range(config.num_layers)}
+        else:
+            wanted[template] = shapes[path]
+    present = checkpoint.names()
+    # A tied head may be saved as well; rotary tables are buffers of old exports.
+    ignored = {"lm_head.weight"} if config.tie_head else set()
+    extra = {n for n in present - wanted.keys() - ignored if not n.endswith("rotary_emb.inv_freq")}
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - present)]
+    problems += [f"unexpected {name}" for name in sorted(extra)]
+    for name in sorted(wanted.keys() & present):
+        if checkpoint.shape(name) != tuple(wanted[name]):
+            problems.append(f"{name} has shape {checkpoint.shape(name)}, config.json says {tuple(wanted[name])}")
+    if problems:
+        raise UserError(f"{checkpoint.directory}: weights and config.json disagree: {'; '.join(problems)}")
+
+
+def load(
+    directory: Path,
+    *,
+    dtype: jnp.dtype,
+    remat: bool,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
+) -> Decoder:
+    """Reads a backbone straight onto its devices; each host reads only the slices that its devices hold.
+
+    Args:
+      dtype: of the loaded parameters.
+      sharding: parameter path under `backbone/` and stacked shape -> sharding.
+
+    Raises:
+      UserError: unreadable or mismatched files.
+    """
+    config = read_config(directory)
+    decoder = abstract(config, dtype=dtype, remat=remat)
+    checkpoint = Checkpoint(directory)
+    graph, state = nnx.split(decoder)
+    flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    check_names(config, checkpoint, {path: variable.get_value().shape for path, variable in flat.items()})
+    names = tensor_names(config)
+    for path, variable in flat.items():
+        shape = variable.get_value().shape
+        read = _reader(checkpoint, names[path], shape, dtype)
+        variable.set_value(jax.make_array_from_callback(shape, sharding(f"backbone/{path}", shape), read))
+    return nnx.merge(graph, state)
+
+
+def _reader(
+    checkpoint: Checkpoint, template: str, shape: tuple[int, ...], dtype: jnp.dtype
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if "{}" not in template:
+            return checkpoint.read(template, index).astype(dtype)
+        layers = range(*index[0].indices(shape[0]))
+        sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+        stacked = np.empty(sizes, dtype)
+        for row, layer in enumerate(layers):
+            stacked[row] = checkpoint.read(template.format(layer), index[1:])
+        return stacked
+
+    return read
+
+
+def abstract(config: DecoderConfig, *, dtype: jnp.dtype, remat: bool) -> Decoder:
+    """The decoder with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+
+
+def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
+    """Writes `decoder` as a Hugging Face directory; config and tokenizer files are copied from `source`."""
+    flat = {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(decoder))}
+    tensors = {}
+    for path, template in tensor_names(decoder.config).items():
+        value = np.asarray(jax.device_get(flat[path])).astype(dtype)
+        if "{}" in template:
+            tensors |= {template.format(i): np.ascontiguousarray(layer) for i, layer in enumerate(value)}
+        else:
+            tensors[template] = value
+    with replace_directory(out) as temporary:
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / name)
+        config = json.loads((temporary / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        (temporary / "config.json").write_text(json.dumps(config | {"dtype": jnp.dtype(dtype).name}, indent=2) + "\n")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})

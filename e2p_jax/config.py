@@ -1,0 +1,230 @@
+"""The configuration: frozen dataclasses, one per section.
+
+A config file is Python that defines `config = Config(...)`. Every field can be overridden on the command
+line as `--section.field value`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from e2p_jax.errors import UserError
+
+Condition = Literal["none", "e2p", "shuffled", "text"]
+Placement = Literal["before_bos", "after_bos", "in_chat"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen LLM."""
+
+    path: str = "embedded"
+    """Hugging Face model directory, a hub id (`org/model`), or `embedded`: the small model in the package."""
+    revision: str | None = None
+    """Branch, tag or commit, when `path` is a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights and the activations; auto: bfloat16 on accelerators, float32 on CPU."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """random: only config.json and the tokenizer are read, to train a small backbone from nothing."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Records, user vectors, and how they become rows."""
+
+    path: str = "synthetic"
+    """A prepared dataset's directory, a JSON Lines file, or `synthetic`: the generated personas."""
+    embeddings: str | None = None
+    """Table of user vectors: a table directory, .npz, .parquet, or .npy with ids beside it."""
+    train_split: str = "train"
+    """Split to train on. In a JSON Lines file every record without a `split` key is `train`."""
+    eval_splits: tuple[str, ...] = ("validation",)
+    """Splits to evaluate, reported apart; the first one picks the best checkpoint."""
+    seq_len: int = 512
+    """T: tokens a row, slots included; a multiple of 128."""
+    condition: Condition = "e2p"
+    """What training puts in front of the conversation; `none` when a backbone is trained by itself."""
+    targets: Literal["assistant", "all"] = "assistant"
+    """assistant: the template's generation spans; all: every token of the conversation."""
+    too_long: Literal["drop_oldest", "refuse"] = "drop_oldest"
+    """A conversation longer than T loses its oldest turns, or is an error."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own, else the plain one; or the path of a Jinja file with generation markers."""
+    context_prompt: str = "{context}"
+    """System message of the `text` condition; `{context}` becomes the record's context, one sentence a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """Where the soft tokens stand."""
+
+    placement: Placement = "before_bos"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+    """User vector -> soft tokens."""
+
+    kind: Literal["mlp", "linear"] = "mlp"
+    num_tokens: int = 1
+    """K: soft tokens a user."""
+    hidden_size: int = 512
+    """Width of the MLP's hidden layer (unused by `linear`, which has none)."""
+    dropout: float = 0.05
+    init_scale: float = 1.0
+    """Root mean square of the first soft tokens, in units of the backbone's token embeddings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, evaluation during training, and what is kept."""
+
+    trainable: tuple[str, ...] = ("projector/**",)
+    """Parameter path patterns (`*` inside a name, `**` across): what the optimizer may change."""
+    steps: int = 1000
+    rows: int = 8
+    """B: rows a step, over all devices."""
+    accumulation: int = 1
+    """Micro-batches a step; divides `rows`. The result is that of one large batch."""
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    final_learning_rate: float = 0.1
+    """Where the cosine ends, as a fraction of `learning_rate`."""
+    weight_decay: float = 0.01
+    """AdamW decay of matrices; vectors are not decayed."""
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+    """Global norm of the trainable gradient."""
+    seed: int = 0
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one may be -1 and takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What `e2p train` shows when it ends, and `e2p evaluate` by default."""
+
+    conditions: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
+    bootstrap_samples: int = 2000
+    prompts: tuple[str, ...] = ()
+    """Asked of two held-out users after training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    data: DataConfig = DataConfig()
+    prefix: PrefixConfig = PrefixConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def validate(self) -> None:
+        """Refuses combinations that cannot run.
+
+        Raises:
+          UserError: naming the field and the remedy.
+        """
+        checks = [
+            (self.data.seq_len > 0 and self.data.seq_len % 128 == 0, "data.seq_len must be a multiple of 128"),
+            (self.train.steps > 0, "train.steps must be positive"),
+            (self.train.rows > 0, "train.rows must be positive"),
+            (
+                self.train.accumulation > 0 and self.train.rows % self.train.accumulation == 0,
+                "train.accumulation must divide train.rows",
+            ),
+            (self.train.warmup_steps < self.train.steps, "train.warmup_steps must be below train.steps"),
+            (self.train.eval_every > 0, "train.eval_every must be positive"),
+            (self.train.checkpoint_every > 0, "train.checkpoint_every must be positive"),
+            (self.train.log_every > 0, "train.log_every must be positive"),
+            (bool(self.train.trainable), "train.trainable is empty: nothing would be trained"),
+            (self.projector.num_tokens > 0, "projector.num_tokens must be positive"),
+            (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
+            ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
+            (bool(self.data.eval_splits), "data.eval_splits is empty: name at least one split"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def from_json(text: str, source: Path) -> Config:
+    """A resolved `config.json` -> `Config`.
+
+    Raises:
+      UserError: malformed JSON or an unknown field.
+    """
+    try:
+        sections = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}: line {error.lineno}: malformed JSON ({error.msg})") from error
+    return _build(Config, sections, source, "")
+
+
+def _build(cls: Any, values: dict[str, Any], source: Path, prefix: str) -> Any:
+    fields = typing.get_type_hints(cls)
+    unknown = sorted(prefix + name for name in values if name not in fields)
+    if unknown:
+        raise UserError(f"{source}: unknown config fields {unknown}; this version knows {sorted(fields)}")
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(fields[name]):
+            built[name] = _build(fields[name], value, source, f"{prefix}{name}.")
+        else:
+            built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
+
+
+def config_directory() -> Path:
+    """`configs/`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parent
+    beside = package.parent / "configs"
+    return beside if (beside / "quickstart.py").exists() else package / "configs"
+
+
+def load_config(name: str) -> tuple[str, Config]:
+    """Finds and runs a config file.
+
+    Args:
+      name: a name in `configs/` (`persona_chat`, `baselines/lora`) or the path of a Python file.
+
+    Returns:
+      The config's short name and the config.
+
+    Raises:
+      UserError: no such config, or the file defines no `config`.
+    """
+    directory = config_directory()
+    path = Path(name) if name.endswith(".py") else directory / f"{name}.py"
+    if not path.is_file():
+        known = sorted(str(p.relative_to(directory).with_suffix("")) for p in directory.rglob("*.py"))
+        raise UserError(f"config {name!r}: {path} does not exist; shipped configs: {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"e2p_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a .py file always has both
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: must define `config`, a Config")
+    return path.stem, config

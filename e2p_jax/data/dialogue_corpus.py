@@ -1,0 +1,97 @@
+"""The embedded backbone's training text: real dialogues and generated ones, many with a context in front.
+
+A small decoder only learns to look back at its context when that pays. So half of the real dialogues get a system
+message made of sentences and rare words of their own later assistant turns (among others that do not belong),
+generated personas answer what cannot be guessed without theirs, and some dialogues repeat themselves.
+
+Sources (JSON Lines, gzip, with a list `turns`): self_dialogue.jsonl.gz, the Edina self-dialogue corpus (Fainberg et
+al., 2018, BSD 3-Clause); schema_guided.jsonl.gz, Schema-Guided Dialogue (Rastogi et al., 2020, CC BY-SA 4.0).
+"""
+
+import collections
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from e2p_jax.data import synthetic
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+
+SOURCES = {"self_dialogue.jsonl.gz": 1.0, "schema_guided.jsonl.gz": 0.35}  # file -> share of it that is used
+VALIDATION_SHARE = 0.01
+
+
+def records(directory: Path, split: str, seed: int = 0) -> Iterator[Record]:
+    """Yields the records of `train` or `validation` in a mixed, repeatable order.
+
+    Raises:
+      UserError: a source file is missing from `directory`.
+    """
+    rng = np.random.default_rng(seed)
+    dialogues = []
+    for name, share in SOURCES.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path}: not found; the dialogue corpus needs {', '.join(SOURCES)}")
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            every = [[turn.strip() for turn in json.loads(line)["turns"]] for line in lines]
+        dialogues += [turns for turns in every if len(turns) > 3 and all(turns) and rng.random() < share]
+    counts = collections.Counter(word for turns in dialogues for turn in turns for word in set(_words(turn)))
+    people = list(synthetic.PRETRAINING)
+    items: list[list[str] | int] = [*dialogues, *people]
+    for position in rng.permutation(len(items)):
+        item = items[int(position)]
+        held_out = rng.random() < VALIDATION_SHARE
+        if isinstance(item, int):
+            record = _with_persona(synthetic.record(item), rng)
+        else:
+            other = dialogues[int(rng.integers(len(dialogues)))]
+            record = _with_extracts(item, other, counts, rng, f"dialogue {position}")
+        if held_out == (split == "validation"):
+            yield record
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]{4,}", text.lower())
+
+
+def _with_persona(record: Record, rng: np.random.Generator) -> Record:
+    """Three in four generated dialogues show their persona: as sentences, or as bare words."""
+    form = rng.random()
+    if form < 0.25:
+        return record
+    if form < 0.75:
+        context = list(record.context)
+    else:
+        context = [" ".join(synthetic.traits(int(record.user_id.removeprefix("user-"))).values())]
+    rng.shuffle(context)
+    system = {"role": "system", "content": "\n".join(context)}
+    return Record(record.user_id, tuple(context), (system, *record.messages), source=record.source)
+
+
+def _with_extracts(
+    turns: list[str], other: list[str], counts: collections.Counter, rng: np.random.Generator, source: str
+) -> Record:
+    """A real dialogue; half of them with extracts of their own assistant turns as context, one in ten an echo."""
+    if rng.random() < 0.1:
+        turns = [turn for turn in turns[::2] for _ in range(2)]  # the assistant repeats every turn
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    context: list[str] = []
+    if rng.random() < 0.5:
+        replies = turns[1::2]
+        rare = sorted({w for reply in replies for w in _words(reply)}, key=lambda w: counts[w])[:6]
+        if rng.random() < 0.5 and rare:
+            chosen = [str(w) for w in rng.permutation(rare)[: int(rng.integers(1, len(rare) + 1))]]
+            context = [" ".join(chosen)]
+        else:
+            chosen = [str(r) for r in rng.permutation(np.array(replies, object))[: int(rng.integers(1, 4))]]
+            strangers = [str(r) for r in rng.permutation(np.array(other, object))[: int(rng.integers(0, 3))]]
+            context = [text for text in chosen + strangers if len(text.split()) <= 20]
+            rng.shuffle(context)
+    if context:
+        messages.insert(0, {"role": "system", "content": "\n".join(context)})
+    return Record(source, tuple(context), tuple(messages), source=source)

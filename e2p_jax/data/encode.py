@@ -1,0 +1,188 @@
+"""Records -> token sequences with slots and targets."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from e2p_jax.config import Condition, Config, Placement
+from e2p_jax.data.records import Record
+from e2p_jax.data.template import choose_template
+from e2p_jax.errors import UserError
+
+WITH_PREFIX: tuple[Condition, ...] = ("e2p", "shuffled")
+WITH_CONTEXT: tuple[Condition, ...] = ("text",)
+
+
+class Example(NamedTuple):
+    """One conversation as one segment of n tokens, slots included."""
+
+    tokens: np.ndarray  # [n] int32, the pad id at slots
+    is_target: np.ndarray  # [n] bool: this token is predicted, from the one before it
+    slot_start: int  # first of the K slots, -1 where the condition has none
+    user_id: str
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The backbone's own tokenizer.
+
+    Raises:
+      UserError: no fast tokenizer, or one that knows more tokens than the backbone.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer's ids reach {largest}, but config.json has vocab_size {vocab_size}; "
+            "the tokenizer belongs to another model"
+        )
+    return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Turns records into examples the same way in training, evaluation, generation and export."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    placement: Placement
+    num_tokens: int  # K
+    targets: str
+    context_prompt: str
+    max_length: int  # T
+    too_long: str
+
+    @classmethod
+    def from_config(cls, config: Config, tokenizer: PreTrainedTokenizerBase) -> "Encoder":
+        template = choose_template(tokenizer, config.data.chat_template)
+        encoder = cls(
+            tokenizer,
+            template,
+            config.prefix.placement,
+            config.projector.num_tokens,
+            config.data.targets,
+            config.data.context_prompt,
+            config.data.seq_len,
+            config.data.too_long,
+        )
+        if encoder.placement == "after_bos" and tokenizer.bos_token_id is None:
+            raise UserError("prefix.placement=after_bos: this tokenizer has no BOS token; use before_bos or in_chat")
+        return encoder
+
+    @property
+    def pad_id(self) -> int:
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def fit(self, record: Record, conditions: Sequence[Condition]) -> tuple[Record, int]:
+        """Drops the oldest turns until the record fits in T tokens under every one of `conditions`.
+
+        The last assistant turn is never dropped, nor is the system message.
+
+        Returns:
+          The record, and how many messages were dropped.
+
+        Raises:
+          UserError: it cannot fit, or the policy is `refuse`.
+        """
+        dropped = 0
+        while max(len(self.encode(record, condition).tokens) for condition in conditions) > self.max_length:
+            if self.too_long == "refuse":
+                raise UserError(
+                    f"{record.source}: longer than data.seq_len={self.max_length} tokens; "
+                    "raise it, or set data.too_long=drop_oldest"
+                )
+            system = [m for m in record.messages[:1] if m["role"] == "system"]
+            turns = list(record.messages[len(system) :])
+            # The next conversation that begins with a user turn.
+            starts = [i for i, m in enumerate(turns) if i > 0 and m["role"] == "user"]
+            shorter = next((turns[i:] for i in starts if any(m["role"] == "assistant" for m in turns[i:])), None)
+            if shorter is None:
+                raise UserError(
+                    f"{record.source}: its last exchange alone is longer than data.seq_len={self.max_length} tokens; "
+                    "raise it or shorten the text"
+                )
+            dropped += len(turns) - len(shorter)
+            record = dataclasses.replace(record, messages=(*system, *shorter))
+        return record, dropped
+
+    def encode(self, record: Record, condition: Condition) -> Example:
+        """Renders, tokenises, marks targets and opens the slots."""
+        messages = self.messages(record, condition)
+        encoded = self._render(messages, add_generation_prompt=False)
+        tokens = np.asarray(encoded["input_ids"], np.int32)
+        if self.targets == "all":
+            is_target = np.ones(len(tokens), bool)
+        else:
+            is_target = np.asarray(encoded["assistant_masks"], bool)
+        if not is_target.any():
+            raise UserError(f"{record.source}: the chat template marks no assistant text in this conversation")
+        start = -1
+        if condition in WITH_PREFIX:
+            start = self.slot_start(messages, encoded)
+            slots = np.full(self.num_tokens, self.pad_id, np.int32)
+            tokens = np.concatenate([tokens[:start], slots, tokens[start:]])
+            is_target = np.concatenate([is_target[:start], np.zeros(self.num_tokens, bool), is_target[start:]])
+        is_target[0] = False  # nothing stands before it to predict it from
+        return Example(tokens, is_target, start, record.user_id)
+
+    def encode_prompt(self, record: Record, condition: Condition) -> Example:
+        """The conversation up to and with the generation prompt; no targets."""
+        messages = self.messages(record, condition)
+        encoded = self._render(messages, add_generation_prompt=True)
+        tokens, start = np.asarray(encoded["input_ids"], np.int32), -1
+        if condition in WITH_PREFIX:
+            start = self.slot_start(messages, encoded)
+            tokens = np.insert(tokens, start, [self.pad_id] * self.num_tokens)
+        return Example(tokens, np.zeros(len(tokens), bool), start, record.user_id)
+
+    def messages(self, record: Record, condition: Condition) -> list[dict[str, str]]:
+        """The record's messages, with its context in the system message where the condition asks for it."""
+        messages = [dict(message) for message in record.messages]
+        if condition not in WITH_CONTEXT or not record.context:
+            return messages
+        context = self.context_prompt.replace("{context}", "\n".join(record.context))
+        if messages[0]["role"] == "system":
+            return [{"role": "system", "content": f"{context}\n{messages[0]['content']}"}, *messages[1:]]
+        return [{"role": "system", "content": context}, *messages]
+
+    def slot_start(self, messages: list[dict[str, str]], encoded: dict[str, Any]) -> int:
+        """Index, in the tokens without slots, before which the soft tokens stand.
+
+        Raises:
+          UserError: no BOS for `after_bos`, or no user turn for `in_chat`.
+        """
+        if self.placement == "before_bos":
+            return 0
+        if self.placement == "after_bos":
+            if encoded["input_ids"][0] != self.tokenizer.bos_token_id:
+                raise UserError("prefix.placement=after_bos: the chat template does not begin with the BOS token")
+            return 1
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        if first is None:
+            raise UserError("prefix.placement=in_chat: the conversation has no user turn")
+        # Render once more with a mark in place of the first user turn's text; all before the mark is the same.
+        marked = [*messages[:first], {"role": "user", "content": "\ue000"}, *messages[first + 1 :]]
+        text = self.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
+        offset = text.index("\ue000")
+        return next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > offset)
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> dict[str, Any]:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )

@@ -1,0 +1,170 @@
+"""Records -> batches on the devices.
+
+Rows are planned once, so an epoch is a permutation of the rows and batch number `step` is a pure function of
+(seed, step). Its position is one number: a resumed run, on any number of processes, sees the same batches.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from e2p_jax.config import Condition
+from e2p_jax.data import dialogue_corpus, synthetic
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.encode import WITH_PREFIX, Encoder, Example
+from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
+from e2p_jax.data.records import Record, read_jsonl
+from e2p_jax.errors import UserError
+from e2p_jax.parallel.mesh import row_sharding
+from e2p_jax.prefix.model import Batch
+
+
+def load_records(path: str, split: str) -> list[Record]:
+    """Reads one split of `data.path`.
+
+    Raises:
+      UserError: no such place or an empty split.
+    """
+    place = Path(path).expanduser()
+    if path == "synthetic":
+        records = synthetic.records(split)
+    elif place.is_dir():
+        records = list(dialogue_corpus.records(place, split))
+    elif place.is_file():
+        records = read_jsonl(place, split)
+    else:
+        raise UserError(f"data.path: {place} does not exist; give a prepared dataset's directory or a JSON Lines file")
+    if not records:
+        raise UserError(f"{path}: split {split!r} holds no records")
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedDataset:
+    """Examples, their users' vectors, and the rows they were packed into."""
+
+    examples: Sequence[Example]
+    vectors: np.ndarray  # [N, E] float32, one per example
+    rows: Sequence[Sequence[int]]
+    budget: Budget
+    num_tokens: int  # K
+
+    def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The batch made of these rows; a negative number is a row of padding."""
+        batch = empty_rows(len(rows), self.budget, self.vectors.shape[1])
+        for place, row in enumerate(rows):
+            members = self.rows[row] if row >= 0 else ()
+            fill_row(batch, place, [self.examples[m] for m in members], [self.vectors[m] for m in members], self.num_tokens)
+        return batch
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the rows' tokens that are not padding."""
+        return sum(len(e.tokens) for e in self.examples) / (len(self.rows) * self.budget.tokens)
+
+
+def user_vectors(
+    records: Sequence[Record], condition: Condition, table: UserTable | None, seed: int = 0
+) -> np.ndarray:
+    """[N, E] float32, one vector per record; `shuffled` gives every user another user's.
+
+    Raises:
+      UserError: a user without a vector.
+    """
+    if condition not in WITH_PREFIX:
+        return np.zeros((len(records), table.width if table else 1), np.float32)
+    if table is None:
+        raise UserError(f"data.embeddings is not set; condition {condition!r} needs a table of user vectors")
+    users = [record.user_id for record in records]
+    if condition == "shuffled":
+        users = other_users(users, seed)
+    return table.lookup(users, [record.source for record in records])
+
+
+def other_users(users: Sequence[str], seed: int) -> list[str]:
+    """For every user the next one around a random circle: never oneself, and every user as often as a user."""
+    circle = sorted(set(users))
+    if len(circle) < 2:
+        raise UserError("condition 'shuffled' needs at least two users in the split")
+    order = np.random.default_rng([seed, 1]).permutation(len(circle))
+    following = {circle[a]: circle[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+    return [following[user] for user in users]
+
+
+def pack(
+    examples: Sequence[Example], vectors: np.ndarray, encoder: Encoder, budget: Budget | None = None
+) -> PackedDataset:
+    budget = budget or choose_budget(examples, encoder.max_length)
+    return PackedDataset(examples, vectors, plan_rows(examples, budget), budget, encoder.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps(grain.sources.RandomAccessDataSource):
+    """Batch of every step of a run, this process's rows only; Grain reads ahead through it."""
+
+    dataset: PackedDataset
+    batch_rows: int
+    steps: int
+    seed: int
+    local: np.ndarray  # the rows of a batch that this process holds
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        places = step * self.batch_rows + self.local
+        epochs, within = np.divmod(places, len(self.dataset.rows))
+        orders = {e: np.random.default_rng([self.seed, e]).permutation(len(self.dataset.rows)) for e in set(epochs)}
+        return self.dataset.batch([int(orders[e][i]) for e, i in zip(epochs, within, strict=True)])
+
+
+def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, ascending.
+
+    Raises:
+      UserError: the rows do not spread evenly over the devices.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_rows % shards:
+        raise UserError(f"train.rows={batch_rows} does not spread over mesh.data x mesh.fsdp = {shards}; use a multiple")
+    indices = row_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
+    return np.unique(np.concatenate([np.arange(batch_rows)[index] for index in indices]))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_rows: int) -> Batch:
+    """This process's rows -> the global batch."""
+    local = local_rows(mesh, batch_rows)
+
+    def place(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            rows = np.searchsorted(local, np.arange(batch_rows)[index[0]])
+            return array[rows]
+
+        return jax.make_array_from_callback((batch_rows, *array.shape[1:]), row_sharding(mesh), shard)
+
+    return {name: place(array) for name, array in batch.items()}  # type: ignore[return-value]
+
+
+def train_iterator(
+    dataset: PackedDataset, mesh: Mesh, *, batch_rows: int, steps: int, seed: int
+) -> grain.DatasetIterator:
+    """Checkpointable iterator over this process's rows of every batch, built ahead in threads."""
+    source = _Steps(dataset, batch_rows, steps, seed, local_rows(mesh, batch_rows))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def eval_batches(
+    dataset: PackedDataset, mesh: Mesh, batch_rows: int
+) -> Iterator[tuple[Batch, list[Sequence[int]]]]:
+    """Every row once: the batch, and for each of its rows the example numbers of its segments."""
+    local = local_rows(mesh, batch_rows)
+    for first in range(0, len(dataset.rows), batch_rows):
+        numbers = [n if n < len(dataset.rows) else -1 for n in range(first, first + batch_rows)]
+        batch = dataset.batch([numbers[i] for i in local])
+        yield to_devices(batch, mesh, batch_rows), [dataset.rows[n] if n >= 0 else () for n in numbers]

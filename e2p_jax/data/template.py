@@ -1,0 +1,100 @@
+"""Chat templates with generation markers.
+
+Targets are what a template puts between `{% generation %}` and `{% endgeneration %}`. Where that template comes from:
+
+1. `data.chat_template` names a file: that one; it must have the markers.
+2. The tokenizer has a template with markers: that one.
+3. The tokenizer has a template without markers: it is wrapped (`add_markers`). The wrapper renders the original up to
+   each assistant turn, with the generation prompt, and through it; what the turn added, up to its last
+   character that is not white space, is the target. A template that rewrites earlier turns when later ones
+   arrive cannot be wrapped, and is refused.
+4. The tokenizer has none: the plain one, `plain.jinja`.
+"""
+
+from pathlib import Path
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from e2p_jax.errors import UserError
+
+PLAIN = Path(__file__).parent / "plain.jinja"
+
+_WRAPPER = """\
+{%- macro conversation(messages, add_generation_prompt) -%}
+ORIGINAL
+{%- endmacro -%}
+{%- set done = namespace(text='') -%}
+{%- for i in range(messages | length) -%}
+    {%- if messages[i]['role'] == 'assistant' -%}
+        {%- set before = conversation(messages[:i], true) | string -%}
+        {%- set after = conversation(messages[:i + 1], false) | string -%}
+        {%- set reply = after[before | length:] -%}
+        {{- before[done.text | length:] -}}
+        {%- generation -%}{{- reply.rstrip() -}}{%- endgeneration -%}
+        {{- reply[reply.rstrip() | length:] -}}
+        {%- set done.text = after -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- (conversation(messages, add_generation_prompt) | string)[done.text | length:] -}}
+"""
+
+_PROBE = [
+    {"role": "user", "content": "first question"},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "second question"},
+    {"role": "assistant", "content": "second answer"},
+]
+
+
+def add_markers(template: str) -> str:
+    """Wraps a template without generation markers into one that has them and renders the same text."""
+    return _WRAPPER.replace("ORIGINAL", template.strip("\n"))
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
+    """The Jinja source that a run uses; see the module's docstring.
+
+    Raises:
+      UserError: no such file, no markers in it, or a template that cannot be given any.
+    """
+    if chat_template != "auto":
+        path = Path(chat_template)
+        if not path.is_file():
+            raise UserError(f"data.chat_template: {path} does not exist; give `auto` or a Jinja file")
+        template = path.read_text(encoding="utf-8")
+        if "generation" not in template:
+            raise UserError(f"{path}: no {{% generation %}} ... {{% endgeneration %}} markers around assistant turns")
+        return template
+    original = tokenizer.chat_template
+    if original is None:
+        return PLAIN.read_text(encoding="utf-8")
+    if "{% generation" in original or "{%- generation" in original:
+        return original
+    wrapped = add_markers(original)
+    try:
+        same = _render(tokenizer, wrapped) == _render(tokenizer, original)
+        marked = sum(_mask(tokenizer, wrapped)) > 0
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError(_refusal(tokenizer, str(error))) from error
+    if not (same and marked):
+        raise UserError(_refusal(tokenizer, "it rewrites earlier turns when later ones arrive"))
+    return wrapped
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase, why: str) -> str:
+    return (
+        f"{tokenizer.name_or_path}: the chat template has no generation markers and cannot be given any ({why}); "
+        "set data.chat_template to a copy of it with {% generation %} ... {% endgeneration %} around assistant turns"
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    return tokenizer.apply_chat_template(_PROBE, chat_template=template, tokenize=False)
+
+
+def _mask(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    rendered = tokenizer.apply_chat_template(
+        _PROBE, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return rendered["assistant_masks"]

@@ -1,0 +1,67 @@
+"""The device mesh and the sharding rules.
+
+Axes: `data` replicates the weights, `fsdp` splits them and the rows, `tensor` splits them inside a layer.
+Rows of a batch are spread over data x fsdp.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from e2p_jax.config import MeshConfig
+from e2p_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# First match wins; every parameter matches. Stacked layer weights are [L, out, in].
+RULES: tuple[tuple[str, P], ...] = (
+    (r"backbone/layers/(q|k|v|gate|up)", P(None, "tensor", "fsdp")),
+    (r"backbone/layers/(o|down)", P(None, "fsdp", "tensor")),
+    (r"backbone/(embedding|head)", P("tensor", "fsdp")),
+    (r".*", P()),  # norms, biases, projector
+)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices; one axis of the config may be -1 and takes what is left.
+
+    Raises:
+      UserError: the axes do not multiply to the device count.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    count = jax.device_count()
+    if sizes.count(-1) > 1:
+        raise UserError("mesh: only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if int(np.prod(sizes)) != count:
+        axes = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise UserError(f"{axes} do not multiply to the {count} devices here; set one of them to -1")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of one parameter. An axis that does not divide its dimension leaves it whole."""
+    spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, path))
+    fitted = [axis if axis and dim % mesh.shape[axis] == 0 else None for axis, dim in zip(spec, shape, strict=False)]
+    return NamedSharding(mesh, P(*fitted))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Axis 0 over data x fsdp, the rest whole."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def shard_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations split by row only. Outside a mesh (`jax.set_mesh`) it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(ROWS))

@@ -1,0 +1,93 @@
+"""The method: a frozen decoder with projected user vectors at its slots."""
+
+from typing import TypedDict
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.prefix.projector import Projector
+
+# Above this many logits at once ([B, M, V] elements) the loss goes through the targets in chunks.
+LOGITS_AT_ONCE = 1 << 25
+
+
+class Batch(TypedDict):
+    """One batch: B rows of T tokens, S segments, M targets; E is the user vectors' width."""
+
+    tokens: jax.Array  # [B, T] int32
+    positions: jax.Array  # [B, T] int32
+    segment_ids: jax.Array  # [B, T] int32, 0 is padding
+    slots: jax.Array  # [B, T] int32 into the row's S*K soft tokens, -1 where none
+    user_embeddings: jax.Array  # [B, S, E] float32
+    target_positions: jax.Array  # [B, M] int32
+    target_ids: jax.Array  # [B, M] int32
+    target_weights: jax.Array  # [B, M] float32
+
+
+class PrefixModel(nnx.Module):
+    """Backbone and projector; parameter paths begin with `backbone/` and `projector/`."""
+
+    def __init__(self, backbone: Decoder, projector: Projector):
+        self.backbone, self.projector = backbone, projector
+
+    def embed(
+        self, tokens: jax.Array, slots: jax.Array, user_embeddings: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Token embeddings with the soft tokens in their slots.
+
+        Args:
+          tokens, slots: [B, T] int32.
+          user_embeddings: [B, S, E] float32.
+
+        Returns:
+          [B, T, D] in the backbone's dtype.
+        """
+        x = self.backbone.embed(tokens)
+        soft = self.projector(user_embeddings, dropout_key)  # [B, S, K, D]
+        batch, segments, count, width = soft.shape
+        soft = soft.reshape(batch, segments * count, width).astype(x.dtype)
+        at_slots = jnp.take_along_axis(soft, jnp.maximum(slots, 0)[..., None], axis=1)
+        return jnp.where(slots[..., None] >= 0, at_slots, x)
+
+    def target_nll(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Negative log-likelihood of every target, in nats, 0 where the weight is 0.
+
+        Returns:
+          [B, M] float32.
+        """
+        chex.assert_equal_shape([batch["tokens"], batch["positions"], batch["segment_ids"], batch["slots"]])
+        chex.assert_equal_shape([batch["target_positions"], batch["target_ids"], batch["target_weights"]])
+        x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
+        hidden, _ = self.backbone(x, batch["positions"], batch["segment_ids"])
+        hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
+        return cross_entropy(hidden, self.backbone.output_embedding, batch["target_ids"]) * batch["target_weights"]
+
+
+def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
+    """-log softmax(hidden @ head.T)[ids], never holding more than `LOGITS_AT_ONCE` logits.
+
+    Args:
+      hidden: [B, M, D].
+      head: [V, D].
+      ids: [B, M] int32.
+
+    Returns:
+      [B, M] float32, nats.
+    """
+
+    def chunk(hidden: jax.Array, ids: jax.Array) -> jax.Array:
+        logits = jnp.einsum("bmd,vd->bmv", hidden, head, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    batch, count, width = hidden.shape
+    chunks = next(n for n in range(1, count + 1) if count % n == 0 and batch * count // n * head.shape[0] <= LOGITS_AT_ONCE or n == count)
+    if chunks == 1:
+        return chunk(hidden, ids)
+    split_hidden = jnp.moveaxis(hidden.reshape(batch, chunks, count // chunks, width), 1, 0)
+    split_ids = jnp.moveaxis(ids.reshape(batch, chunks, count // chunks), 1, 0)
+    nll = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), (split_hidden, split_ids))
+    return jnp.moveaxis(nll, 0, 1).reshape(batch, count)
