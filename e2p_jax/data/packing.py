@@ -21,12 +21,13 @@ class Budget(NamedTuple):
 
 
 def choose_budget(examples: Sequence[Example], seq_len: int) -> Budget:
-    """M and S for rows of T tokens: what this data needs on average, and a tenth more, so that T runs out first."""
+    """M and S for rows of T tokens, large enough that T runs out first: a tenth more targets than such rows hold
+    on average, and as many segments as the shortest twentieth of the examples would fill a row with."""
     lengths = np.array([len(e.tokens) for e in examples])
     targets = np.array([int(e.is_target.sum()) for e in examples])
     want = 1.1 * seq_len * targets.sum() / lengths.sum()
     most = min(seq_len, -(-max(int(want), targets.max()) // 64) * 64)
-    return Budget(seq_len, most, max(1, int(1.5 * seq_len / lengths.mean())))
+    return Budget(seq_len, most, max(1, int(seq_len // np.percentile(lengths, 5))))
 
 
 def plan_rows(examples: Sequence[Example], budget: Budget) -> list[list[int]]:
