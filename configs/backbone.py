@@ -7,17 +7,18 @@ from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, T
 
 config = Config(
     backbone=BackboneConfig(weights="random"),
-    data=DataConfig(path="dialogue_corpus", condition="none", targets="all", seq_len=384),
+    data=DataConfig(path="dialogue_corpus", condition="none", seq_len=256),
     train=TrainConfig(
         trainable=("backbone/**",),
-        steps=3500,
-        rows=10,
-        learning_rate=4e-3,
+        steps=5000,
+        rows=4,
+        learning_rate=2e-3,
         warmup_steps=100,
-        final_learning_rate=0.02,
+        final_learning_rate=0.05,
         weight_decay=0.05,
         eval_every=500,
-        checkpoint_every=100,
+        checkpoint_every=250,
+        log_every=50,
     ),
     evaluate=EvaluateConfig(conditions=()),
 )

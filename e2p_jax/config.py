@@ -151,22 +151,60 @@ class Config:
                 self.train.accumulation > 0 and self.train.rows % self.train.accumulation == 0,
                 "train.accumulation must divide train.rows",
             ),
-            (self.train.warmup_steps < self.train.steps, "train.warmup_steps must be below train.steps"),
+            (0 <= self.train.warmup_steps < self.train.steps, "train.warmup_steps must be from 0 to below train.steps"),
+            (self.train.learning_rate > 0, "train.learning_rate must be positive"),
+            (self.train.clip_norm > 0, "train.clip_norm must be positive"),
+            (0 <= self.train.beta2 < 1, "train.beta2 must be in [0, 1)"),
             (self.train.eval_every > 0, "train.eval_every must be positive"),
             (self.train.checkpoint_every > 0, "train.checkpoint_every must be positive"),
             (self.train.log_every > 0, "train.log_every must be positive"),
             (bool(self.train.trainable), "train.trainable is empty: nothing would be trained"),
             (self.projector.num_tokens > 0, "projector.num_tokens must be positive"),
+            (self.projector.hidden_size > 0, "projector.hidden_size must be positive"),
             (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
             ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
             (bool(self.data.eval_splits), "data.eval_splits is empty: name at least one split"),
+            (self.evaluate.bootstrap_samples > 0, "evaluate.bootstrap_samples must be positive"),
         ]
+        for axis, size in dataclasses.asdict(self.mesh).items():
+            checks.append((size == -1 or size > 0, f"mesh.{axis} must be positive, or -1 for what is left"))
         for holds, message in checks:
             if not holds:
                 raise UserError(message)
+        for section in dataclasses.fields(self):
+            _check_choices(section.name, getattr(self, section.name))
+
+    def resolved(self) -> "Config":
+        """The same config with local paths made absolute, so that the run can be opened from anywhere."""
+
+        def absolute(path: str) -> str:
+            place = Path(path).expanduser()
+            return str(place.resolve()) if place.exists() and path not in ("embedded", "synthetic", "auto") else path
+
+        data = dataclasses.replace(
+            self.data,
+            path=absolute(self.data.path),
+            embeddings=self.data.embeddings and absolute(self.data.embeddings),
+            chat_template=absolute(self.data.chat_template),
+        )
+        backbone = dataclasses.replace(self.backbone, path=absolute(self.backbone.path))
+        return dataclasses.replace(self, backbone=backbone, data=data)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def _check_choices(section: str, values: Any) -> None:
+    """Holds every `Literal` field, or tuple of them, against its choices; a Python config file is not type-checked."""
+    for name, kind in typing.get_type_hints(type(values)).items():
+        given = getattr(values, name)
+        if isinstance(given, tuple):
+            kind, chosen = typing.get_args(kind)[0], given
+        else:
+            chosen = (given,)
+        choices = typing.get_args(kind)
+        if typing.get_origin(kind) is Literal and not set(chosen) <= set(choices):
+            raise UserError(f"{section}.{name} is {given!r}; choose from {', '.join(choices)}")
 
 
 def from_json(text: str, source: Path) -> Config:
@@ -182,7 +220,9 @@ def from_json(text: str, source: Path) -> Config:
     return _build(Config, sections, source, "")
 
 
-def _build(cls: Any, values: dict[str, Any], source: Path, prefix: str) -> Any:
+def _build(cls: Any, values: Any, source: Path, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {prefix.removesuffix('.') or 'the file'} must be a JSON object of config fields")
     fields = typing.get_type_hints(cls)
     unknown = sorted(prefix + name for name in values if name not in fields)
     if unknown:
@@ -213,7 +253,7 @@ def load_config(name: str) -> tuple[str, Config]:
       The config's short name and the config.
 
     Raises:
-      UserError: no such config, or the file defines no `config`.
+      UserError: no such config, an error in the file, or it defines no `config`.
     """
     directory = config_directory()
     path = Path(name) if name.endswith(".py") else directory / f"{name}.py"
@@ -223,7 +263,10 @@ def load_config(name: str) -> tuple[str, Config]:
     spec = importlib.util.spec_from_file_location(f"e2p_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a .py file always has both
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a config file may raise: a misspelt field is a TypeError
+        raise UserError(f"{path}: {type(error).__name__}: {error}; correct the file") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UserError(f"{path}: must define `config`, a Config")

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from e2p_jax.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically, creating its folder."""
@@ -18,14 +20,27 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary directory that takes the place of `path` when the block ends without an error."""
+    """Yields an empty temporary directory that takes the place of `path` when the block ends without an error.
+
+    Raises:
+      UserError: `path` is a file, or holds anything that the new directory has no newer version of.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)
+    old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
+            foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in temporary.iterdir()})
+            if foreign:
+                names = ", ".join(foreign[:3])
+                raise UserError(f"{path}: holds other files ({names}); choose an empty or new directory")
+            path.rename(old)
         temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -26,3 +26,30 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared folder with real data is absent beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of width 32 with random weights and the embedded backbone's tokenizer: a Hugging Face directory."""
+    import json
+    import shutil
+
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from e2p_jax.backbone import weights
+    from e2p_jax.backbone.decoder import Decoder
+    from e2p_jax.backbone.families import read_config
+
+    skeleton = tmp_path_factory.mktemp("skeleton")
+    for name in weights.COMPANIONS:
+        if (weights.EMBEDDED / name).is_file():
+            shutil.copyfile(weights.EMBEDDED / name, skeleton / name)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = json.loads((skeleton / "config.json").read_text()) | sizes
+    (skeleton / "config.json").write_text(json.dumps(config))
+    decoder = Decoder(read_config(skeleton), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    out = tmp_path_factory.mktemp("backbones") / "tiny"
+    weights.save(decoder, skeleton, out, jnp.dtype("float32"))
+    return out

@@ -24,14 +24,13 @@ def visibility(
     return jnp.where(same & (distance >= 0)[None], distance[None] + 1, 0)
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, window: jax.Array | int
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, window: jax.Array | int) -> jax.Array:
     """Scaled dot-product attention with grouped queries (Ainslie et al., arXiv 2305.13245).
 
     Args:
       q: [B, T, H, C].
-      k, v: [B, S, G, C], G dividing H.
+      k: [B, S, G, C], G dividing H.
+      v: [B, S, G, C].
       visible: [B, T, S] int32 from `visibility`.
       window: scalar; a query sees at most this many positions, itself included; 0 is unlimited.
 

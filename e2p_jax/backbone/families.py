@@ -23,7 +23,7 @@ class Rope:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_positions: int = 0
+    original_max_position_embeddings: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,28 @@ class DecoderConfig:
 _INERT = frozenset(
     """architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache initializer_range
     pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id return_dict output_hidden_states
-    output_attentions torchscript id2label label2id problem_type task_specific_params is_encoder_decoder
+    output_attentions torchscript id2label label2id problem_type task_specific_params
     chunk_size_feed_forward finetuning_task tokenizer_class prefix auto_map attn_implementation
-    _attn_implementation_autoset base_model_tp_plan rope_interleaved is_llama_config tie_encoder_decoder
-    transformers.js_config cross_attention_hidden_size add_cross_attention is_decoder
+    _attn_implementation_autoset base_model_tp_plan is_llama_config tie_encoder_decoder
+    transformers.js_config cross_attention_hidden_size
     output_past suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
-""".split()
+""".split()  # noqa: SIM905 (forty names read better as prose)
 )
+
+# Switches of other architectures, which published configs of these families carry turned off.
+_OFF = ("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope")
+
+# What transformers assumes where a family's config.json lacks the key; null is not the same as absent.
+_ABSENT: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+}
+
+_ROPE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 _MISSING = object()
 
@@ -94,24 +109,29 @@ class _Reader:
 
 def _rope(reader: _Reader) -> Rope:
     """Reads both dialects: transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`)."""
-    parameters = dict(reader.take("rope_parameters", None) or reader.take("rope_scaling", None) or {})
-    reader.take("rope_scaling", None)
-    theta = float(parameters.pop("rope_theta", None) or reader.take("rope_theta", 10_000.0))
-    reader.take("rope_theta", None)
-    legacy = parameters.pop("type", "default")
-    kind = parameters.pop("rope_type", legacy)
-    fields: dict[str, Any] = {"theta": theta, "kind": kind}
-    if kind in ("linear", "llama3"):
-        fields["factor"] = float(parameters.pop("factor"))
-    if kind == "llama3":
-        fields["low_freq_factor"] = float(parameters.pop("low_freq_factor"))
-        fields["high_freq_factor"] = float(parameters.pop("high_freq_factor"))
-        fields["original_max_positions"] = int(parameters.pop("original_max_position_embeddings"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{reader.source}: rope kind {kind!r} is not supported; supported: default, linear, llama3")
-    if parameters:
-        raise UserError(f"{reader.source}: unread rope settings {sorted(parameters)} for rope kind {kind!r}")
-    return Rope(**fields)
+    theta = reader.take("rope_theta", None)
+    dialects = [reader.take(key, None) for key in ("rope_parameters", "rope_scaling")]
+    defaults = {"rope_theta": 10_000.0 if theta is None else theta}
+    ropes = {_parse_rope(defaults | settings, reader.source) for settings in dialects if settings}
+    rope = ropes.pop() if ropes else _parse_rope(defaults, reader.source)
+    if ropes or theta not in (None, rope.theta):
+        raise UserError(
+            f"{reader.source}: rope_parameters contradicts rope_scaling or rope_theta; "
+            "keep what the model was trained with"
+        )
+    return rope
+
+
+def _parse_rope(settings: dict[str, Any], source: Path) -> Rope:
+    settings = {key: value for key, value in settings.items() if value is not None}
+    legacy = settings.pop("type", "default")
+    kind = settings.pop("rope_type", legacy)
+    if kind not in _ROPE_SETTINGS:
+        raise UserError(f"{source}: rope kind {kind!r} is not supported; supported: {', '.join(_ROPE_SETTINGS)}")
+    names = _ROPE_SETTINGS[kind]
+    if settings.keys() != {"rope_theta", *names}:
+        raise UserError(f"{source}: rope kind {kind!r} needs the settings {list(names)}, has {sorted(settings)}")
+    return Rope(float(settings["rope_theta"]), kind, **{name: float(settings[name]) for name in names})
 
 
 def _llama_like(reader: _Reader) -> dict[str, Any]:
@@ -120,6 +140,8 @@ def _llama_like(reader: _Reader) -> dict[str, Any]:
     hidden = int(reader.take("hidden_size"))
     reader.require("hidden_act", ("silu",), "silu")
     reader.require("attention_dropout", (0, 0.0), 0.0)
+    for switch in _OFF:
+        reader.require(switch, (False,), False)
     return {
         "vocab_size": int(reader.take("vocab_size")),
         "hidden_size": hidden,
@@ -158,6 +180,11 @@ def _qwen2(reader: _Reader) -> dict[str, Any]:
     first = int(reader.take("max_window_layers", layers))
     default = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     kinds = reader.take("layer_types", default)
+    supported = {"full_attention", "sliding_attention"} if window else {"full_attention"}
+    if not supported.issuperset(kinds):
+        raise UserError(
+            f"{reader.source}: layer_types {kinds} with a sliding window of {window}; supported: {sorted(supported)}"
+        )
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return fields | {"qkv_bias": True, "windows": windows}
 
@@ -186,7 +213,7 @@ def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{source}: model_type {family!r} is not supported; supported: {sorted(FAMILIES)}")
-    reader = _Reader(values, source)
+    reader = _Reader(_ABSENT.get(family, {}) | values, source)
     fields = FAMILIES[family](reader)
     reader.finish()
     fields.setdefault("windows", (0,) * fields["num_layers"])
@@ -234,7 +261,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> list[float]:
     if rope.kind == "linear":
         return [f / rope.factor for f in inverse]
     if rope.kind == "llama3":
-        low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_positions
+        low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position_embeddings
 
         def scale(f: float) -> float:
             turns = original * f / (2 * math.pi)  # rotations over the original context

@@ -72,12 +72,7 @@ class Checkpoint:
           UserError: no safetensors, a shard missing, truncated or malformed, or a tensor in two shards.
         """
         self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        self.shards = [directory / name for name in names]
+        self.shards = _shards(directory)
         self._files, self._where = [], {}
         for shard in self.shards:
             if not shard.is_file():
@@ -104,6 +99,10 @@ class Checkpoint:
         """One slice of a tensor; only its bytes are read."""
         return self._where[name].get_slice(name)[index]
 
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same shape and values."""
+        return np.array_equal(*(self._where[name].get_tensor(name) for name in (first, second)))
+
     def fingerprint(self) -> str:
         """SHA-256 over every tensor's name, dtype, shape and bytes, in name order; independent of sharding."""
         digest = hashlib.sha256()
@@ -112,6 +111,17 @@ class Checkpoint:
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(tensor.reshape(-1).view(np.uint8))
         return digest.hexdigest()
+
+
+def _shards(directory: Path) -> list[Path]:
+    """One file, or those that the index names; where both stand, transformers reads the one file."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: malformed index ({error}); download it again") from error
 
 
 def choose_dtype(name: str) -> jnp.dtype:
@@ -125,6 +135,8 @@ def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str,
     """Holds the checkpoint's tensors against the decoder's parameters.
 
     Args:
+      config: read from `config.json`.
+      checkpoint: the tensors beside it.
       shapes: parameter path -> stacked shape.
 
     Raises:
@@ -145,6 +157,8 @@ def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str,
     for name in sorted(wanted.keys() & present):
         if checkpoint.shape(name) != tuple(wanted[name]):
             problems.append(f"{name} has shape {checkpoint.shape(name)}, config.json says {tuple(wanted[name])}")
+    if not problems and ignored & present and not checkpoint.equal("lm_head.weight", "model.embed_tokens.weight"):
+        problems.append("lm_head.weight is not model.embed_tokens.weight, which tie_word_embeddings says it is")
     if problems:
         raise UserError(f"{checkpoint.directory}: weights and config.json disagree: {'; '.join(problems)}")
 
@@ -159,7 +173,9 @@ def load(
     """Reads a backbone straight onto its devices; each host reads only the slices that its devices hold.
 
     Args:
+      directory: of a Hugging Face model.
       dtype: of the loaded parameters.
+      remat: recompute each layer in the backward pass.
       sharding: parameter path under `backbone/` and stacked shape -> sharding.
 
     Raises:

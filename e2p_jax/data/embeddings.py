@@ -6,8 +6,10 @@ A table is a directory: `embeddings.npy` [N, E] float16 or float32, `ids.txt` (o
 """
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,20 +25,25 @@ class UserTable:
         """
         Args:
           ids: N texts.
-          vectors: [N, E].
+          vectors: [N, E], floating point.
+          source: for errors, where they come from.
 
         Raises:
-          UserError: counts differ, the array is not [N, E], or an id stands twice with different vectors.
+          UserError: counts differ, the array is not [N, E] numbers, or an id stands twice with different vectors.
         """
-        if vectors.ndim != 2:
-            raise UserError(f"{source}: vectors have shape {vectors.shape}, expected [users, width]")
+        if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
+            raise UserError(
+                f"{source}: vectors have shape {vectors.shape} and dtype {vectors.dtype}; "
+                "save them as [users, width] in float16 or float32"
+            )
         if len(ids) != len(vectors):
             raise UserError(f"{source}: {len(ids)} ids for {len(vectors)} vectors; they must match row by row")
-        self.vectors, self.source, self._rows = vectors, source, {}
+        self.vectors, self.source = vectors, source
+        self._rows: dict[str, int] = {}
         for row, user in enumerate(ids):
             first = self._rows.setdefault(user, row)
             if first != row and not np.allclose(vectors[first], vectors[row], atol=1e-3):
-                raise UserError(f"{source}: user {user!r} has different vectors in rows {first} and {row}")
+                raise UserError(f"{source}: user {user!r} has different vectors in rows {first} and {row}; keep one")
 
     @property
     def width(self) -> int:
@@ -86,53 +93,87 @@ def load_table(path: str) -> UserTable:
     if not place.is_file():
         raise UserError(f"data.embeddings: {place} does not exist")
     if place.suffix == ".npz":
-        with np.load(place, allow_pickle=False) as arrays:
-            if not {"embeddings", "ids"} <= set(arrays):
-                raise UserError(f"{place}: needs the arrays `embeddings` and `ids`, has {sorted(arrays)}")
-            return UserTable([str(i) for i in arrays["ids"]], arrays["embeddings"], str(place))
+        arrays = _read_arrays(place)
+        if not isinstance(arrays, dict) or not {"embeddings", "ids"} <= arrays.keys():
+            raise UserError(f"{place}: needs the arrays `embeddings` and `ids`, has {sorted(arrays)}")
+        return UserTable([str(i) for i in arrays["ids"]], arrays["embeddings"], str(place))
     if place.suffix == ".parquet":
         return _read_parquet(place)
     if place.suffix == ".npy":
         ids = place.with_suffix(".ids.txt")
         if not ids.is_file():
             raise UserError(f"{place}: needs the user ids beside it, one a line in row order, in {ids.name}")
-        return UserTable(_read_ids(ids), np.load(place, mmap_mode="r", allow_pickle=False), str(place))
+        return UserTable(_read_ids(ids), _read_arrays(place), str(place))
     raise UserError(f"{place}: not a table; give a table directory, .npz, .parquet, or .npy with ids beside it")
 
 
 def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str, version: str) -> None:
-    """Writes a table directory."""
-    UserTable(ids, vectors, str(path))  # refuse before writing
+    """Writes a table directory.
+
+    Raises:
+      UserError: what `UserTable` refuses, or an id that does not fit on a line of `ids.txt`.
+    """
+    UserTable(ids, vectors, str(path))
+    if broken := [user for user in ids if not user or "\n" in user or "\r" in user]:
+        raise UserError(f"{path}: user id {broken[0]!r} is empty or holds a line break; rename that user")
     meta = {"name": name, "version": version, "width": int(vectors.shape[1]), "dtype": vectors.dtype.name}
     with replace_directory(path) as temporary:
         np.save(temporary / "embeddings.npy", vectors, allow_pickle=False)
         (temporary / "ids.txt").write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_directory(place: Path) -> UserTable:
     missing = [name for name in ("embeddings.npy", "ids.txt", "meta.json") if not (place / name).is_file()]
     if missing:
         raise UserError(f"{place}: not a table of user vectors; missing {', '.join(missing)}")
-    vectors = np.load(place / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-    width = json.loads((place / "meta.json").read_text())["width"]
+    vectors = _read_arrays(place / "embeddings.npy")
+    try:
+        width = json.loads((place / "meta.json").read_text(encoding="utf-8"))["width"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{place / 'meta.json'}: must be a JSON object with a width ({error!r})") from error
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise UserError(f"{place}: embeddings.npy has shape {vectors.shape}, but meta.json says width {width}")
     return UserTable(_read_ids(place / "ids.txt"), vectors, str(place))
 
 
+def _read_arrays(path: Path) -> Any:
+    """The array of a .npy, as a memory map, or the arrays of a .npz by name. Nothing is ever unpickled."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: unreadable ({error}); save plain arrays of numbers and text, not objects") from error
+
+
 def _read_ids(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; save the ids as UTF-8") from error
 
 
 def _read_parquet(place: Path) -> UserTable:
+    import pyarrow
+    import pyarrow.compute
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(place)
+    try:
+        table = pyarrow.parquet.read_table(place)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{place}: unreadable ({error}); give a Parquet file") from error
     if not {"user_id", "embedding"} <= set(table.column_names):
         raise UserError(f"{place}: needs the columns `user_id` and `embedding`, has {table.column_names}")
-    lists = table.column("embedding").to_pylist()
-    widths = {len(v) for v in lists}
+    ids, lists = table.column("user_id"), table.column("embedding")
+    if ids.null_count or lists.null_count:
+        raise UserError(f"{place}: a user_id or embedding is null; drop that row")
+    try:
+        widths = pyarrow.compute.unique(pyarrow.compute.list_value_length(lists)).to_pylist()
+        numbers = pyarrow.compute.list_flatten(lists).cast(pyarrow.float32()).to_numpy()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{place}: the column `embedding` has type {lists.type}; make it lists of numbers") from error
     if len(widths) != 1:
-        raise UserError(f"{place}: vectors have different widths {sorted(widths)}")
-    return UserTable([str(i) for i in table.column("user_id").to_pylist()], np.asarray(lists, np.float32), str(place))
+        raise UserError(f"{place}: vectors have different widths {sorted(widths)}; give all users the same")
+    return UserTable([str(i) for i in ids.to_pylist()], numbers.reshape(-1, widths[0]), str(place))

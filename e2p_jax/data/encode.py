@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -35,14 +36,21 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0].rstrip(": ")
+        raise UserError(
+            f"{directory}: no usable tokenizer ({reason}); needs tokenizer.json and tokenizer_config.json"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
-    largest = max(tokenizer.get_vocab().values())
+    # An added token that nothing writes may lie beyond the vocabulary, like the image token of Gemma 3's text models.
+    added, template = tokenizer.get_added_vocab(), str(tokenizer.chat_template)
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    used = {i: t for t, i in tokenizer.get_vocab().items() if t not in added or t in special or t in template}
+    largest = max(used)
     if largest >= vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer's ids reach {largest}, but config.json has vocab_size {vocab_size}; "
-            "the tokenizer belongs to another model"
+            f"{directory}: the tokenizer's ids reach {largest} ({used[largest]!r}), but config.json has vocab_size "
+            f"{vocab_size}; the tokenizer belongs to another model"
         )
     return tokenizer
 
@@ -119,7 +127,7 @@ class Encoder:
     def encode(self, record: Record, condition: Condition) -> Example:
         """Renders, tokenises, marks targets and opens the slots."""
         messages = self.messages(record, condition)
-        encoded = self._render(messages, add_generation_prompt=False)
+        encoded = self._render(messages, record.source, add_generation_prompt=False)
         tokens = np.asarray(encoded["input_ids"], np.int32)
         if self.targets == "all":
             is_target = np.ones(len(tokens), bool)
@@ -139,7 +147,7 @@ class Encoder:
     def encode_prompt(self, record: Record, condition: Condition) -> Example:
         """The conversation up to and with the generation prompt; no targets."""
         messages = self.messages(record, condition)
-        encoded = self._render(messages, add_generation_prompt=True)
+        encoded = self._render(messages, record.source, add_generation_prompt=True)
         tokens, start = np.asarray(encoded["input_ids"], np.int32), -1
         if condition in WITH_PREFIX:
             start = self.slot_start(messages, encoded)
@@ -173,16 +181,22 @@ class Encoder:
             raise UserError("prefix.placement=in_chat: the conversation has no user turn")
         # Render once more with a mark in place of the first user turn's text; all before the mark is the same.
         marked = [*messages[:first], {"role": "user", "content": "\ue000"}, *messages[first + 1 :]]
-        text = self.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
+        text: Any = self.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
         offset = text.index("\ue000")
         return next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > offset)
 
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> dict[str, Any]:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
+    def _render(self, messages: list[dict[str, str]], source: str, *, add_generation_prompt: bool) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True},
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"{source}: the chat template refuses this conversation ({error}); "
+                "change the record or set data.chat_template"
+            ) from error

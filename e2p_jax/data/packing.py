@@ -21,8 +21,11 @@ class Budget(NamedTuple):
 
 
 def choose_budget(examples: Sequence[Example], seq_len: int) -> Budget:
-    """M and S for rows of T tokens, large enough that T runs out first: a tenth more targets than such rows hold
-    on average, and as many segments as the shortest twentieth of the examples would fill a row with."""
+    """M and S for rows of T tokens, large enough that T runs out first.
+
+    M is a tenth more targets than such rows hold on average, S as many segments as the shortest twentieth of the
+    examples would fill a row with.
+    """
     lengths = np.array([len(e.tokens) for e in examples])
     targets = np.array([int(e.is_target.sum()) for e in examples])
     want = 1.1 * seq_len * targets.sum() / lengths.sum()
@@ -82,6 +85,9 @@ def fill_row(
     """Writes examples, one segment each, into row `row` of `batch`.
 
     Args:
+      batch: of `empty_rows`, written to.
+      row: its number.
+      examples: that fit the row's budget together.
       vectors: [E] float32 for each example; read only where the example has slots.
       num_tokens: K.
     """

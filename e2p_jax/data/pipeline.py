@@ -6,7 +6,7 @@ Rows are planned once, so an epoch is a permutation of the rows and batch number
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -14,34 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2p_jax.config import Condition
-from e2p_jax.data import dialogue_corpus, synthetic
 from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.encode import WITH_PREFIX, Encoder, Example
 from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
-from e2p_jax.data.records import Record, read_jsonl
+from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import row_sharding
 from e2p_jax.prefix.model import Batch
-
-
-def load_records(path: str, split: str) -> list[Record]:
-    """Reads one split of `data.path`.
-
-    Raises:
-      UserError: no such place or an empty split.
-    """
-    place = Path(path).expanduser()
-    if path == "synthetic":
-        records = synthetic.records(split)
-    elif place.is_dir():
-        records = list(dialogue_corpus.records(place, split))
-    elif place.is_file():
-        records = read_jsonl(place, split)
-    else:
-        raise UserError(f"data.path: {place} does not exist; give a prepared dataset's directory or a JSON Lines file")
-    if not records:
-        raise UserError(f"{path}: split {split!r} holds no records")
-    return records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +38,8 @@ class PackedDataset:
         batch = empty_rows(len(rows), self.budget, self.vectors.shape[1])
         for place, row in enumerate(rows):
             members = self.rows[row] if row >= 0 else ()
-            fill_row(batch, place, [self.examples[m] for m in members], [self.vectors[m] for m in members], self.num_tokens)
+            examples, vectors = [self.examples[m] for m in members], [self.vectors[m] for m in members]
+            fill_row(batch, place, examples, vectors, self.num_tokens)
         return batch
 
     @property
@@ -68,9 +48,7 @@ class PackedDataset:
         return sum(len(e.tokens) for e in self.examples) / (len(self.rows) * self.budget.tokens)
 
 
-def user_vectors(
-    records: Sequence[Record], condition: Condition, table: UserTable | None, seed: int = 0
-) -> np.ndarray:
+def user_vectors(records: Sequence[Record], condition: Condition, table: UserTable | None, seed: int = 0) -> np.ndarray:
     """[N, E] float32, one vector per record; `shuffled` gives every user another user's.
 
     Raises:
@@ -131,17 +109,17 @@ def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_rows % shards:
-        raise UserError(f"train.rows={batch_rows} does not spread over mesh.data x mesh.fsdp = {shards}; use a multiple")
+        raise UserError(f"train.rows={batch_rows} does not divide by mesh.data x mesh.fsdp = {shards}; use a multiple")
     indices = row_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
     return np.unique(np.concatenate([np.arange(batch_rows)[index] for index in indices]))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_rows: int) -> Batch:
-    """This process's rows -> the global batch."""
+    """Puts this process's rows in their places of the global batch."""
     local = local_rows(mesh, batch_rows)
 
     def place(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             rows = np.searchsorted(local, np.arange(batch_rows)[index[0]])
             return array[rows]
 
@@ -159,9 +137,7 @@ def train_iterator(
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def eval_batches(
-    dataset: PackedDataset, mesh: Mesh, batch_rows: int
-) -> Iterator[tuple[Batch, list[Sequence[int]]]]:
+def eval_batches(dataset: PackedDataset, mesh: Mesh, batch_rows: int) -> Iterator[tuple[Batch, list[Sequence[int]]]]:
     """Every row once: the batch, and for each of its rows the example numbers of its segments."""
     local = local_rows(mesh, batch_rows)
     for first in range(0, len(dataset.rows), batch_rows):

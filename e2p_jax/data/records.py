@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from e2p_jax.errors import UserError
+from e2p_jax.files import write_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -34,13 +35,7 @@ def check(record: Record) -> Record:
     Raises:
       UserError: naming the row and what is wrong with it.
     """
-    if not record.messages:
-        raise UserError(f"{record.source}: empty dialogue; every record needs messages")
-    for number, message in enumerate(record.messages):
-        if message.get("role") not in ROLES:
-            raise UserError(f"{record.source}: message {number} has role {message.get('role')!r}, not one of {ROLES}")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise UserError(f"{record.source}: message {number} ({message['role']}) has no text")
+    _check_messages(record)
     if not any(m["role"] == "assistant" for m in record.messages):
         raise UserError(f"{record.source}: no assistant turn, so there is nothing to learn from; add one or drop it")
     return record
@@ -52,32 +47,11 @@ def from_json(values: Any, source: str) -> Record:
     Raises:
       UserError: a missing, unknown or malformed key.
     """
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}")
-    values = {key: value for key, value in values.items() if key != "split"}
-    if "messages" not in values and {"prompt", "response"} <= values.keys():
-        prompt, response = values.pop("prompt"), values.pop("response")
-        values["messages"] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    known = {"user_id", "context", "messages", "candidates", "references"}
-    if unknown := sorted(values.keys() - known):
-        raise UserError(f"{source}: unknown keys {unknown}; a record has {sorted(known)}")
-    if missing := sorted({"user_id", "messages"} - values.keys()):
-        raise UserError(f"{source}: missing keys {missing} (or prompt and response in place of messages)")
-    for key in known - {"user_id"}:
-        if not isinstance(values.get(key, []), list):
-            raise UserError(f"{source}: {key} must be a list")
-    if not all(isinstance(message, dict) for message in values["messages"]):
-        raise UserError(f"{source}: messages must be a list of {{role, content}} objects")
-    return check(
-        Record(
-            user_id=str(values["user_id"]),
-            context=tuple(map(str, values.get("context", ()))),
-            messages=tuple(values["messages"]),
-            candidates=tuple(map(str, values.get("candidates", ()))),
-            references=tuple(map(str, values.get("references", ()))),
-            source=source,
-        )
-    )
+    if isinstance(values, dict) and "messages" not in values and {"prompt", "response"} <= values.keys():
+        turns = (("user", "prompt"), ("assistant", "response"))
+        messages = [{"role": role, "content": values[key]} for role, key in turns]
+        values = {k: v for k, v in values.items() if k not in ("prompt", "response")} | {"messages": messages}
+    return check(_parse(values, source))
 
 
 def read_jsonl(path: Path, split: str) -> list[Record]:
@@ -86,25 +60,95 @@ def read_jsonl(path: Path, split: str) -> list[Record]:
     Raises:
       UserError: a malformed line, named by its number.
     """
+    return [
+        from_json(values, source)
+        for source, values in _read_lines(path)
+        if not isinstance(values, dict) or values.get("split", "train") == split
+    ]
+
+
+def read_prompts(path: Path) -> list[Record]:
+    """Reads `{user_id, prompt}` or `{user_id, messages}` lines to be answered: the last turn is the user's.
+
+    Raises:
+      UserError: a missing file or a malformed line, named by its number.
+    """
+    if not path.is_file():
+        raise UserError(f"--input {path}: does not exist")
     records = []
-    with path.open(encoding="utf-8") as lines:
+    for source, values in _read_lines(path):
+        if isinstance(values, dict) and "messages" not in values and "prompt" in values:
+            messages = [{"role": "user", "content": values["prompt"]}]
+            # A file to train on may be asked again: its response is left out.
+            values = {k: v for k, v in values.items() if k not in ("prompt", "response")} | {"messages": messages}
+        record = _parse(values, source)
+        _check_messages(record)
+        if record.messages[-1]["role"] != "user":
+            raise UserError(f"{source}: the last message must be a user turn, to be answered")
+        records.append(record)
+    return records
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line stands, and what it holds; blank lines are skipped."""
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             source = f"{path}:{number}"
             try:
-                values = json.loads(line)
+                yield source, json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{source}: malformed JSON ({error.msg} at column {error.colno})") from error
-            if not isinstance(values, dict) or values.get("split", "train") == split:
-                records.append(from_json(values, source))
-    return records
+                raise UserError(
+                    f"{source}: malformed JSON ({error.msg} at column {error.colno}); write one object a line"
+                ) from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"{source}: not UTF-8 text; save the file as UTF-8") from error
+
+
+def _parse(values: Any, source: str) -> Record:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}; write one object a line")
+    known = {"user_id", "context", "messages", "candidates", "references", "split"}
+    unknown, missing = sorted(values.keys() - known), sorted({"user_id", "messages"} - values.keys())
+    if unknown or missing:
+        faults = [f"{name} keys {keys}" for name, keys in (("unknown", unknown), ("missing", missing)) if keys]
+        raise UserError(
+            f"{source}: {', '.join(faults)}; a record has user_id, messages (or prompt and response), "
+            "and may have context, candidates, references, split"
+        )
+    user, messages = values["user_id"], values["messages"]
+    # A number is written as its digits; anything else would never match the ids of a table.
+    if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
+        raise UserError(f"{source}: user_id must be text or a whole number, not {user!r}")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{source}: messages must be a list of {{role, content}} objects")
+    context, candidates, references = (_texts(values, key, source) for key in ("context", "candidates", "references"))
+    return Record(str(user), context, tuple(messages), candidates, references, source)
+
+
+def _texts(values: dict[str, Any], key: str, source: str) -> tuple[str, ...]:
+    texts = values.get(key, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{source}: {key} must be a list of texts")
+    return tuple(texts)
+
+
+def _check_messages(record: Record) -> None:
+    if not record.messages:
+        raise UserError(f"{record.source}: empty dialogue; every record needs messages")
+    for number, message in enumerate(record.messages):
+        place = f"{record.source}: message {number}"
+        if message.get("role") not in ROLES:
+            raise UserError(f"{place} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise UserError(f"{place} ({message['role']}) has no text; give it some or drop it")
+        if unknown := sorted(message.keys() - {"role", "content"}):
+            raise UserError(f"{place} has unknown keys {unknown}; keep role and content")
 
 
 def write_jsonl(records: Iterable[Record], path: Path) -> None:
     """Writes records as JSON Lines, atomically."""
-    from e2p_jax.files import write_text
-
     lines = []
     for record in records:
         values = {k: v for k, v in dataclasses.asdict(record).items() if k != "source" and (v or k == "context")}

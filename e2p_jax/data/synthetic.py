@@ -9,9 +9,9 @@ import numpy as np
 
 from e2p_jax.data.records import Record
 
-TRAIN = range(0, 1500)
+TRAIN = range(1500)
 VALIDATION = range(10_000, 10_200)
-PRETRAINING = range(100_000, 116_000)
+PRETRAINING = range(100_000, 124_000)
 WIDTH = 64  # of a user vector
 
 # topic -> (values, what a user says of it in a persona, questions, answers)
@@ -90,7 +90,13 @@ TOPICS: dict[str, tuple[str, list[str], list[str], list[str]]] = {
     ),
 }
 _GREETINGS = ["hi, how are you?", "hello there!", "hey, what is up?", "good morning!", "hi! nice to meet you."]
-_REPLIES = ["i am good, and you?", "hello! i am fine.", "doing well today.", "great, thanks for asking.", "nice to meet you."]
+_REPLIES = [
+    "i am good, and you?",
+    "hello! i am fine.",
+    "doing well today.",
+    "great, thanks for asking.",
+    "nice to meet you.",
+]
 _REMARKS = ["nice!", "that is cool.", "oh, i see.", "sounds good.", "me too.", "wow.", "interesting."]
 _CONTEXT_SIZE = 6  # topics a user has something to say on
 _ASKED = 4  # of them, in a dialogue

@@ -6,12 +6,14 @@ Targets are what a template puts between `{% generation %}` and `{% endgeneratio
 2. The tokenizer has a template with markers: that one.
 3. The tokenizer has a template without markers: it is wrapped (`add_markers`). The wrapper renders the original up to
    each assistant turn, with the generation prompt, and through it; what the turn added, up to its last
-   character that is not white space, is the target. A template that rewrites earlier turns when later ones
-   arrive cannot be wrapped, and is refused.
+   character that is not white space, is the target. It checks itself on every conversation: a template that
+   rewrites earlier turns when later ones arrive, or whose generation prompt is not how a reply begins, is refused.
 4. The tokenizer has none: the plain one, `plain.jinja`.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +22,11 @@ from e2p_jax.errors import UserError
 
 PLAIN = Path(__file__).parent / "plain.jinja"
 
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# The first tag leaves white space that the original begins with alone (Transformers trims the line break after a tag).
 _WRAPPER = """\
-{%- macro conversation(messages, add_generation_prompt) -%}
+{%- macro conversation(messages, add_generation_prompt) %}
 ORIGINAL
 {%- endmacro -%}
 {%- set done = namespace(text='') -%}
@@ -29,6 +34,11 @@ ORIGINAL
     {%- if messages[i]['role'] == 'assistant' -%}
         {%- set before = conversation(messages[:i], true) | string -%}
         {%- set after = conversation(messages[:i + 1], false) | string -%}
+        {%- if not before.startswith(done.text) -%}
+            {{- raise_exception('it rewrites earlier turns when later ones arrive') -}}
+        {%- elif not after.startswith(before) -%}
+            {{- raise_exception('its generation prompt is not how a reply begins') -}}
+        {%- endif -%}
         {%- set reply = after[before | length:] -%}
         {{- before[done.text | length:] -}}
         {%- generation -%}{{- reply.rstrip() -}}{%- endgeneration -%}
@@ -36,7 +46,11 @@ ORIGINAL
         {%- set done.text = after -%}
     {%- endif -%}
 {%- endfor -%}
-{{- (conversation(messages, add_generation_prompt) | string)[done.text | length:] -}}
+{%- set whole = conversation(messages, add_generation_prompt) | string -%}
+{%- if not whole.startswith(done.text) -%}
+    {{- raise_exception('it rewrites earlier turns when later ones arrive') -}}
+{%- endif -%}
+{{- whole[done.text | length:] -}}
 """
 
 _PROBE = [
@@ -49,7 +63,7 @@ _PROBE = [
 
 def add_markers(template: str) -> str:
     """Wraps a template without generation markers into one that has them and renders the same text."""
-    return _WRAPPER.replace("ORIGINAL", template.strip("\n"))
+    return _WRAPPER.replace("ORIGINAL", template)
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
@@ -63,13 +77,23 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> s
         if not path.is_file():
             raise UserError(f"data.chat_template: {path} does not exist; give `auto` or a Jinja file")
         template = path.read_text(encoding="utf-8")
-        if "generation" not in template:
+        if not _MARKER.search(template):
             raise UserError(f"{path}: no {{% generation %}} ... {{% endgeneration %}} markers around assistant turns")
         return template
-    original = tokenizer.chat_template
-    if original is None:
+    if tokenizer.chat_template is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the tokenizer has neither a chat template nor an EOS token to end a turn "
+                "with; add eos_token to tokenizer_config.json or set data.chat_template"
+            )
         return PLAIN.read_text(encoding="utf-8")
-    if "{% generation" in original or "{%- generation" in original:
+    try:
+        original = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            f"{tokenizer.name_or_path}: several chat templates and none called default; set data.chat_template to one"
+        ) from error
+    if _MARKER.search(original):
         return original
     wrapped = add_markers(original)
     try:
@@ -78,7 +102,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> s
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError(_refusal(tokenizer, str(error))) from error
     if not (same and marked):
-        raise UserError(_refusal(tokenizer, "it rewrites earlier turns when later ones arrive"))
+        raise UserError(_refusal(tokenizer, "it would render differently with them"))
     return wrapped
 
 
@@ -89,12 +113,12 @@ def _refusal(tokenizer: PreTrainedTokenizerBase, why: str) -> str:
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:
     return tokenizer.apply_chat_template(_PROBE, chat_template=template, tokenize=False)
 
 
 def _mask(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    rendered = tokenizer.apply_chat_template(
+    rendered: Any = tokenizer.apply_chat_template(
         _PROBE, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
     )
     return rendered["assistant_masks"]

@@ -30,12 +30,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over all devices; one axis of the config may be -1 and takes what is left.
 
     Raises:
-      UserError: the axes do not multiply to the device count.
+      UserError: an axis is neither positive nor -1, or the axes do not multiply to the device count.
     """
     sizes = [getattr(config, axis) for axis in AXES]
     count = jax.device_count()
-    if sizes.count(-1) > 1:
-        raise UserError("mesh: only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
+    if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
+        raise UserError("mesh.data, mesh.fsdp and mesh.tensor must be positive; one of them may be -1")
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
@@ -59,6 +59,12 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def row_shards() -> int:
+    """Parts that rows are split into by the mesh around this code (`jax.set_mesh`); 1 outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
 def shard_rows(x: jax.Array) -> jax.Array:

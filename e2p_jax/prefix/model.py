@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.parallel.mesh import row_shards
 from e2p_jax.prefix.projector import Projector
 
-# Above this many logits at once ([B, M, V] elements) the loss goes through the targets in chunks.
+# Above this many logits at once ([B, M, V] elements, B on one device) the loss goes through the targets in chunks.
 LOGITS_AT_ONCE = 1 << 25
 
 
@@ -39,8 +40,10 @@ class PrefixModel(nnx.Module):
         """Token embeddings with the soft tokens in their slots.
 
         Args:
-          tokens, slots: [B, T] int32.
+          tokens: [B, T] int32.
+          slots: [B, T] int32 into the row's S*K soft tokens, -1 where there is none.
           user_embeddings: [B, S, E] float32.
+          dropout_key: turns the projector's dropout on.
 
         Returns:
           [B, T, D] in the backbone's dtype.
@@ -67,7 +70,7 @@ class PrefixModel(nnx.Module):
 
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
-    """-log softmax(hidden @ head.T)[ids], never holding more than `LOGITS_AT_ONCE` logits.
+    """-log softmax(hidden @ head.T)[ids], holding about `LOGITS_AT_ONCE` logits a device at most.
 
     Args:
       hidden: [B, M, D].
@@ -84,7 +87,9 @@ def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Arr
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     batch, count, width = hidden.shape
-    chunks = next(n for n in range(1, count + 1) if count % n == 0 and batch * count // n * head.shape[0] <= LOGITS_AT_ONCE or n == count)
+    logits_a_target = -(-batch // row_shards()) * head.shape[0]
+    fitting = (n for n in range(1, count) if count % n == 0 and count // n * logits_a_target <= LOGITS_AT_ONCE)
+    chunks = next(fitting, count)
     if chunks == 1:
         return chunk(hidden, ids)
     split_hidden = jnp.moveaxis(hidden.reshape(batch, chunks, count // chunks, width), 1, 0)

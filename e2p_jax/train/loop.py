@@ -1,7 +1,6 @@
 """The training loop: resume or start, step, evaluate, keep."""
 
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,19 @@ import chex
 import jax
 import numpy as np
 
-from e2p_jax import config as config_lib
 from e2p_jax.config import Config
-from e2p_jax.data.pipeline import load_records, pack, to_devices, train_iterator, user_vectors
+from e2p_jax.data.pipeline import pack, to_devices, train_iterator, user_vectors
+from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
-from e2p_jax.errors import UserError
 from e2p_jax.evaluate.score import Scores, pack_conditions, score
-from e2p_jax.files import write_text
-from e2p_jax.parallel.mesh import param_sharding, replicated
+from e2p_jax.parallel.mesh import replicated
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.metrics import MetricsLog, Progress
 from e2p_jax.train.optimizer import make_optimizer, schedule
-from e2p_jax.train.partition import describe, path_name, split
-from e2p_jax.train.setup import Inputs, Model, build_model, read_inputs
+from e2p_jax.train.partition import describe
+from e2p_jax.train.run import claim_run
+from e2p_jax.train.setup import Inputs, build_model, initial_state, read_inputs
 from e2p_jax.train.step import TrainState, make_eval_step, make_train_step
-
-PyTree = Any
-
 
 def training_vectors(inputs: Inputs, records: list[Record]) -> np.ndarray:
     """[U, E] float32, one per training user; a single zero where the config uses no table."""
@@ -34,64 +29,6 @@ def training_vectors(inputs: Inputs, records: list[Record]) -> np.ndarray:
         return np.zeros((1, 1), np.float32)
     first = {record.user_id: record.source for record in records}
     return inputs.table.lookup(list(first), list(first.values()))
-
-
-def state_shardings(model: Model, state: PyTree) -> PyTree:
-    """Optimizer moments lie where their parameters lie: the path inside the state ends with the parameter's."""
-
-    def sharding(path: tuple, leaf: Any) -> jax.sharding.Sharding:
-        name = path_name(path)
-        cuts = [name.find(part) for part in ("backbone/", "projector/")]
-        start = min((cut for cut in cuts if cut >= 0), default=-1)
-        return replicated(model.mesh) if start < 0 else param_sharding(model.mesh, name[start:], leaf.shape)
-
-    return jax.tree_util.tree_map_with_path(sharding, state)
-
-
-def initial_state(model: Model, config: Config) -> tuple[TrainState, PyTree]:
-    """A fresh state on the mesh, and the frozen parameters."""
-    trainable, frozen = split(model.params, model.mask)
-    optimizer = make_optimizer(config.train, model.mask)
-
-    def build(trainable: PyTree) -> TrainState:
-        key = jax.random.key(config.train.seed)
-        return TrainState(jax.numpy.zeros((), jax.numpy.int32), trainable, optimizer.init(trainable), key)
-
-    shardings = state_shardings(model, jax.eval_shape(build, trainable))
-    return jax.jit(build, out_shardings=shardings)(trainable), frozen
-
-
-def claim_run(run: Path, config: Config, fingerprint: str) -> None:
-    """Writes `config.json` and `backbone.json`, or checks that the run that is there is this one.
-
-    Raises:
-      UserError: the directory holds a run of another config or backbone.
-    """
-    path = run / "config.json"
-    if path.exists():
-        stored = config_lib.from_json(path.read_text(), path)
-        if stored != config:
-            raise UserError(
-                f"{run}: holds a run with other settings ({', '.join(_differences(stored, config))}); "
-                "rerun with those, or choose another --workdir"
-            )
-        backbone = json.loads((run / "backbone.json").read_text())
-        if backbone["fingerprint"] != fingerprint:
-            raise UserError(f"{run}: was trained in front of other backbone weights than {config.backbone.path} holds now")
-        return
-    names = {"path": config.backbone.path, "revision": config.backbone.revision, "fingerprint": fingerprint}
-    write_text(run / "backbone.json", json.dumps(names, indent=2) + "\n")
-    write_text(path, config.to_json())
-
-
-def _differences(old: Config, new: Config) -> list[str]:
-    a, b = json.loads(old.to_json()), json.loads(new.to_json())
-    return [
-        f"{section}.{field}: {a[section].get(field)!r} there, {value!r} here"
-        for section, fields in b.items()
-        for field, value in fields.items()
-        if a[section].get(field) != value
-    ]
 
 
 def train(config: Config, run: Path) -> Path:
@@ -113,8 +50,8 @@ def train(config: Config, run: Path) -> Path:
         held_out[name] = (packed[condition], kept)
 
     model = build_model(inputs, training_vectors(inputs, records))
-    claim_run(run, config, model.fingerprint)
-    state, frozen = initial_state(model, config)
+    claim_run(run, config, inputs, model)
+    state, frozen = initial_state(model, config.train)
     checkpoints = Checkpoints(run)
     iterator = train_iterator(
         data, model.mesh, batch_rows=config.train.rows, steps=config.train.steps, seed=config.train.seed

@@ -34,6 +34,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Makes everything so far durable; called before a checkpoint that stands for it."""
         os.fsync(self._file.fileno())
+        self._board.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -35,23 +35,24 @@ def trainable_mask(model: nnx.Module, patterns: tuple[str, ...]) -> PyTree:
     `Statistic`s never train.
 
     Raises:
-      UserError: a pattern matches nothing, or a parameter matches two patterns.
+      UserError: a pattern matches no parameter, or a parameter matches two patterns.
     """
     flat = nnx.to_flat_state(nnx.state(model))
     used = set()
     mask: dict[tuple, bool] = {}
     for path, variable in flat:
         name = "/".join(map(str, path))
-        matching = [pattern for pattern in patterns if _matches(pattern, name)]
+        constant = isinstance(variable, Statistic)
+        matching = [pattern for pattern in patterns if _matches(pattern, name) and not constant]
         if len(matching) > 1:
             raise UserError(f"train.trainable: parameter {name} matches both {matching[0]!r} and {matching[1]!r}")
         used.update(matching)
-        mask[path] = bool(matching) and not isinstance(variable, Statistic)
+        mask[path] = bool(matching)
     for pattern in patterns:
         if pattern not in used:
             tops = sorted({"/".join(map(str, path[:2])) for path, _ in flat})
             raise UserError(f"train.trainable: pattern {pattern!r} matches no parameter; there are {', '.join(tops)}")
-    return nnx.to_pure_dict(nnx.from_flat_state([(path, value) for path, value in mask.items()]))
+    return nnx.to_pure_dict(nnx.from_flat_state(list(mask.items())))
 
 
 def split(params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:

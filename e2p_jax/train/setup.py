@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -13,14 +14,16 @@ from jax.sharding import Mesh
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, read_config
-from e2p_jax.config import BackboneConfig, Config
+from e2p_jax.config import BackboneConfig, Config, TrainConfig
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.encode import Encoder, load_tokenizer
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
-from e2p_jax.train.partition import trainable_mask
+from e2p_jax.train.optimizer import make_optimizer
+from e2p_jax.train.partition import path_name, split, trainable_mask
+from e2p_jax.train.step import TrainState
 
 PyTree = Any
 
@@ -122,3 +125,28 @@ def _backbone(config: BackboneConfig, inputs: Inputs, mesh: Mesh) -> tuple[Decod
 
     nnx.update(decoder, jax.jit(initialise, out_shardings=shardings)())
     return decoder, "random"
+
+
+def state_shardings(model: Model, state: PyTree) -> PyTree:
+    """Optimizer moments lie where their parameters lie: the path inside the state ends with the parameter's."""
+
+    def sharding(path: tuple, leaf: Any) -> jax.sharding.Sharding:
+        name = path_name(path)
+        cuts = [name.find(part) for part in ("backbone/", "projector/")]
+        start = min((cut for cut in cuts if cut >= 0), default=-1)
+        return replicated(model.mesh) if start < 0 else param_sharding(model.mesh, name[start:], leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def initial_state(model: Model, config: TrainConfig) -> tuple[TrainState, PyTree]:
+    """A fresh state on the mesh, and the frozen parameters."""
+    trainable, frozen = split(model.params, model.mask)
+    optimizer = make_optimizer(config, model.mask)
+
+    def build(trainable: PyTree) -> TrainState:
+        key = jax.random.key(config.seed)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+
+    shardings = state_shardings(model, jax.eval_shape(build, trainable))
+    return jax.jit(build, out_shardings=shardings)(trainable), frozen

@@ -71,7 +71,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = Metrics(nll / targets, optax.global_norm(grads), learning_rate, targets)
+        metrics = Metrics(nll / targets, optax.tree.norm(grads), learning_rate, targets)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return train_step

@@ -21,8 +21,20 @@ from e2p_jax.data import synthetic
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 
-SOURCES = {"self_dialogue.jsonl.gz": 1.0, "schema_guided.jsonl.gz": 0.35}  # file -> share of it that is used
+SOURCES = {"self_dialogue.jsonl.gz": 0.6, "schema_guided.jsonl.gz": 0.1}  # file -> share of it that is used
 VALIDATION_SHARE = 0.01
+
+
+def sources(directory: Path) -> list[Path]:
+    """The source files.
+
+    Raises:
+      UserError: naming the file that is missing.
+    """
+    paths = [directory / name for name in SOURCES]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise UserError(f"{', '.join(missing)}: not found; the dialogue corpus needs {' and '.join(SOURCES)}")
+    return paths
 
 
 def records(directory: Path, split: str, seed: int = 0) -> Iterator[Record]:
@@ -33,10 +45,7 @@ def records(directory: Path, split: str, seed: int = 0) -> Iterator[Record]:
     """
     rng = np.random.default_rng(seed)
     dialogues = []
-    for name, share in SOURCES.items():
-        path = directory / name
-        if not path.is_file():
-            raise UserError(f"{path}: not found; the dialogue corpus needs {', '.join(SOURCES)}")
+    for path, share in zip(sources(directory), SOURCES.values(), strict=True):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             every = [[turn.strip() for turn in json.loads(line)["turns"]] for line in lines]
         dialogues += [turns for turns in every if len(turns) > 3 and all(turns) and rng.random() < share]
@@ -60,9 +69,9 @@ def _words(text: str) -> list[str]:
 
 
 def _with_persona(record: Record, rng: np.random.Generator) -> Record:
-    """Three in four generated dialogues show their persona: as sentences, or as bare words."""
+    """Seven in eight generated dialogues show their persona: as sentences, or as bare words."""
     form = rng.random()
-    if form < 0.25:
+    if form < 0.125:
         return record
     if form < 0.75:
         context = list(record.context)
@@ -81,7 +90,7 @@ def _with_extracts(
         turns = [turn for turn in turns[::2] for _ in range(2)]  # the assistant repeats every turn
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     context: list[str] = []
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         replies = turns[1::2]
         rare = sorted({w for reply in replies for w in _words(reply)}, key=lambda w: counts[w])[:6]
         if rng.random() < 0.5 and rare:

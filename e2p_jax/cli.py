@@ -1,0 +1,222 @@
+"""The `e2p` command: thin. Messages go to stderr, data to stdout; exit 0, 1 (failure) or 2 (usage)."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+# Before anything imports jax or tensorflow_datasets: their C++ parts log to stderr unless told not to.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import absl.logging
+import jax
+import rich.console
+import tyro
+
+from e2p_jax.config import Condition, Config, load_config
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import Sampling
+
+absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+def train(config: Config, name: str, workdir: Path | None) -> None:
+    """Trains, then shows the table of conditions, the loss curve and the answers of two held-out users."""
+    from e2p_jax.evaluate.curves import draw_loss
+    from e2p_jax.train.loop import train as run_training
+    from e2p_jax.train.run import open_run
+
+    directory = run_training(config.resolved(), workdir or Path("runs") / name)
+    if jax.process_index() == 0:
+        _say(f"loss curve: {draw_loss(directory)}")
+    if config.evaluate.conditions or config.evaluate.prompts:
+        from e2p_jax.evaluate.showcase import show_answers
+
+        run = open_run(directory)
+        _evaluate(run, config.evaluate.conditions, config.data.eval_splits)
+        show_answers(run, rich.console.Console())
+    _say(f"run directory: {directory}")
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    /,
+    conditions: tuple[Condition, ...] = (),
+    split: str | None = None,
+    data: Path | None = None,
+    embeddings: str | None = None,
+    checkpoint: str = "best",
+    per_example: Path | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Scores a run under several conditions.
+
+    Args:
+      run: Run directory.
+      conditions: What stands in front: none, e2p, shuffled (another user's vector), text. Default: the run's config.
+      split: Split of the run's dataset. Default: all of `data.eval_splits`.
+      data: JSON Lines file to score in place of the run's dataset.
+      embeddings: Table of user vectors to use in place of the run's.
+      checkpoint: best, last, or a step.
+      per_example: Write one JSON line per record and condition to this file.
+      as_json: Print JSON to stdout in place of the table.
+    """
+    from e2p_jax.train.run import open_run
+
+    opened = open_run(run, checkpoint, embeddings)
+    config = opened.inputs.config
+    if data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
+        opened = dataclasses.replace(opened, inputs=dataclasses.replace(opened.inputs, config=config))
+    splits = (split,) if split else ("train",) if data else config.data.eval_splits
+    _evaluate(opened, conditions or config.evaluate.conditions, splits, per_example, as_json)
+
+
+def _evaluate(run, conditions, splits, per_example: Path | None = None, as_json: bool = False) -> None:  # type: ignore[no-untyped-def]
+    from e2p_jax.data.prepared import load_records
+    from e2p_jax.evaluate import table
+    from e2p_jax.files import write_text
+
+    results = []
+    for name in splits:
+        records = load_records(run.inputs.config.data.path, name)
+        results.append(table.evaluate(run, records, name, conditions))
+    if jax.process_index():
+        return
+    table.save(run, results)
+    if per_example is not None:
+        write_text(per_example, "".join(result.per_example() for result in results))
+    if as_json:
+        print(json.dumps({"checkpoint": run.step, "splits": [result.to_dict() for result in results]}))
+    else:
+        for result in results:
+            rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table.render(result))
+
+
+def generate(
+    run: tyro.conf.Positional[Path],
+    /,
+    user: tuple[str, ...] = (),
+    prompt: str | None = None,
+    input: Path | None = None,
+    embeddings: str | None = None,
+    condition: Literal["e2p", "none"] = "e2p",
+    checkpoint: str = "best",
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Answers prompts as users would.
+
+    Args:
+      run: Run directory.
+      user: User ids of the table, or @vector.npy; several answer the same prompt in one batch.
+      prompt: The user turn to answer.
+      input: JSON Lines of {user_id, prompt} or {user_id, messages} to answer in place of --user and --prompt.
+      embeddings: Table of user vectors to use in place of the run's.
+      condition: e2p, or none: without the soft token.
+      checkpoint: best, last, or a step.
+      sampling: How tokens are chosen.
+      as_json: Print one JSON line per answer: user_id, response.
+    """
+    from e2p_jax.data.records import Record, read_prompts
+    from e2p_jax.evaluate import generate as generation
+    from e2p_jax.train.run import open_run
+
+    if (input is None) == (not user or prompt is None):
+        raise UserError("give --user and --prompt, or --input FILE.jsonl")
+    opened = open_run(run, checkpoint, embeddings)
+    if input is not None:
+        records = read_prompts(input)
+    else:
+        message = {"role": "user", "content": prompt or ""}
+        records = [Record(name, (), (message,), source=f"--user {name}") for name in user]
+    vectors = generation.vectors_for(opened, [r.user_id for r in records], [r.source for r in records], condition)
+    for record, reply in zip(records, generation.generate(opened, records, vectors, condition, sampling), strict=True):
+        print(json.dumps({"user_id": record.user_id, "response": reply}) if as_json else f"{record.user_id}: {reply}")
+
+
+def prepare(dataset: tyro.conf.Positional[str], /, manual_dir: Path, data_dir: Path) -> None:
+    """Writes a dataset in TFDS form, and prints its directory.
+
+    Args:
+      dataset: persona_chat, or dialogue_corpus.
+      manual_dir: Where the original files lie.
+      data_dir: Where prepared datasets go.
+    """
+    from e2p_jax.data.prepare import prepare as run
+
+    print(run(dataset, manual_dir, data_dir))
+
+
+def export(
+    run: tyro.conf.Positional[Path],
+    /,
+    out: Path,
+    format: Literal["backbone"] = "backbone",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    checkpoint: str = "best",
+) -> None:
+    """Writes what a run trained in another program's form.
+
+    Args:
+      run: Run directory.
+      out: Directory to write.
+      format: backbone: a Hugging Face directory of the backbone, for a run that trained it.
+      dtype: Of the written tensors.
+      checkpoint: best, last, or a step.
+    """
+    from e2p_jax.export.backbone import export_backbone
+    from e2p_jax.train.run import open_run
+
+    export_backbone(open_run(run, checkpoint), out, dtype)
+    print(out)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _train_command(arguments: list[str]):  # type: ignore[no-untyped-def]
+    """`train` with the named config's values as the defaults of its flags."""
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    name, defaults = load_config(named) if named else ("", Config())
+
+    def command(
+        config: tyro.conf.Positional[str],
+        /,
+        workdir: Path | None = None,
+        overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Trains a projector; rerun the same command to resume.
+
+        Args:
+          config: Name of a shipped config (quickstart, persona_chat, ...) or path of a Python file.
+          workdir: Run directory. Default: runs/CONFIG.
+          overrides: Any field of the config.
+        """
+        train(overrides, name, workdir)
+
+    return command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"evaluate": evaluate, "generate": generate, "prepare": prepare, "export": export}
+    try:
+        rest = arguments[1:] if arguments[:1] == ["train"] else []
+        commands = {"train": _train_command(rest), **commands}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="e2p", args=arguments)
+    except UserError as error:
+        _say(f"e2p: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("e2p: interrupted; rerun the same command to resume")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Records at rest: as TFDS examples, and the one reader of every place that records are read from.
+
+TensorFlow Datasets is slow to import, so it is imported only where a prepared directory is written or read.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from e2p_jax.data import synthetic
+from e2p_jax.data.records import Record, check, read_jsonl
+from e2p_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Record) if field.name != "source")
+
+
+def dataset_info(builder: "tfds.core.DatasetBuilder", **about: Any) -> "tfds.core.DatasetInfo":
+    """What all our builders share: the features of a record, rows in the order they were made, room for metadata.
+
+    Args:
+      builder: Whose `_info` this is.
+      about: `description`, `citation` and the like.
+    """
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text
+    features = tfds.features.FeaturesDict(
+        {
+            "user_id": text(),
+            "context": tfds.features.Sequence(text()),
+            "messages": tfds.features.Sequence({"role": text(), "content": text()}),
+            "candidates": tfds.features.Sequence(text()),
+            "references": tfds.features.Sequence(text()),
+        }
+    )
+    metadata = tfds.core.MetadataDict()
+    return tfds.core.DatasetInfo(builder=builder, features=features, disable_shuffling=True, metadata=metadata, **about)
+
+
+def to_examples(records: Iterable[Record]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Row number and TFDS example of every record.
+
+    Raises:
+      UserError: a record is not fit to learn from.
+    """
+    for row, record in enumerate(map(check, records)):
+        yield row, {name: getattr(record, name) for name in FIELDS}
+
+
+def load_records(path: str, split: str) -> list[Record]:
+    """Reads one split of `data.path`, in the order it was written.
+
+    Args:
+      path: `synthetic`, a prepared dataset's directory, or a JSON Lines file.
+      split: Its name.
+
+    Raises:
+      UserError: no such place, a directory that `e2p prepare` did not write, no such split, or no records in it.
+    """
+    place = Path(path).expanduser()
+    if path == "synthetic":
+        records = synthetic.records(split)
+    elif place.is_dir():
+        records = _read_prepared(place, split)
+    elif place.is_file():
+        records = read_jsonl(place, split)
+    else:
+        raise UserError(f"data.path: {place} does not exist; give a prepared dataset's directory or a JSON Lines file")
+    if not records:
+        raise UserError(f"{path}: split {split!r} holds no records")
+    return records
+
+
+def _read_prepared(place: Path, split: str) -> list[Record]:
+    if not (place / "dataset_info.json").is_file():
+        raise UserError(f"{place}: not a prepared dataset; run `e2p prepare`, and give the directory that it prints")
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(place)
+    if set(builder.info.features) != set(FIELDS):
+        raise UserError(
+            f"{place}: its examples have {sorted(builder.info.features)}, not {sorted(FIELDS)}; "
+            "give a directory that `e2p prepare` wrote"
+        )
+    if split not in builder.info.splits:
+        raise UserError(f"{place}: no split {split!r}; there are {', '.join(builder.info.splits)}")
+    if builder.info.splits[split].num_examples == 0:
+        return []
+    rows = builder.as_data_source(split)
+    return [_from_example(values, f"{place} {split}[{row}]") for row, values in enumerate(rows)]
+
+
+def _from_example(values: dict[str, Any], source: str) -> Record:
+    """A decoded TFDS example, whose texts are bytes, -> `Record`; TFDS turns a list of messages into two lists."""
+
+    def texts(column: Iterable[bytes]) -> tuple[str, ...]:
+        return tuple(text.decode("utf-8") for text in column)
+
+    messages = zip(texts(values["messages"]["role"]), texts(values["messages"]["content"]), strict=True)
+    return Record(
+        user_id=values["user_id"].decode("utf-8"),
+        context=texts(values["context"]),
+        messages=tuple({"role": role, "content": content} for role, content in messages),
+        candidates=texts(values["candidates"]),
+        references=texts(values["references"]),
+        source=source,
+    )

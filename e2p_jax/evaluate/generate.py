@@ -1,0 +1,232 @@
+"""Generation with a key-value cache: several users a batch, greedy or sampled."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from e2p_jax.config import Condition
+from e2p_jax.data.encode import Encoder, Example
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+
+PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are ever compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    """Upper bound of a reply's length."""
+    temperature: float = 0.0
+    """0 takes the most likely token; higher is more varied."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability (Holtzman et al., arXiv 1904.09751)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values without a meaning."""
+        if self.max_new_tokens < 1:
+            raise UserError("--max-new-tokens must be at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature and --top-k must not be negative, and --top-p must be in (0, 1]")
+
+
+def stop_ids(directory: Path, eos: int | None) -> tuple[int, ...]:
+    """Tokens that end a reply: the tokenizer's EOS and those of `generation_config.json`."""
+    ids = set() if eos is None else {eos}
+    path = directory / "generation_config.json"
+    if path.is_file():
+        named = json.loads(path.read_text()).get("eos_token_id")
+        ids |= set(named if isinstance(named, list) else [] if named is None else [named])
+    return tuple(sorted(ids))
+
+
+def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """[B, V] float32 logits -> [B] int32 tokens."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if sampling.top_p < 1:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sampling", "stops", "pad"))
+def _decode(
+    params: Any,
+    tokens: jax.Array,  # [B, P] int32, left-padded
+    segment_ids: jax.Array,  # [B, P] int32, 0 at the padding
+    slots: jax.Array,  # [B, P] int32
+    user_embeddings: jax.Array,  # [B, 1, E] float32
+    *,
+    graph: nnx.GraphDef,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    pad: int,
+) -> jax.Array:
+    """[B, N] int32: the new tokens, the stopping one included, `pad` after it."""
+    model = nnx.merge(graph, params)
+    batch, prompt = tokens.shape
+    cache = model.backbone.empty_cache(batch, prompt + sampling.max_new_tokens)
+    positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+    lengths = jnp.sum(segment_ids, axis=1)
+    x = model.embed(tokens, slots, user_embeddings)
+    hidden, cache = model.backbone(x, positions, segment_ids, cache)
+    key = jax.random.key(sampling.seed)
+    ones = jnp.ones((batch, 1), jnp.int32)
+
+    def pick(hidden: jax.Array, step: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        token = choose(model.backbone.logits(hidden[:, -1]), jax.random.fold_in(key, step), sampling)
+        token = jnp.where(done, pad, token)
+        stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros_like(done))
+        return token, done | stopped
+
+    def body(state: tuple) -> tuple:
+        step, token, done, cache, out = state
+        hidden, cache = model.backbone(model.backbone.embed(token[:, None]), (lengths + step)[:, None], ones, cache)
+        token, done = pick(hidden, step + 1, done)
+        return step + 1, token, done, cache, out.at[:, step + 1].set(token)
+
+    def unfinished(state: tuple) -> jax.Array:
+        step, _, done, _, _ = state
+        return (step + 1 < sampling.max_new_tokens) & ~jnp.all(done)
+
+    step = jnp.zeros((), jnp.int32)
+    token, done = pick(hidden, step, jnp.zeros((batch,), bool))
+    out = jnp.full((batch, sampling.max_new_tokens), pad, jnp.int32).at[:, 0].set(token)
+    return jax.lax.while_loop(unfinished, body, (step, token, done, cache, out))[-1]
+
+
+def generate_tokens(
+    graph: nnx.GraphDef,
+    params: Any,
+    prompts: Sequence[Example],
+    vectors: np.ndarray,
+    *,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    pad: int,
+    num_tokens: int,
+) -> list[list[int]]:
+    """Continues each prompt until a stop token or `sampling.max_new_tokens`.
+
+    Args:
+      prompts: B prompts, slots included.
+      vectors: [B, E] float32; read where the prompt has slots.
+      num_tokens: K.
+
+    Returns:
+      The new tokens of each, without the stop token.
+
+    Raises:
+      UserError: prompt and reply do not fit the backbone's positions.
+    """
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens = np.full((len(prompts), length), pad, np.int32)
+    segments = np.zeros_like(tokens)
+    slots = np.full_like(tokens, -1)
+    for row, prompt in enumerate(prompts):
+        first = length - len(prompt.tokens)
+        tokens[row, first:] = prompt.tokens
+        segments[row, first:] = 1
+        if prompt.slot_start >= 0:
+            slots[row, first + prompt.slot_start :][:num_tokens] = np.arange(num_tokens)
+    out = _decode(
+        params, tokens, segments, slots, vectors[:, None], graph=graph, sampling=sampling, stops=stops, pad=pad
+    )
+    replies = []
+    for row in np.asarray(out).tolist():
+        end = next((i for i, token in enumerate(row) if token in stops), len(row))
+        replies.append(row[:end])
+    return replies
+
+
+def generate(
+    run: Any, records: Sequence[Record], vectors: np.ndarray, condition: Condition, sampling: Sampling, batch: int = 16
+) -> list[str]:
+    """The assistant's next turn of every record.
+
+    Args:
+      run: an opened `e2p_jax.train.run.Run`.
+      records: conversations that end with a user turn.
+      vectors: [N, E] float32, one per record.
+
+    Returns:
+      N texts.
+
+    Raises:
+      UserError: a prompt too long for the backbone.
+    """
+    encoder: Encoder = run.inputs.encoder
+    limit = run.inputs.decoder.max_positions
+    prompts = [encoder.encode_prompt(record, condition) for record in records]
+    for record, prompt in zip(records, prompts, strict=True):
+        if len(prompt.tokens) + sampling.max_new_tokens > limit:
+            raise UserError(
+                f"{record.source}: {len(prompt.tokens)} prompt tokens and --max-new-tokens {sampling.max_new_tokens} "
+                f"are beyond the backbone's {limit} positions"
+            )
+    stops = stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id)
+    replies: list[str] = []
+    for first in range(0, len(prompts), batch):
+        part = slice(first, first + batch)
+        tokens = generate_tokens(
+            run.model.graph,
+            run.model.params,
+            prompts[part],
+            vectors[part],
+            sampling=sampling,
+            stops=stops,
+            pad=encoder.pad_id,
+            num_tokens=encoder.num_tokens,
+        )
+        replies += [encoder.tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in tokens]
+    return replies
+
+
+def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition: Condition) -> np.ndarray:
+    """[N, E] float32: each user's vector, from the run's table or, as `@vector.npy`, from a file.
+
+    Raises:
+      UserError: no vector, or one of the wrong width.
+    """
+    width = int(run.model.params["projector"]["input_mean"].shape[0])
+    vectors = np.zeros((len(users), width), np.float32)
+    if condition == "none":
+        return vectors
+    for row, (user, place) in enumerate(zip(users, where, strict=True)):
+        if user.startswith("@"):
+            vectors[row] = _read_vector(Path(user[1:]), width)
+        elif run.inputs.table is None:
+            raise UserError(f"{place}: the run names no table of user vectors; give --embeddings TABLE or @vector.npy")
+        else:
+            vectors[row] = run.inputs.table.lookup([user], [place])[0]
+    return vectors
+
+
+def _read_vector(path: Path, width: int) -> np.ndarray:
+    try:
+        vector = np.load(path, allow_pickle=False).reshape(-1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable .npy file ({error})") from error
+    if vector.shape != (width,) or not np.isfinite(vector).all():
+        raise UserError(f"{path}: needs {width} finite numbers, has shape {vector.shape}")
+    return vector

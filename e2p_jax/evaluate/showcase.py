@@ -1,0 +1,40 @@
+"""Two held-out users answer the same prompts."""
+
+import dataclasses
+
+import rich.console
+import rich.table
+
+from e2p_jax.data.prepared import load_records
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
+from e2p_jax.train.run import Run
+
+
+def show_answers(run: Run, console: rich.console.Console) -> None:
+    """Prints `evaluate.prompts`, greedily answered as two users of the first held-out split, and without a prefix."""
+    config = run.inputs.config
+    if not config.evaluate.prompts:
+        return
+    people: dict[str, Record] = {}
+    for record in load_records(config.data.path, config.data.eval_splits[0]):
+        people.setdefault(record.user_id, record)
+    # Two users whose contexts share as little as possible, so that their answers can differ.
+    first = next(iter(people.values()))
+    second = min(people.values(), key=lambda r: len(set(r.context) & set(first.context)) + (r is first) * 1000)
+    table = rich.table.Table(title="Two held-out users, the same prompts", title_justify="left", show_lines=True)
+    table.add_column("prompt")
+    for person in (first, second):
+        table.add_column(f"{person.user_id}\n" + "\n".join(person.context))
+    table.add_column("without prefix")
+    answers = []
+    for person, condition in ((first, "e2p"), (second, "e2p"), (first, "none")):
+        asked = [
+            dataclasses.replace(person, messages=({"role": "user", "content": prompt},), source="evaluate.prompts")
+            for prompt in config.evaluate.prompts
+        ]
+        vectors = vectors_for(run, [r.user_id for r in asked], [r.source for r in asked], condition)
+        answers.append(generate(run, asked, vectors, condition, Sampling(max_new_tokens=32)))
+    for prompt, *replies in zip(config.evaluate.prompts, *answers, strict=True):
+        table.add_row(prompt, *replies)
+    console.print(table)

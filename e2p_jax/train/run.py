@@ -1,0 +1,111 @@
+"""A run directory: claimed once, opened again to evaluate, generate or export.
+
+`config.json` (resolved), `backbone.json` (path, revision and fingerprint of the frozen weights, width of the user
+vectors), `chat_template.jinja`, `metrics.jsonl`, `tensorboard/`, `checkpoints/<step>/`, `report/`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from e2p_jax import config as config_lib
+from e2p_jax.config import Config
+from e2p_jax.errors import UserError
+from e2p_jax.files import write_text
+from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.partition import join
+from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
+
+PyTree = Any
+
+
+def claim_run(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
+    """Writes what names the run, or checks that the run that is there is this one.
+
+    Raises:
+      UserError: the directory holds a run of another config or backbone.
+    """
+    path = run / "config.json"
+    if path.exists():
+        stored = config_lib.from_json(path.read_text(), path)
+        if stored != config:
+            raise UserError(
+                f"{run}: holds a run with other settings ({'; '.join(_differences(stored, config))}); "
+                "rerun with those, or choose another --workdir"
+            )
+        _check_fingerprint(run, model)
+        return
+    names = {
+        "path": config.backbone.path,
+        "revision": config.backbone.revision,
+        "fingerprint": model.fingerprint,
+        "embedding_width": int(model.params["projector"]["input_mean"].shape[0]),
+    }
+    write_text(run / "backbone.json", json.dumps(names, indent=2) + "\n")
+    write_text(run / "chat_template.jinja", inputs.encoder.template)
+    write_text(path, config.to_json())
+
+
+def _check_fingerprint(run: Path, model: Model) -> None:
+    names = json.loads((run / "backbone.json").read_text())
+    if names["fingerprint"] != model.fingerprint:
+        raise UserError(
+            f"{run}: was trained in front of other weights than {names['path']} holds now "
+            f"(fingerprint {names['fingerprint'][:12]}, found {model.fingerprint[:12]}); restore that backbone"
+        )
+
+
+def _differences(old: Config, new: Config) -> list[str]:
+    a, b = json.loads(old.to_json()), json.loads(new.to_json())
+    return [
+        f"{section}.{field}: {a[section].get(field)!r} there, {value!r} here"
+        for section, fields in b.items()
+        for field, value in fields.items()
+        if a[section].get(field) != value
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, ready to use."""
+
+    directory: Path
+    step: int
+    inputs: Inputs
+    model: Model  # with the checkpoint's parameters
+
+
+def open_run(directory: Path, checkpoint: str = "best", embeddings: str | None = None) -> Run:
+    """Loads the backbone that the run names and a checkpoint of the rest.
+
+    Args:
+      checkpoint: `best`, `last`, or a step.
+      embeddings: a table of user vectors to use in place of the run's own.
+
+    Raises:
+      UserError: not a run, no checkpoint, another backbone, or vectors of another width.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: not a run directory (no config.json)")
+    config = config_lib.from_json(path.read_text(), path)
+    if embeddings is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, embeddings=embeddings))
+    inputs = read_inputs(config)
+    width = json.loads((directory / "backbone.json").read_text())["embedding_width"]
+    if inputs.table is not None and inputs.table.width != width:
+        raise UserError(
+            f"{inputs.table.source}: vectors have width {inputs.table.width}, but the run's projector takes {width}"
+        )
+    model = build_model(inputs, np.zeros((1, width), np.float32))
+    _check_fingerprint(directory, model)
+    checkpoints = Checkpoints(directory)
+    step = checkpoints.step_of(checkpoint)
+    state, frozen = initial_state(model, config.train)
+    state, statistics, _ = checkpoints.restore(step, state, frozen["projector"])
+    checkpoints.close()
+    params = join(state.trainable, {**frozen, "projector": statistics}, model.mask)
+    return Run(directory, step, inputs, dataclasses.replace(model, params=params))

@@ -1,0 +1,171 @@
+"""The decoder against transformers in float32, on tiny random models of every supported family."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from helpers import (
+    LLAMA3,
+    USER_WIDTH,
+    assert_close,
+    hf_config,
+    hf_logits,
+    hf_model,
+    load_backbone,
+    logits,
+    random_tokens,
+    whole_rows,
+)
+
+from e2p_jax.backbone.decoder import Cache, Decoder
+from e2p_jax.prefix.model import PrefixModel
+from e2p_jax.prefix.projector import Projector
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-grouped-queries": {},
+    "llama-one-query-a-key": {"num_key_value_heads": 4},
+    "llama-one-key": {"num_key_value_heads": 1},
+    "llama-tied-head": {"tie_word_embeddings": True},
+    "llama-attention-bias": {"attention_bias": True},
+    "llama-mlp-bias": {"mlp_bias": True},
+    "llama-head-width-of-its-own": {"head_dim": 12},
+    "llama-head-width-by-default": {"head_dim": None},
+    "llama-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+    "llama-rope-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    "llama-rope-llama3": {"rope_parameters": LLAMA3},
+    "llama-norm-epsilon": {"rms_norm_eps": 0.3},
+    "mistral-window": {"family": "mistral", "sliding_window": 5},
+    "mistral-unlimited": {"family": "mistral", "sliding_window": None},
+    "qwen2": {"family": "qwen2"},
+    "qwen2-window-in-late-layers": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen2-window-unused": {
+        "family": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": 5,
+        "max_window_layers": 0,
+    },
+}
+# What the attention mask, the rotary positions and the cache can get wrong differs only between these.
+MASKS = ("llama-rope-llama3", "mistral-window", "qwen2-window-in-late-layers")
+
+
+class Pair(NamedTuple):
+    theirs: torch.nn.Module
+    ours: Decoder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Name -> the transformers model and ours, loaded from what it saved."""
+    built: dict[str, Pair] = {}
+
+    def build(name: str) -> Pair:
+        if name not in built:
+            directory = tmp_path_factory.mktemp(name)
+            theirs = hf_model(hf_config(**MODELS[name]))
+            theirs.save_pretrained(directory)
+            built[name] = Pair(theirs, load_backbone(directory))
+        return built[name]
+
+    return build
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(pairs: Any, name: str) -> None:
+    theirs, ours = pairs(name)
+    tokens = random_tokens(2, 24)
+    assert_close(logits(ours, *whole_rows(tokens)), hf_logits(theirs, input_ids=tokens.astype(np.int64)))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_two_packed_segments_are_two_texts(pairs: Any, name: str) -> None:
+    theirs, ours = pairs(name)
+    first, second = random_tokens(1, 11, seed=1), random_tokens(1, 9, seed=2)
+    tokens = np.concatenate([first, second, np.zeros((1, 4), np.int32)], axis=1)
+    positions = np.concatenate([np.arange(11), np.arange(9), np.zeros(4)])[None].astype(np.int32)
+    segments = np.repeat([1, 2, 0], [11, 9, 4])[None].astype(np.int32)
+    packed = logits(ours, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
+    assert_close(packed[:, :11], hf_logits(theirs, input_ids=first.astype(np.int64)))
+    assert_close(packed[:, 11:20], hf_logits(theirs, input_ids=second.astype(np.int64)))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_left_padded_rows(pairs: Any, name: str) -> None:
+    theirs, ours = pairs(name)
+    tokens = random_tokens(2, 14, seed=3)
+    present = np.arange(14)[None] >= np.array([[0], [5]])
+    positions = np.maximum(np.cumsum(present, axis=1) - 1, 0)
+    padded = logits(ours, jnp.asarray(tokens), jnp.asarray(positions, jnp.int32), jnp.asarray(present, jnp.int32))
+    reference = hf_logits(
+        theirs, input_ids=tokens.astype(np.int64), attention_mask=present.astype(np.int64), position_ids=positions
+    )
+    assert_close(np.asarray(padded)[present], reference[present])
+    assert_close(padded[1:, 5:], hf_logits(theirs, input_ids=tokens[1:, 5:].astype(np.int64)))
+
+
+@nnx.jit
+def extend(
+    decoder: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache)
+    return decoder.logits(hidden), cache
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_prefill_and_decoding_one_by_one(pairs: Any, name: str) -> None:
+    """Two rows, one left-padded by 3, prefilled with 8 positions and continued by 9 in a cache of 20."""
+    theirs, ours = pairs(name)
+    padding, prompt, length = np.array([[0], [3]]), 8, 17
+    tokens = random_tokens(2, length, seed=4)
+    present = (np.arange(length)[None] >= padding).astype(np.int32)
+    positions = np.maximum(np.arange(length, dtype=np.int32)[None] - padding.astype(np.int32), 0)
+    cache, steps = ours.empty_cache(2, 20), []
+    for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, length))]:
+        columns = slice(start, end)
+        step, cache = extend(ours, tokens[:, columns], positions[:, columns], present[:, columns], cache)
+        steps.append(step)
+    decoded = np.concatenate(steps, axis=1)
+    assert int(cache.filled) == length
+    for row, skip in enumerate(padding[:, 0]):
+        alone = hf_logits(theirs, input_ids=tokens[row : row + 1, skip:].astype(np.int64))
+        assert_close(decoded[row : row + 1, skip:], alone)
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-queries", "llama-tied-head", "mistral-window", "qwen2"])
+def test_slots_are_the_given_input_embeddings(pairs: Any, name: str) -> None:
+    """Two soft tokens a user, two users in a row: transformers sees the same vectors as `inputs_embeds`."""
+    theirs, ours = pairs(name)
+    projector = Projector(
+        embedding_width=USER_WIDTH,
+        model_width=32,
+        num_tokens=2,
+        kind="linear",
+        hidden_size=0,
+        dropout=0.0,
+        rngs=nnx.Rngs(0),
+    )
+    model = PrefixModel(ours, projector)
+    tokens = random_tokens(1, 16, seed=5)
+    vectors = np.random.default_rng(6).normal(size=(1, 2, USER_WIDTH)).astype(np.float32)
+    segments = np.repeat([1, 2], [9, 7])[None].astype(np.int32)
+    positions = np.concatenate([np.arange(9), np.arange(7)])[None].astype(np.int32)
+    slots = np.full((1, 16), -1, np.int32)
+    slots[0, [0, 1, 12, 13]] = [0, 1, 2, 3]  # before the first text, inside the second
+    x = model.embed(jnp.asarray(tokens), jnp.asarray(slots), jnp.asarray(vectors))
+    hidden, _ = model.backbone(x, jnp.asarray(positions), jnp.asarray(segments))
+
+    soft = vectors[0] @ np.asarray(projector.skip[...])  # [2, 2 * 32]: a fresh linear projector is one matrix
+    expected = theirs.get_input_embeddings().weight.detach().numpy()[tokens[0]]
+    expected[[0, 1, 12, 13]] = soft.reshape(4, 32)
+    for start, end in [(0, 9), (9, 16)]:
+        reference = hf_logits(theirs, inputs_embeds=expected[None, start:end])
+        assert_close(model.backbone.logits(hidden[:, start:end]), reference)

@@ -1,0 +1,240 @@
+"""Hugging Face directories in and out: dtypes, shards, meshes, broken files, and the way back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from helpers import (
+    assert_close,
+    hf_config,
+    hf_logits,
+    hf_model,
+    load_backbone,
+    logits,
+    mesh_of,
+    random_tokens,
+    whole_rows,
+)
+from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.weights import Checkpoint, load, resolve, save
+from e2p_jax.errors import UserError
+
+TOKENS = random_tokens(2, 20)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return hf_model(hf_config("qwen2"))  # has biases and a head of its own
+
+
+@pytest.fixture
+def directory(model: torch.nn.Module, tmp_path: Path) -> Path:
+    """A fresh copy of the model, one file, float32."""
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def parameters(decoder: Decoder) -> dict[str, jax.Array]:
+    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(decoder))}
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def rewrite(directory: Path, change: Any) -> None:
+    """Loads the one file, lets `change` edit the dict of tensors, and writes it back."""
+    values = tensors(directory)
+    change(values)
+    save_file(values, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_the_file(model: torch.nn.Module, tmp_path: Path, dtype: torch.dtype) -> None:
+    hf_model(model.config).to(dtype).save_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = logits(load_backbone(tmp_path), *whole_rows(TOKENS))
+    assert_close(ours, hf_logits(reference, input_ids=TOKENS.astype(np.int64)))
+
+
+def test_dtype_of_the_parameters(model: torch.nn.Module, directory: Path) -> None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    decoder = load(directory, dtype=jnp.dtype("bfloat16"), remat=False, sharding=lambda path, shape: sharding)
+    assert {value.dtype for value in parameters(decoder).values()} == {jnp.dtype("bfloat16")}
+    rounded = model.get_input_embeddings().weight.detach().to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(np.asarray(decoder.embedding[...], np.float32), rounded)
+
+
+def test_shards_are_one_model(model: torch.nn.Module, directory: Path, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    whole, shards = parameters(load_backbone(directory)), parameters(load_backbone(tmp_path / "shards"))
+    assert whole.keys() == shards.keys()
+    for path, value in whole.items():
+        np.testing.assert_array_equal(shards[path], value)
+    assert Checkpoint(directory).fingerprint() == Checkpoint(tmp_path / "shards").fingerprint()
+
+
+def test_fingerprint_sees_one_weight(directory: Path) -> None:
+    def nudge(values: dict[str, torch.Tensor]) -> None:
+        values["model.layers.2.mlp.up_proj.weight"][3, 5] += 1e-6
+
+    before = Checkpoint(directory).fingerprint()
+    rewrite(directory, lambda values: None)
+    assert Checkpoint(directory).fingerprint() == before
+    rewrite(directory, nudge)
+    assert Checkpoint(directory).fingerprint() != before
+
+
+def spread(path: str, fsdp: str | None, tensor: str | None) -> P:
+    """Where each parameter's dimensions go, written out by hand for the qwen2 model above."""
+    name = path.removeprefix("layers/")
+    if name in ("q", "k", "v", "gate", "up"):
+        return P(None, tensor, fsdp)
+    if name in ("o", "down"):
+        return P(None, fsdp, tensor)
+    if name in ("embedding", "head"):
+        return P(None, fsdp)  # 97 rows are divided by nothing
+    return P()
+
+
+@pytest.mark.parametrize(
+    ("axes", "fsdp", "tensor"),
+    [
+        ({"fsdp": 4}, "fsdp", None),
+        ({"data": 2, "tensor": 2}, None, "tensor"),
+        ({"fsdp": 2, "tensor": 2}, "fsdp", "tensor"),
+    ],
+    ids=str,
+)
+def test_meshes(directory: Path, axes: dict[str, int], fsdp: str | None, tensor: str | None) -> None:
+    mesh = mesh_of(**axes)
+    one, sharded = load_backbone(directory), load_backbone(directory, mesh)
+    for path, value in parameters(sharded).items():
+        rule = jax.sharding.NamedSharding(mesh, spread(path, fsdp, tensor))
+        assert value.sharding.is_equivalent_to(rule, value.ndim), path
+        np.testing.assert_array_equal(value, parameters(one)[path])
+    tokens = random_tokens(4, 20)
+    expected = logits(one, *whole_rows(tokens))
+    with jax.set_mesh(mesh):
+        assert_close(logits(sharded, *whole_rows(tokens)), expected, 1e-5)
+
+
+def test_all_disagreements_are_reported_together(directory: Path) -> None:
+    def spoil(values: dict[str, torch.Tensor]) -> None:
+        del values["model.layers.1.self_attn.k_proj.bias"], values["lm_head.weight"]
+        values["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+        values["model.norm.weight"] = torch.ones(33)
+
+    rewrite(directory, spoil)
+    with pytest.raises(UserError) as error:
+        load_backbone(directory)
+    assert str(error.value) == (
+        f"{directory}: weights and config.json disagree: missing lm_head.weight; "
+        "missing model.layers.1.self_attn.k_proj.bias; unexpected model.layers.0.self_attn.q_norm.weight; "
+        "model.norm.weight has shape (33,), config.json says (32,)"
+    )
+
+
+def test_a_tied_head_may_be_saved_as_well_but_not_differ(tmp_path: Path) -> None:
+    model = hf_model(hf_config(tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in tensors(tmp_path)
+    expected = hf_logits(model, input_ids=TOKENS.astype(np.int64))
+
+    def add_head(values: dict[str, torch.Tensor], change: float) -> None:
+        values["lm_head.weight"] = values["model.embed_tokens.weight"] + change
+
+    rewrite(tmp_path, lambda values: add_head(values, 0.0))
+    assert_close(logits(load_backbone(tmp_path), *whole_rows(TOKENS)), expected)
+    rewrite(tmp_path, lambda values: add_head(values, 1e-3))
+    with pytest.raises(UserError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        load_backbone(tmp_path)
+
+
+def test_rotary_buffers_of_old_exports_are_ignored(directory: Path) -> None:
+    rewrite(directory, lambda v: v.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    load_backbone(directory)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 400, -1])
+def test_a_truncated_file_is_named(directory: Path, keep: int) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors: truncated or malformed safetensors") as error:
+        load_backbone(directory)
+    assert str(path) in str(error.value)
+
+
+def test_broken_directories(model: torch.nn.Module, tmp_path: Path) -> None:
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.safetensors: not found"):
+        load_backbone(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(UserError, match=rf"{second.name}: not found"):
+        load_backbone(tmp_path)
+    second.write_bytes(sorted(tmp_path.glob("*.safetensors"))[0].read_bytes())
+    with pytest.raises(UserError, match="also stands in another shard"):
+        load_backbone(tmp_path)
+    second.write_bytes(content)
+    load_backbone(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("{", "{}", "[]", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match=r"index\.json: malformed index"):
+            load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_gives_the_same_bytes_back(tmp_path: Path, dtype: str, tied: bool) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    hf_model(hf_config(tie_word_embeddings=tied)).to(getattr(torch, dtype)).save_pretrained(source)
+    (source / "tokenizer_config.json").write_text("{}")
+    sharding = jax.sharding.NamedSharding(mesh_of(fsdp=4), P())
+    save(load(source, dtype=jnp.dtype(dtype), remat=False, sharding=lambda *_: sharding), source, out, jnp.dtype(dtype))
+    before, after = tensors(source), tensors(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor)
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert Checkpoint(out).fingerprint() == Checkpoint(source).fingerprint()
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in source.iterdir())
+    models = [transformers.AutoModelForCausalLM.from_pretrained(d, dtype="auto") for d in (source, out)]
+    assert models[1].dtype == getattr(torch, dtype)
+    first, second = (hf_logits(m, input_ids=TOKENS.astype(np.int64)) for m in models)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_save_in_another_dtype_says_so(directory: Path, tmp_path: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    save(load_backbone(directory), directory, tmp_path / "out", jnp.dtype("bfloat16"))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (saved["dtype"], saved.get("torch_dtype")) == ("bfloat16", None)
+    for name, tensor in tensors(tmp_path / "out").items():
+        assert torch.equal(tensor, tensors(directory)[name].to(torch.bfloat16))
+
+
+def test_resolve(tmp_path: Path) -> None:
+    assert resolve(str(tmp_path), None) == tmp_path
+    with pytest.raises(UserError, match="no such directory, and not a hub id like org/model"):
+        resolve(str(tmp_path / "nowhere"), None)
+    with pytest.raises(UserError, match="'org/absent-model': not a directory here, and the hub gave no model"):
+        resolve("org/absent-model", None)  # the tests run offline

@@ -1,0 +1,202 @@
+"""Tables of user vectors: every form reads the same, every fault is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import UserTable, load_table, save_table
+from e2p_jax.errors import UserError
+
+IDS = ["ann", "bob", "zoë 3", "17"]
+VECTORS = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+
+
+def write(form: str, place: Path, ids: list[str] = IDS, vectors: np.ndarray = VECTORS) -> Path:
+    """Writes a table with other people's tools; returns what to pass to `load_table`."""
+    if form == "npz":
+        np.savez(place / "t.npz", ids=np.array(ids), embeddings=vectors)
+    elif form == "npy":
+        np.save(place / "t.npy", vectors)
+        (place / "t.ids.txt").write_text("\n".join(ids), encoding="utf-8")
+    elif form == "parquet":
+        pq.write_table(pa.table({"user_id": ids, "embedding": list(vectors)}), place / "t.parquet")
+    elif form == "parquet, fixed size":
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        pq.write_table(pa.table({"user_id": ids, "embedding": flat}), place / "t.parquet", row_group_size=2)
+    else:
+        save_table(place / "t", ids, vectors, name="made", version="1")
+        return place / "t"
+    return place / f"t.{form.split(',')[0]}"
+
+
+FORMS = ["directory", "npz", "npy", "parquet", "parquet, fixed size"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_reads_the_same(tmp_path: Path, form: str) -> None:
+    table = load_table(str(write(form, tmp_path)))
+    assert (table.width, len(table), table.ids) == (5, 4, IDS)
+    vectors = table.lookup(["17", "ann", "17"], ["a", "b", "c"])
+    np.testing.assert_array_equal(vectors, VECTORS[[3, 0, 3]])
+    assert vectors.dtype == np.float32
+
+
+@pytest.mark.parametrize("form", ["directory", "npy"])
+def test_arrays_are_memory_mapped(tmp_path: Path, form: str) -> None:
+    table = load_table(str(write(form, tmp_path)))
+    assert isinstance(table.vectors, np.memmap)
+    assert not table.vectors.flags.writeable
+
+
+def test_directory_is_what_the_contract_says(tmp_path: Path) -> None:
+    place = write("directory", tmp_path, vectors=VECTORS.astype(np.float16))
+    assert sorted(p.name for p in place.iterdir()) == ["embeddings.npy", "ids.txt", "meta.json"]
+    meta = json.loads((place / "meta.json").read_text())
+    assert meta == {"name": "made", "version": "1", "width": 5, "dtype": "float16"}
+    assert (place / "ids.txt").read_text(encoding="utf-8").splitlines() == IDS
+    assert np.load(place / "embeddings.npy").dtype == np.float16
+    assert load_table(str(place)).lookup(["ann"], ["here"]).dtype == np.float32
+
+
+def test_missing_user_is_named(tmp_path: Path) -> None:
+    table = load_table(str(write("npz", tmp_path)))
+    with pytest.raises(UserError, match=r"r\.jsonl:9: user 'eve' has no vector in .*t\.npz; add it or drop"):
+        table.lookup(["ann", "eve"], ["r.jsonl:8", "r.jsonl:9"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("form", FORMS)
+def test_vector_that_is_not_finite_names_user_and_row(tmp_path: Path, form: str, bad: float) -> None:
+    vectors = VECTORS.copy()
+    vectors[2, 4] = bad
+    table = load_table(str(write(form, tmp_path, vectors=vectors)))
+    np.testing.assert_array_equal(table.lookup(["bob"], ["here"]), VECTORS[1:2])  # nobody asked for row 2
+    with pytest.raises(UserError, match=r"t.*: row 2 \(user 'zoë 3'\) holds NaN or infinity"):
+        table.lookup(["bob", "zoë 3"], ["here", "there"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_user_with_two_vectors_is_refused(tmp_path: Path, form: str) -> None:
+    ids = ["ann", "bob", "cy", "bob"]
+    with pytest.raises(UserError, match=r"user 'bob' has different vectors in rows 1 and 3"):
+        load_table(str(write(form, tmp_path, ids=ids)))
+    vectors = VECTORS.copy()
+    vectors[3] = vectors[1]
+    table = load_table(str(write(form, tmp_path, ids=ids, vectors=vectors)))
+    np.testing.assert_array_equal(table.lookup(["bob"], ["here"]), VECTORS[1:2])
+    assert len(table) == 3
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "directory"])
+def test_counts_must_match(tmp_path: Path, form: str) -> None:
+    with pytest.raises(UserError, match="4 ids for 3 vectors; they must match row by row"):
+        load_table(str(write(form, tmp_path, vectors=VECTORS[:3])))
+
+
+def test_width_must_be_what_meta_says(tmp_path: Path) -> None:
+    place = write("directory", tmp_path)
+    np.save(place / "embeddings.npy", VECTORS[:, :4])
+    with pytest.raises(UserError, match=r"embeddings\.npy has shape \(4, 4\), but meta\.json says width 5"):
+        load_table(str(place))
+
+
+@pytest.mark.parametrize("meta", ["{", "[]", '{"dtype": "float32"}'])
+def test_broken_meta_is_named(tmp_path: Path, meta: str) -> None:
+    place = write("directory", tmp_path)
+    (place / "meta.json").write_text(meta)
+    with pytest.raises(UserError, match=r"meta\.json: must be a JSON object with a width"):
+        load_table(str(place))
+
+
+def _npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path / "t.npz", **arrays)
+    return path / "t.npz"
+
+
+def _npy(path: Path, array: np.ndarray) -> Path:
+    np.save(path / "t.npy", array, allow_pickle=True)
+    (path / "t.ids.txt").write_text("\n".join(IDS))
+    return path / "t.npy"
+
+
+def _text(path: Path, name: str) -> Path:
+    (path / name).write_text("no table")
+    (path / "t.ids.txt").write_text("ann\n")
+    return path / name
+
+
+def _parquet(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path / "t.parquet")
+    return path / "t.parquet"
+
+
+OBJECTS = np.array([{"any": "thing"}, None], object)
+FAULTS = {
+    "pickled vectors": (lambda p: _npz(p, ids=np.array(IDS), embeddings=OBJECTS), "unreadable.*not objects"),
+    "pickled ids": (lambda p: _npz(p, ids=np.array(IDS, object), embeddings=VECTORS), "unreadable.*not objects"),
+    "pickled npy": (lambda p: _npy(p, OBJECTS), "unreadable.*not objects"),
+    "no ids": (lambda p: _npz(p, embeddings=VECTORS), r"needs the arrays `embeddings` and `ids`, has \['embeddings'\]"),
+    "one vector": (lambda p: _npy(p, VECTORS[0]), r"shape \(5,\) and dtype float32; save them as \[users, width\]"),
+    "text": (lambda p: _npy(p, np.array([["a", "b"]] * 4)), "dtype <U1; save them as"),
+    "whole numbers": (lambda p: _npy(p, np.arange(8).reshape(4, 2)), "dtype int64; save them as"),
+    "not an npy": (lambda p: _text(p, "t.npy"), "unreadable"),
+    "not an npz": (lambda p: _text(p, "t.npz"), "unreadable"),
+    "not a parquet": (lambda p: _text(p, "t.parquet"), "unreadable.*give a Parquet file"),
+    "csv": (lambda p: _text(p, "t.csv"), "not a table; give a table directory, .npz, .parquet"),
+    "columns": (lambda p: _parquet(p, user=IDS), r"needs the columns `user_id` and `embedding`, has \['user'\]"),
+    "ragged": (lambda p: _parquet(p, user_id=["a", "b"], embedding=[[1.0], [1.0, 2.0]]), r"different widths \[1, 2\]"),
+    "null": (lambda p: _parquet(p, user_id=["a", "b"], embedding=[[1.0], None]), "is null; drop that row"),
+    "no lists": (lambda p: _parquet(p, user_id=["a"], embedding=[1.0]), "type double; make it lists of numbers"),
+    "lists of text": (lambda p: _parquet(p, user_id=["a"], embedding=[["x"]]), "make it lists of numbers"),
+    "empty directory": (lambda p: p, "not a table of user vectors; missing embeddings.npy, ids.txt, meta.json"),
+    "nothing": (lambda p: p / "none.npz", "data.embeddings: .*none.npz does not exist"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_one_line_that_names_the_file(tmp_path: Path, fault: str) -> None:
+    make, message = FAULTS[fault]
+    path = make(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_table(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_npy_needs_its_ids_beside_it(tmp_path: Path) -> None:
+    path = write("npy", tmp_path)
+    (tmp_path / "t.ids.txt").write_bytes(b"Zo\xeb\n")
+    with pytest.raises(UserError, match=r"t\.ids\.txt: not UTF-8"):
+        load_table(str(path))
+    (tmp_path / "t.ids.txt").unlink()
+    with pytest.raises(UserError, match=r"t\.npy: needs the user ids beside it, .* in t\.ids\.txt"):
+        load_table(str(path))
+
+
+@pytest.mark.parametrize("user", ["", "two\nlines", "carriage\rreturn"])
+def test_id_that_fits_on_no_line_is_refused_before_writing(tmp_path: Path, user: str) -> None:
+    with pytest.raises(UserError, match="is empty or holds a line break"):
+        save_table(tmp_path / "t", [user, "b"], VECTORS[:2], name="n", version="1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_odd_ids_survive_the_directory(tmp_path: Path) -> None:
+    ids = ["a\u2028b", " padded ", "tab\there", "x\x0by"]
+    assert load_table(str(write("directory", tmp_path, ids=ids))).ids == ids
+
+
+def test_synthetic_table_has_a_vector_for_every_record() -> None:
+    table = load_table("synthetic")
+    for split, count in (("train", 1500), ("validation", 200)):
+        users = [record.user_id for record in synthetic.records(split)]
+        assert table.lookup(users, users).shape == (count, synthetic.WIDTH)
+    np.testing.assert_array_equal(table.lookup(["user-10007"], [""])[0], synthetic.vector(10_007))
+
+
+def test_lookup_of_nobody_is_empty() -> None:
+    assert UserTable(IDS, VECTORS, "here").lookup([], []).shape == (0, 5)

@@ -1,0 +1,206 @@
+"""Records to tokens: slots, targets, conversations that are too long, and tokenizers that do not belong."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_template import CHATML, LITERAL, LLAMA3
+
+from e2p_jax.config import Config, DataConfig, PrefixConfig, ProjectorConfig
+from e2p_jax.data.encode import Encoder, load_tokenizer
+from e2p_jax.errors import UserError
+
+TURNS = ("hi, how are you?", "good, and you?", "do you have any pets?", "a dog and a cat.")
+PLACEMENTS = ("before_bos", "after_bos", "in_chat")
+
+
+def make_encoder(tokenizer: Any, placement: Any = "before_bos", num_tokens: int = 1, **data: Any) -> Encoder:
+    return Encoder.from_config(
+        Config(
+            data=DataConfig(**data),
+            prefix=PrefixConfig(placement=placement),
+            projector=ProjectorConfig(num_tokens=num_tokens),
+        ),
+        tokenizer,
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize(
+    ("style", "placement"),
+    [(s, p) for s in ("plain", "chatml", "llama3") for p in PLACEMENTS if (s, p) != ("chatml", "after_bos")],  # no BOS
+)
+def test_transformers_gives_the_same_tokens_and_targets_less_the_slots(
+    make_tokenizer: Any, talk: Any, style: str, placement: str, num_tokens: int
+) -> None:
+    tokenizer = make_tokenizer(chat_template={"plain": None, "chatml": CHATML, "llama3": LLAMA3}[style])
+    encoder = make_encoder(tokenizer, placement, num_tokens)
+    record = talk(*TURNS, system="talk like a pirate.")
+    example = encoder.encode(record, "e2p")
+    reference = tokenizer.apply_chat_template(
+        list(record.messages), chat_template=encoder.template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    slots = np.arange(example.slot_start, example.slot_start + num_tokens)
+    assert np.delete(example.tokens, slots).tolist() == reference["input_ids"]
+    assert np.delete(example.is_target, slots).astype(int).tolist() == reference["assistant_masks"]
+    assert (example.tokens[slots] == tokenizer.pad_token_id).all() and not example.is_target[slots].any()
+    assert example.tokens.dtype == np.int32 and example.user_id == "ann"
+
+    for condition in ("none", "text"):  # no context: the text condition has nothing to add
+        bare = encoder.encode(record, condition)
+        assert bare.slot_start == -1
+        assert (bare.tokens.tolist(), bare.is_target.astype(int).tolist()) == tuple(
+            reference[key] for key in ("input_ids", "assistant_masks")
+        )
+
+
+@pytest.mark.parametrize("system", [None, "do you have any pets?"])
+@pytest.mark.parametrize("template", [None, CHATML, LLAMA3, LITERAL], ids=["plain", "chatml", "llama3", "literal"])
+def test_slots_stand_where_the_placement_says(
+    make_tokenizer: Any, talk: Any, template: str | None, system: str | None
+) -> None:
+    tokenizer = make_tokenizer(chat_template=template)
+    record = talk("do you have any pets?", "a dog.", "do you have any pets?", "a cat.", system=system)
+    assert make_encoder(tokenizer, "before_bos", 3).encode(record, "shuffled").slot_start == 0
+    if template in (None, LLAMA3):
+        example = make_encoder(tokenizer, "after_bos", 3).encode(record, "e2p")
+        assert example.slot_start == 1 and example.tokens[0] == tokenizer.bos_token_id
+    example = make_encoder(tokenizer, "in_chat", 3).encode(record, "e2p")
+    before = tokenizer.decode(example.tokens[: example.slot_start])
+    after = tokenizer.decode(example.tokens[example.slot_start + 3 :])
+    assert after.lstrip(" ").startswith("do you have any pets?")
+    assert before.count("any pets?") == (system is not None)  # the system message, not the first user turn
+    assert (
+        before.rstrip()
+        .lower()
+        .endswith({None: "user:", CHATML: "user", LLAMA3: "user<|end_header_id|>", LITERAL: "<|user|>"}[template])
+    )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("template", [None, LLAMA3], ids=["plain", "llama3"])
+def test_prompt_is_what_stands_before_the_last_reply(
+    make_tokenizer: Any, talk: Any, template: str | None, placement: str
+) -> None:
+    encoder = make_encoder(make_tokenizer(chat_template=template), placement, 2)
+    whole, prompt = encoder.encode(talk(*TURNS), "e2p"), encoder.encode_prompt(talk(*TURNS[:-1]), "e2p")
+    ends = np.flatnonzero(np.diff(whole.is_target.astype(int)) == 1)  # the token before each reply
+    assert prompt.tokens.tolist() == whole.tokens[: ends[-1] + 1].tolist()
+    assert prompt.slot_start == whole.slot_start and not prompt.is_target.any()
+
+
+def test_targets_of_a_real_tokenizer(shared: Path, talk: Any) -> None:
+    tokenizer = load_tokenizer(shared / "backbones" / "stories260k", 512)
+    example = make_encoder(tokenizer).encode(talk(*TURNS), "e2p")
+    runs = np.split(example.tokens, np.flatnonzero(np.diff(example.is_target.astype(int))) + 1)
+    assert [tokenizer.decode(run).strip() for run in runs[1::2]] == [TURNS[1] + "</s>", TURNS[3] + "</s>"]
+    assert example.tokens[1] == tokenizer.bos_token_id == 1
+    with pytest.raises(UserError, match=r"stories260k: the tokenizer's ids reach 511.*vocab_size 511.*another model"):
+        load_tokenizer(shared / "backbones" / "stories260k", 511)
+
+
+def test_every_token_but_the_first_can_be_a_target(make_tokenizer: Any, talk: Any) -> None:
+    example = make_encoder(make_tokenizer(), targets="all").encode(talk(*TURNS), "none")
+    assert example.is_target.tolist() == [False] + [True] * (len(example.tokens) - 1)
+
+
+def test_text_condition_puts_the_context_into_the_system_message(make_tokenizer: Any, talk: Any) -> None:
+    tokenizer = make_tokenizer()
+    encoder = make_encoder(tokenizer, context_prompt="About {context}!")
+    context = ("i have a dog.", "i sing.")
+    alone = tokenizer.decode(encoder.encode(talk(*TURNS, context=context), "text").tokens)
+    assert alone.startswith("<s>System: About i have a dog.\ni sing.!\nUser: hi, how are you?\nAssistant: good")
+    joined = tokenizer.decode(encoder.encode(talk(*TURNS, context=context, system="be brief."), "text").tokens)
+    assert joined.startswith("<s>System: About i have a dog.\ni sing.!\nbe brief.\nUser: hi")
+    record = talk(*TURNS, context=context)
+    targets = [
+        example.tokens[example.is_target].tolist()
+        for example in (encoder.encode(record, condition) for condition in ("none", "e2p", "shuffled", "text"))
+    ]
+    assert all(ids == targets[0] for ids in targets)
+
+
+def test_oldest_turns_go_first(make_tokenizer: Any, talk: Any) -> None:
+    tokenizer = make_tokenizer()
+    turns = [text for i in range(30) for text in (f"question number {i} of many?", f"answer number {i}, my friend.")]
+    record = talk(*turns, system="be brief.")
+    encoder = make_encoder(tokenizer, num_tokens=3, seq_len=128)
+    kept, dropped = encoder.fit(record, ["none", "e2p"])
+    assert len(record.messages) - len(kept.messages) == dropped > 0
+    assert kept.messages == (record.messages[0], *record.messages[1 + dropped :])
+    assert kept.messages[1]["role"] == "user"
+    assert len(encoder.encode(kept, "e2p").tokens) <= 128
+    one_more = dataclasses.replace(kept, messages=(kept.messages[0], *record.messages[dropped - 1 :]))
+    assert len(encoder.encode(one_more, "e2p").tokens) > 128
+
+    short = talk(*TURNS)
+    assert encoder.fit(short, ["e2p"]) == (short, 0)
+    trailing = dataclasses.replace(record, messages=(*record.messages, {"role": "user", "content": "and now?"}))
+    assert encoder.fit(trailing, ["none"])[0].messages[-2:] == trailing.messages[-2:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=14), system=st.booleans())
+def test_fitted_conversation_ends_as_before_and_never_exceeds_the_row(
+    make_tokenizer: Any, talk: Any, lengths: list[int], system: bool
+) -> None:
+    encoder = make_encoder(make_tokenizer(), seq_len=128)
+    record = talk(*(("a dog " * n).strip() for n in lengths[: len(lengths) // 2 * 2]), system="hi" if system else None)
+    kept, dropped = encoder.fit(record, ["e2p"])
+    assert len(encoder.encode(kept, "e2p").tokens) <= 128
+    assert kept.messages[int(system) :] == record.messages[int(system) + dropped :]
+    assert kept.messages[-1] == record.messages[-1] and len(kept.messages) >= 2 + system
+
+
+def test_too_long_is_refused(make_tokenizer: Any, talk: Any) -> None:
+    long = talk(*TURNS * 20)
+    with pytest.raises(UserError, match=r"talk\.jsonl:1: longer than data\.seq_len=128.*too_long=drop_oldest"):
+        make_encoder(make_tokenizer(), seq_len=128, too_long="refuse").fit(long, ["e2p"])
+    with pytest.raises(UserError, match=r"talk\.jsonl:1: its last exchange alone is longer than data\.seq_len=128"):
+        make_encoder(make_tokenizer(), seq_len=128).fit(talk("hi", "ok", "hm " * 200, "ok"), ["e2p"])
+
+
+def test_placement_that_a_template_cannot_have_is_refused(make_tokenizer: Any, talk: Any) -> None:
+    with pytest.raises(UserError, match="no BOS token; use before_bos or in_chat"):
+        make_encoder(make_tokenizer(bos_token=None), "after_bos")
+    with pytest.raises(UserError, match="does not begin with the BOS token"):
+        make_encoder(make_tokenizer(chat_template=CHATML), "after_bos").encode(talk(*TURNS), "e2p")
+    silent = dataclasses.replace(talk(*TURNS), messages=({"role": "assistant", "content": "hello"},))
+    with pytest.raises(UserError, match="in_chat: the conversation has no user turn"):
+        make_encoder(make_tokenizer(), "in_chat").encode(silent, "e2p")
+
+
+def test_conversation_that_the_template_refuses_is_named(make_tokenizer: Any, talk: Any) -> None:
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    encoder = make_encoder(make_tokenizer(chat_template=no_system))
+    with pytest.raises(UserError, match=r"talk\.jsonl:1: .*refuses this conversation \(no system\)"):
+        encoder.encode(talk(*TURNS, context=("i sing.",)), "text")
+
+
+def test_tokenizer_of_another_model_is_refused(make_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    tokenizer.add_tokens(["<image>", "<|ask|>"])
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, 602).vocab_size == 600
+    assert load_tokenizer(tmp_path, 600).chat_template == CHATML  # nothing writes the added tokens
+    with pytest.raises(UserError, match=r"ids reach 599 .*vocab_size 599; the tokenizer belongs to another model"):
+        load_tokenizer(tmp_path, 599)
+    tokenizer.chat_template = CHATML.replace("<|im_start|>", "<|ask|>")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"ids reach 601 \('<\|ask\|>'\)"):
+        load_tokenizer(tmp_path, 600)
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{}"}, {"tokenizer_config.json": "{}"}])
+def test_directory_without_a_tokenizer_is_refused(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match=r"no usable tokenizer .*needs tokenizer\.json") as caught:
+        load_tokenizer(tmp_path, 512)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,189 @@
+"""Batches: a pure function of (seed, step), every row once an epoch, the same on every mesh."""
+
+import collections
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from e2p_jax.config import MeshConfig
+from e2p_jax.data import pipeline, synthetic
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.encode import Example
+from e2p_jax.data.packing import Budget
+from e2p_jax.data.pipeline import PackedDataset
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+from e2p_jax.parallel.mesh import make_mesh
+
+ROWS = 7
+MESHES = [
+    {"data": 4},
+    {"data": 2, "fsdp": 2},
+    {"data": 1, "fsdp": 4},
+    {"data": 2, "tensor": 2},
+    {"data": 1, "fsdp": 2, "tensor": 2},
+    {"data": 1, "tensor": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def dataset() -> PackedDataset:
+    """Seven rows of two examples; row r holds the tokens 10r + 1 and 10r + 2 and vectors of the same numbers."""
+
+    def example(number: int) -> Example:
+        tokens = np.array([0, number, number], np.int32)
+        return Example(tokens, np.array([False, True, True]), 0, f"user-{number}")
+
+    numbers = [10 * row + side for row in range(ROWS) for side in (1, 2)]
+    vectors = np.array(numbers, np.float32)[:, None] * np.ones((1, 3), np.float32)
+    rows = [[2 * row, 2 * row + 1] for row in range(ROWS)]
+    return PackedDataset([example(n) for n in numbers], vectors, rows, Budget(8, 6, 2), 1)
+
+
+def row_numbers(batch: dict[str, np.ndarray]) -> list[int]:
+    return [int(number) // 10 for number in np.asarray(batch["tokens"])[:, 1]]
+
+
+def iterator(dataset: PackedDataset, *, batch_rows: int = 4, steps: int = 20, seed: int = 0) -> grain.DatasetIterator:
+    return pipeline.train_iterator(dataset, make_mesh(MeshConfig()), batch_rows=batch_rows, steps=steps, seed=seed)
+
+
+def test_every_row_once_an_epoch(dataset: PackedDataset) -> None:
+    seen = [number for batch in iterator(dataset, steps=14) for number in row_numbers(batch)]
+    assert len(seen) == 8 * ROWS
+    epochs = [tuple(seen[start : start + ROWS]) for start in range(0, len(seen), ROWS)]
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
+    assert len(set(epochs)) > 1  # each epoch in an order of its own
+
+
+def test_batches_are_a_function_of_seed_and_step(dataset: PackedDataset) -> None:
+    first, again, other, longer = (
+        [batch["tokens"].tolist() for batch in iterator(dataset, seed=seed, steps=steps)]
+        for seed, steps in ((3, 20), (3, 20), (4, 20), (3, 30))
+    )
+    assert first == again == longer[:20]
+    assert first != other
+
+
+@pytest.mark.parametrize("done", [0, 1, 7, 19])
+def test_restored_iterator_gives_the_remaining_batches(dataset: PackedDataset, done: int) -> None:
+    batches = list(iterator(dataset))
+    interrupted = iterator(dataset)
+    for _ in range(done):
+        next(interrupted)
+    state = interrupted.get_state()
+    fresh = iterator(dataset)
+    next(fresh)  # wherever it stands before
+    fresh.set_state(state)
+    rest = list(fresh)
+    assert len(rest) == 20 - done
+    for ours, theirs in zip(rest, batches[done:], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_global_batch_is_the_same_on_every_mesh(dataset: PackedDataset, axes: dict[str, int]) -> None:
+    mesh = make_mesh(MeshConfig(**axes))
+    expected = dataset.batch([5, 0, 3, 6, 1, 1, 2, 4])
+    local = pipeline.local_rows(mesh, 8)
+    assert local.tolist() == list(range(8))  # one process holds them all
+    batch: Any = pipeline.to_devices({name: array[local] for name, array in expected.items()}, mesh, 8)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(batch[name]), array)
+        assert batch[name].dtype == array.dtype
+        assert batch[name].sharding.is_equivalent_to(jax.NamedSharding(mesh, P(("data", "fsdp"))), array.ndim)
+        shards = batch[name].addressable_shards
+        assert {len(shard.data) for shard in shards} == {8 // (axes.get("data", 1) * axes.get("fsdp", 1))}
+
+
+def test_processes_with_a_part_of_the_rows_make_one_batch(dataset: PackedDataset) -> None:
+    first, second = (pipeline._Steps(dataset, 4, 5, 2, np.array(rows)) for rows in ([0, 1], [2, 3]))
+    for step, batch in enumerate(iterator(dataset, batch_rows=4, steps=5, seed=2)):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, np.concatenate([first[step][name], second[step][name]]))
+
+
+def test_rows_that_do_not_spread_over_the_devices_are_refused(dataset: PackedDataset) -> None:
+    with pytest.raises(
+        UserError, match=r"train\.rows=6 does not divide by mesh\.data x mesh\.fsdp = 4; use a multiple"
+    ):
+        pipeline.local_rows(make_mesh(MeshConfig()), 6)
+    assert pipeline.local_rows(make_mesh(MeshConfig(data=2, tensor=2)), 6).tolist() == list(range(6))
+
+
+def test_evaluation_sees_every_row_once_and_pads_the_last_batch(dataset: PackedDataset) -> None:
+    batches = list(pipeline.eval_batches(dataset, make_mesh(MeshConfig()), 4))
+    assert [[list(members) for members in rows] for _, rows in batches] == [
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[8, 9], [10, 11], [12, 13], []],
+    ]
+    assert [row_numbers(batch) for batch, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 0]]
+    padding = batches[1][0]
+    assert not np.asarray(padding["segment_ids"])[3].any() and not np.asarray(padding["target_weights"])[3].any()
+    assert (np.asarray(padding["slots"])[3] == -1).all()
+
+
+def test_efficiency_is_the_share_of_tokens(dataset: PackedDataset) -> None:
+    assert dataset.efficiency == 6 / 8
+
+
+@given(
+    users=st.lists(st.integers(0, 12).map(str), min_size=2).filter(lambda u: len(set(u)) > 1), seed=st.integers(0, 99)
+)
+def test_others_are_a_derangement_by_user(users: list[str], seed: int) -> None:
+    others = pipeline.other_users(users, seed)
+    assert len(others) == len(users)
+    assert all(user != other for user, other in zip(users, others, strict=True))
+    by_user = collections.defaultdict(set)
+    for user, other in zip(users, others, strict=True):
+        by_user[user].add(other)
+    assert all(len(given_to) == 1 for given_to in by_user.values())  # the same stranger in every record of a user
+    assert {other for (other,) in by_user.values()} == set(users)  # everyone is a stranger to one user
+    assert others == pipeline.other_users(users, seed)
+
+
+def test_a_single_user_has_no_stranger() -> None:
+    with pytest.raises(UserError, match="'shuffled' needs at least two users"):
+        pipeline.other_users(["ann", "ann"], 0)
+
+
+def test_vectors_by_condition() -> None:
+    records = [Record(user, (), (), source=f"r:{n}") for n, user in enumerate(["a", "b", "c", "a"])]
+    table = UserTable(["c", "a", "b"], np.array([[3.0, 3], [1, 1], [2, 2]], np.float32), "table")
+    assert pipeline.user_vectors(records, "e2p", table)[:, 0].tolist() == [1, 2, 3, 1]
+    shuffled = pipeline.user_vectors(records, "shuffled", table)[:, 0].tolist()
+    assert sorted(shuffled[:3]) == [1, 2, 3] and shuffled[3] == shuffled[0]
+    assert all(mine != other for mine, other in zip([1, 2, 3], shuffled, strict=False))
+    assert not pipeline.user_vectors(records, "text", table).any()
+    assert pipeline.user_vectors(records, "none", None).shape == (4, 1)
+    with pytest.raises(UserError, match=r"data\.embeddings is not set; condition 'e2p' needs a table"):
+        pipeline.user_vectors(records, "e2p", None)
+    with pytest.raises(UserError, match="r:1: user 'b' has no vector in table"):
+        pipeline.user_vectors(records, "e2p", UserTable(["a", "c"], np.eye(2, dtype=np.float32), "table"))
+
+
+def test_packed_rows_give_every_example_its_own_vector(make_tokenizer: Any) -> None:
+    from test_encode import make_encoder
+
+    encoder = make_encoder(make_tokenizer(), "in_chat", num_tokens=2, seq_len=256)
+    records = [synthetic.record(user) for user in range(40)]
+    vectors = np.stack([synthetic.vector(user) for user in range(40)])
+    data = pipeline.pack([encoder.encode(record, "e2p") for record in records], vectors, encoder)
+    batch = data.batch(range(len(data.rows)))
+    for row, members in enumerate(data.rows):
+        for segment, number in enumerate(members):
+            inside = batch["segment_ids"][row] == segment + 1
+            np.testing.assert_array_equal(batch["tokens"][row, inside], encoder.encode(records[number], "e2p").tokens)
+            slots = batch["slots"][row, inside]
+            for slot in slots[slots >= 0]:
+                np.testing.assert_array_equal(batch["user_embeddings"][row, slot // 2], vectors[number])
+            assert (slots >= 0).sum() == 2
+    assert data.efficiency == (batch["segment_ids"] > 0).mean()

@@ -1,0 +1,215 @@
+"""Preparing datasets and reading records from every place they live in."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from e2p_jax.data import synthetic
+from e2p_jax.data.dialogue_corpus import generate
+from e2p_jax.data.prepare import prepare
+from e2p_jax.data.prepared import load_records
+from e2p_jax.data.records import Record, write_jsonl
+from e2p_jax.errors import UserError
+
+DIALOGUE = "1 your persona: i run.\n2 hi\thello {0}\n1 your persona: i swim.\n2 hi\tgood day {0}\n"
+
+
+@pytest.fixture
+def manual(tmp_path: Path) -> Path:
+    directory = tmp_path / "manual"
+    directory.mkdir()
+    for part in ("train", "valid"):
+        (directory / f"{part}_self_original.txt").write_text(DIALOGUE.format(part))
+    return directory
+
+
+def snapshot(directory: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_a_second_call_touches_nothing(manual, tmp_path, capsys):
+    first = prepare("persona_chat", manual, tmp_path / "data")
+    before = snapshot(tmp_path / "data")
+    capsys.readouterr()
+    assert prepare("persona_chat", manual, tmp_path / "data") == first
+    assert snapshot(tmp_path / "data") == before
+    assert capsys.readouterr() == ("", "")
+    assert (first / "dataset_info.json").is_file()
+    assert [path.name for path in first.glob("*train*")] == ["persona_chat-train.array_record-00000-of-00001"]
+
+
+def test_progress_stays_off_stdout(manual, tmp_path, capsys):
+    prepare("persona_chat", manual, tmp_path / "data")
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Downloading and preparing" in captured.err
+
+
+def test_other_original_files_are_not_passed_over(manual, tmp_path):
+    directory = prepare("persona_chat", manual, tmp_path / "data")
+    (manual / "valid_self_original.txt").write_text(DIALOGUE.format("again"))
+    with pytest.raises(UserError, match=rf"^{directory}: not prepared from .*\(valid_self_original.txt\); delete it"):
+        prepare("persona_chat", manual, tmp_path / "data")
+
+
+def test_a_killed_run_is_not_in_the_way(manual, tmp_path):
+    """The first run dies, with no chance to clean up, at the second dialogue."""
+    dies = """if True:
+        import os, sys, pathlib
+        from e2p_jax.data import prepare, prepared
+        check, manual, data = prepared.check, *map(pathlib.Path, sys.argv[1:])
+        prepared.check = lambda record: os._exit(9) if "original.txt:3" in record.source else check(record)
+        prepare.prepare("persona_chat", manual, data)
+    """
+    repository = Path(__file__).parents[2]
+    run = [sys.executable, "-c", dies, str(manual), str(tmp_path / "data")]
+    assert subprocess.run(run, cwd=repository, stderr=subprocess.DEVNULL, check=False).returncode == 9
+    assert list((tmp_path / "data").rglob("incomplete*"))
+    assert not list((tmp_path / "data").rglob("dataset_info.json"))
+    directory = prepare("persona_chat", manual, tmp_path / "data")
+    assert len(load_records(str(directory), "train")) == len(load_records(str(directory), "validation")) == 2
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "message"),
+    [
+        ("pens2", "manual", r"dataset 'pens2': unknown; there are persona_chat, persona_chat/self_revised, dialogue_c"),
+        ("persona_chat", "nowhere", r"--manual-dir .*nowhere: not a directory"),
+        ("dialogue_corpus", "manual", r"self_dialogue.jsonl.gz, .*schema_guided.jsonl.gz: not found"),
+    ],
+)
+def test_prepare_refuses(manual, tmp_path, dataset, folder, message):
+    with pytest.raises(UserError, match=message):
+        prepare(dataset, tmp_path / folder, tmp_path / "data")
+
+
+def test_a_half_copied_directory_is_not_taken_for_a_dataset(manual, tmp_path):
+    directory = prepare("persona_chat", manual, tmp_path / "data")
+    (directory / "dataset_info.json").unlink()
+    with pytest.raises(UserError, match=r"not a prepared dataset; run `e2p prepare`"):
+        load_records(str(directory), "train")
+    with pytest.raises(UserError, match=r"delete it to prepare it anew"):
+        prepare("persona_chat", manual, tmp_path / "data")
+
+
+def test_records_come_in_order_with_their_place(manual, tmp_path):
+    directory = prepare("persona_chat", manual, tmp_path / "data")
+    records = load_records(str(directory), "train")
+    assert [record.messages[1]["content"] for record in records] == ["hello train", "good day train"]
+    assert [record.source for record in records] == [f"{directory} train[0]", f"{directory} train[1]"]
+    moved = (tmp_path / "data").rename(tmp_path / "moved") / directory.relative_to(tmp_path / "data")
+    assert load_records(str(moved), "train")[1].messages == records[1].messages
+
+
+def test_records_of_files_and_of_the_generator(tmp_path):
+    record = Record("ann", ("i run.",), ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}))
+    write_jsonl([record], tmp_path / "own.jsonl")
+    (read,) = load_records(str(tmp_path / "own.jsonl"), "train")
+    assert (read.user_id, read.messages) == (record.user_id, record.messages)
+    assert load_records("synthetic", "validation") == [synthetic.record(user) for user in synthetic.VALIDATION]
+
+
+def test_load_records_refuses(manual, tmp_path):
+    import tensorflow_datasets as tfds
+
+    directory = prepare("persona_chat", manual, tmp_path / "data")
+    other = tfds.testing.DummyDataset(data_dir=tmp_path / "other")
+    other.download_and_prepare(file_format="array_record")
+    (tmp_path / "own.jsonl").write_text("")
+    for path, split, message in [
+        (tmp_path / "nowhere", "train", r"data.path: .*nowhere does not exist"),
+        (manual, "train", r"manual: not a prepared dataset; run `e2p prepare`"),
+        (directory, "test", r"no split 'test'; there are train, validation$"),
+        (other.data_dir, "train", r"its examples have \['id'\], not .*e2p prepare"),
+        (tmp_path / "own.jsonl", "validation", r"own.jsonl: split 'validation' holds no records"),
+        ("synthetic", "test", r"synthetic: split 'test' holds no records"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_records(str(path), split)
+
+
+def test_tfds_is_imported_only_for_prepared_directories():
+    code = """if True:
+        import sys
+        from e2p_jax.data import prepare, prepared
+        prepared.load_records("synthetic", "validation")
+        sys.exit("tensorflow_datasets" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_tensorflow_is_not_needed(manual, tmp_path):
+    code = """if True:
+        import sys, pathlib
+        from e2p_jax.data import prepare, prepared
+        directory = prepare.prepare("persona_chat", *map(pathlib.Path, sys.argv[1:]))
+        print(len(prepared.load_records(str(directory), "train")), "tensorflow" in sys.modules)
+    """
+    run = [sys.executable, "-W", "error", "-c", code, str(manual), str(tmp_path / "data")]
+    done = subprocess.run(run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.stdout == "2 False\n", done.stderr
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch) -> tuple[Path, dict[tuple[str, ...], str]]:
+    """A small corpus in the true form, its usable dialogues, and a few generated users in place of 16,000."""
+    monkeypatch.setattr(synthetic, "PRETRAINING", range(100_000, 100_030))
+    monkeypatch.setattr(generate, "VALIDATION_SHARE", 0.2)
+    directory, usable = tmp_path / "corpus", {}
+    directory.mkdir()
+    for name in generate.SOURCES:
+        lines = []
+        for n in range(80):
+            turns = [f"{name[:6]} dialogue{n:03d} turn{t} says word{chr(97 + n % 26) * 4}{t}" for t in range(3 + n % 4)]
+            if n == 7:
+                turns[2] = "  "
+            elif len(turns) > 3:
+                usable[tuple(turns)] = name
+            lines.append(json.dumps({"turns": [f" {turn} " for turn in turns], "topic": "x"}) + "\n")
+        (directory / name).write_bytes(gzip.compress("".join(lines).encode()))
+    return directory, usable
+
+
+def test_dialogue_corpus_is_what_its_generator_yields(corpus, tmp_path):
+    directory, usable = corpus
+    prepared = str(prepare("dialogue_corpus", directory, tmp_path / "data"))
+    records = {split: load_records(prepared, split) for split in ("train", "validation")}
+    for split, read in records.items():
+        made = list(generate.records(directory, split))
+        assert [(r.user_id, r.context, r.messages) for r in read] == [(r.user_id, r.context, r.messages) for r in made]
+    users = [[record.user_id for record in read] for read in records.values()]
+    assert len(users[0]) > 2 * len(users[1]) > 0 and len({*users[0], *users[1]}) == len(users[0]) + len(users[1])
+    # All of one source, a part of the other; no short dialogue, none with an empty turn; echoes repeat the user.
+    spoken = []
+    for record in [*records["train"], *records["validation"]]:
+        if record.user_id.startswith("dialogue"):
+            turns = tuple(m["content"] for m in record.messages if m["role"] != "system")
+            echo = [u for u in usable if turns[::2] == turns[1::2] == u[::2]]
+            spoken.append(echo[0] if echo else turns)
+            system = [m["content"] for m in record.messages if m["role"] == "system"]
+            assert system == (["\n".join(record.context)] if record.context else [])
+    assert set(spoken) <= usable.keys() and len(spoken) == len(set(spoken))
+    shares = [sum(usable[turns] == name for turns in spoken) for name in generate.SOURCES]
+    assert shares[0] == sum(name == "self_dialogue.jsonl.gz" for name in usable.values())
+    assert 0 < shares[1] < 0.6 * shares[0]
+    assert len(users[0]) + len(users[1]) == len(spoken) + 30
+
+
+def test_generated_personas_show_their_context(corpus):
+    directory, _ = corpus
+    forms = {"none": 0, "sentences": 0, "words": 0}
+    for record in generate.records(directory, "train"):
+        if record.user_id.startswith("user-"):
+            user = int(record.user_id.removeprefix("user-"))
+            if record.messages[0]["role"] != "system":
+                forms["none"] += 1
+            elif sorted(record.context) == sorted(synthetic.record(user).context):
+                forms["sentences"] += 1
+            else:
+                forms["words"] += 1
+                assert record.messages[0]["content"] == " ".join(synthetic.traits(user).values())
+            assert record.messages[-1] == synthetic.record(user).messages[-1]
+    assert min(forms.values()) > 0

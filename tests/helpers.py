@@ -1,0 +1,180 @@
+"""Small models and batches that the tests of the backbone, the prefix and the train step share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+from jax.sharding import Mesh
+
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.families import DecoderConfig, parse_config
+from e2p_jax.backbone.weights import abstract, load
+from e2p_jax.config import MeshConfig
+from e2p_jax.parallel.mesh import AXES, make_mesh, param_sharding
+from e2p_jax.prefix.model import Batch, PrefixModel
+from e2p_jax.prefix.projector import Projector
+
+# Head width 16, so that llama3's three frequency bands all occur; a prime vocabulary, so that its axis is told
+# apart from every other in compiled code.
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+USER_WIDTH = 8
+
+
+def hf_config(family: str = "llama", **changes: Any) -> transformers.PreTrainedConfig:
+    """A tiny config of a family of transformers."""
+    return transformers.AutoConfig.for_model(family, **{**SIZES, **changes})
+
+
+def hf_model(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Module:
+    """The transformers model in float32, its weights large enough that no part of it goes unnoticed."""
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+def hf_logits(model: torch.nn.Module, **inputs: Any) -> np.ndarray:
+    """[B, T, V] float32 of a transformers model given NumPy inputs."""
+    with torch.no_grad():
+        out = model(**{name: torch.tensor(np.array(value)) for name, value in inputs.items()}, use_cache=False)
+    return out.logits.float().numpy()
+
+
+def load_backbone(directory: Path, mesh: Mesh | None = None) -> Decoder:
+    """Reads a model directory in float32, onto one device unless a mesh is given."""
+    mesh = mesh or mesh_of()
+    return load(directory, dtype=jnp.dtype("float32"), remat=False, sharding=lambda p, s: param_sharding(mesh, p, s))
+
+
+def mesh_of(**axes: int) -> Mesh:
+    """A mesh over the four devices; over the first one where no axis is named."""
+    if axes:
+        return make_mesh(MeshConfig(**{"data": 1, **axes}))
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+
+
+@nnx.jit
+def logits(decoder: Decoder, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """[B, T, V] float32 of our decoder."""
+    hidden, _ = decoder(decoder.embed(tokens), positions, segment_ids)
+    return decoder.logits(hidden)
+
+
+def whole_rows(tokens: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, positions and segment ids of rows that are one segment each."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(positions), jnp.ones(tokens.shape, jnp.int32)
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], shape, dtype=np.int32)
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
+    """Greatest absolute difference within `tolerance` of the greatest reference value."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    difference, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    assert difference <= tolerance * scale, f"differs by {difference:.3g} at a scale of {scale:.3g}"
+
+
+def prefix_model(*, num_tokens: int = 1, dropout: float = 0.0, remat: bool = False, **changes: Any) -> PrefixModel:
+    """A random backbone with large weights and a calibrated projector."""
+    values = {**SIZES, "model_type": "llama", "rms_norm_eps": 1e-5, **changes}
+    config: DecoderConfig = parse_config(values, Path("config.json"))
+    backbone = abstract(config, dtype=jnp.dtype("float32"), remat=remat)
+    rng = np.random.default_rng(1)
+    for path, variable in nnx.to_flat_state(nnx.state(backbone)):
+        values = 0.2 * rng.normal(size=variable.get_value().shape) + ("norm" in path[-1])
+        variable.set_value(jnp.asarray(values, jnp.float32))
+    projector = Projector(
+        embedding_width=USER_WIDTH,
+        model_width=config.hidden_size,
+        num_tokens=num_tokens,
+        kind="mlp",
+        hidden_size=24,
+        dropout=dropout,
+        rngs=nnx.Rngs(2),
+    )
+    vectors = jnp.asarray(np.random.default_rng(3).normal(1.0, 2.0, (64, USER_WIDTH)), jnp.float32)
+    projector.calibrate(vectors, backbone.embedding[...], 1.0)
+    return PrefixModel(backbone, projector)
+
+
+class Segment(NamedTuple):
+    """One example: K slots, then tokens; `targets` are the places, slots counted, of the tokens to predict."""
+
+    tokens: list[int]
+    targets: list[int]
+    vector: np.ndarray  # [E]
+
+
+def random_segment(rng: np.random.Generator, length: int, num_tokens: int = 1) -> Segment:
+    places = range(num_tokens, num_tokens + length)
+    targets = sorted(rng.choice(places, size=max(1, length // 3), replace=False).tolist())
+    return Segment(rng.integers(1, SIZES["vocab_size"], length).tolist(), targets, rng.normal(1.0, 2.0, USER_WIDTH))
+
+
+def make_batch(
+    rows: Sequence[Sequence[Segment]], *, length: int, targets: int, segments: int, num_tokens: int = 1
+) -> Batch:
+    """The batch contract written out position by position: slots before everything else of a segment."""
+    count = len(rows)
+    batch: dict[str, np.ndarray] = {
+        name: np.zeros((count, length), np.int32) for name in ("tokens", "positions", "segment_ids")
+    }
+    batch["slots"] = np.full((count, length), -1, np.int32)
+    batch["user_embeddings"] = np.zeros((count, segments, USER_WIDTH), np.float32)
+    batch |= {name: np.zeros((count, targets), np.int32) for name in ("target_positions", "target_ids")}
+    batch["target_weights"] = np.zeros((count, targets), np.float32)
+    for row, members in enumerate(rows):
+        place = target = 0
+        for number, segment in enumerate(members):
+            batch["user_embeddings"][row, number] = segment.vector
+            for position, token in enumerate([0] * num_tokens + segment.tokens):
+                batch["tokens"][row, place] = token
+                batch["positions"][row, place] = position
+                batch["segment_ids"][row, place] = number + 1
+                if position < num_tokens:
+                    batch["slots"][row, place] = number * num_tokens + position
+                if position in segment.targets:
+                    batch["target_positions"][row, target] = place - 1
+                    batch["target_ids"][row, target] = token
+                    batch["target_weights"][row, target] = 1.0
+                    target += 1
+                place += 1
+    return Batch(**batch)  # type: ignore[typeddict-item]
+
+
+def random_batch(seed: int = 0, *, rows: int = 4, length: int = 128, targets: int = 48) -> Batch:
+    """Rows of three segments of uneven lengths, with padding after them."""
+    rng = np.random.default_rng(seed)
+    packed = [[random_segment(rng, int(n)) for n in rng.integers(10, 38, 3)] for _ in range(rows)]
+    return make_batch(packed, length=length, targets=targets, segments=3)

@@ -1,0 +1,152 @@
+"""Slots, packing and the loss of `PrefixModel`."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from helpers import SIZES, Segment, make_batch, prefix_model, random_batch, random_segment
+
+from e2p_jax.prefix import model as model_lib
+from e2p_jax.prefix.model import Batch, PrefixModel, cross_entropy
+
+
+@nnx.jit
+def target_nll(model: PrefixModel, batch: Batch) -> jax.Array:
+    return model.target_nll(batch)
+
+
+@pytest.fixture(scope="module")
+def model() -> PrefixModel:
+    return prefix_model()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_packing_is_invisible(num_tokens: int) -> None:
+    """Every example's NLL is the same alone, packed with others, and packed in another order; here with a window."""
+    model = prefix_model(num_tokens=num_tokens, model_type="mistral", sliding_window=9)
+    rng = np.random.default_rng(1)
+    segments = [random_segment(rng, length, num_tokens) for length in (20, 33, 7, 41)]
+
+    def nll(rows: list[list[Segment]]) -> list[float]:
+        batch = make_batch(rows, length=128, targets=48, segments=4, num_tokens=num_tokens)
+        values = np.asarray(target_nll(model, batch))
+        sums = []
+        for row, members in zip(values, rows, strict=True):
+            counts = np.cumsum([len(s.targets) for s in members])
+            sums += [part.sum() for part in np.split(row, counts)[:-1]]
+        return sums
+
+    alone = nll([[s] for s in segments])
+    assert min(alone) > 1.0
+    np.testing.assert_allclose(nll([segments, [], [], []]), alone, rtol=1e-5)
+    np.testing.assert_allclose(nll([segments[2:], segments[:2], [], []]), alone[2:] + alone[:2], rtol=1e-5)
+
+
+def test_a_vector_reaches_its_own_segment_only(model: PrefixModel) -> None:
+    batch = random_batch()
+    changed = np.array(batch["user_embeddings"])
+    changed[:, 1] += 1.0
+    before, after = target_nll(model, batch), target_nll(model, {**batch, "user_embeddings": changed})
+    segment = np.take_along_axis(batch["segment_ids"], batch["target_positions"], axis=1)
+    wanted = batch["target_weights"] > 0
+    moved = np.abs(np.asarray(after) - np.asarray(before)) > 1e-4
+    assert moved[wanted & (segment == 2)].mean() > 0.9
+    assert not moved[wanted & (segment != 2)].any()
+
+
+def test_padding_and_tokens_under_slots_are_invisible(model: PrefixModel) -> None:
+    batch = random_batch()
+    tokens = np.array(batch["tokens"])
+    hidden = (batch["segment_ids"] == 0) | (batch["slots"] >= 0)
+    assert hidden.sum() > 12
+    tokens[hidden] = 5
+    np.testing.assert_array_equal(target_nll(model, {**batch, "tokens": tokens}), target_nll(model, batch))
+
+
+def test_embed_places_the_soft_tokens(model: PrefixModel) -> None:
+    batch = random_batch()
+    x = np.asarray(model.embed(batch["tokens"], batch["slots"], batch["user_embeddings"]))
+    expected = np.asarray(model.backbone.embedding[...])[batch["tokens"]]
+    soft = np.asarray(model.projector(jnp.asarray(batch["user_embeddings"])))
+    for row, place in np.argwhere(batch["slots"] >= 0):
+        expected[row, place] = soft[row, batch["slots"][row, place], 0]
+    np.testing.assert_array_equal(x, expected)
+
+
+def test_nll_against_pytorch(model: PrefixModel) -> None:
+    """From the logits of all positions, which training never makes."""
+    batch = random_batch()
+    x = model.embed(batch["tokens"], batch["slots"], batch["user_embeddings"])
+    hidden, _ = model.backbone(x, jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
+    logits = torch.tensor(np.asarray(model.backbone.logits(hidden)))
+    nll = np.asarray(target_nll(model, batch))
+    checked = 0
+    for row, target in np.argwhere(batch["target_weights"] > 0):
+        place, token = batch["target_positions"][row, target], batch["target_ids"][row, target]
+        assert token == batch["tokens"][row, place + 1]
+        reference = torch.nn.functional.cross_entropy(logits[row, place], torch.tensor(token, dtype=torch.long))
+        assert nll[row, target] == pytest.approx(reference.item(), rel=1e-5, abs=1e-5)
+        checked += 1
+    assert checked > 50
+    assert (nll[batch["target_weights"] == 0] == 0).all()
+
+
+def test_a_dialogue_is_the_sum_of_its_turns(model: PrefixModel) -> None:
+    """One segment with three replies as targets, against one example a reply with the history before it."""
+    tokens = np.random.default_rng(4).integers(1, SIZES["vocab_size"], 60).tolist()
+    vector = np.full(8, 0.5)
+    replies = [range(8, 17), range(25, 31), range(44, 61)]
+    whole = Segment(tokens, [place for reply in replies for place in reply], vector)
+    turns = [Segment(tokens[: reply.stop - 1], list(reply), vector) for reply in replies]
+    sizes: dict[str, Any] = {"length": 128, "targets": 48, "segments": 4}
+    together = np.asarray(target_nll(model, make_batch([[whole]], **sizes)))[0]
+    apart = np.asarray(target_nll(model, make_batch([[turn] for turn in turns], **sizes)))
+    ends = list(itertools.accumulate(len(reply) for reply in replies))
+    for row, start, end in zip(apart, [0, *ends], ends, strict=False):
+        np.testing.assert_allclose(row[: end - start], together[start:end], rtol=1e-5)
+    assert together.sum() == pytest.approx(apart.sum(), rel=1e-5)
+
+
+def test_remat_changes_nothing() -> None:
+    batch = random_batch(rows=1)
+
+    def value_and_grad(remat: bool) -> Any:
+        graph, state = nnx.split(prefix_model(remat=remat, num_hidden_layers=2))
+        return jax.jit(jax.value_and_grad(lambda s: jnp.sum(nnx.merge(graph, s).target_nll(batch))))(state)
+
+    (loss, grads), (loss_remat, grads_remat) = value_and_grad(False), value_and_grad(True)
+    assert float(loss) == pytest.approx(float(loss_remat), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_remat), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("count", [12, 7])  # targets a row: chunks of 6, 4, 3, 2, 1; a prime splits into ones only
+@pytest.mark.parametrize("limit", [10**9, 3 * 6 * 97, 3 * 5 * 97, 1])
+def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, limit: int, count: int) -> None:
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(3, count, 16)).astype(np.float32), rng.normal(size=(97, 16)).astype(np.float32)
+    ids, weights = rng.integers(0, 97, (3, count)), rng.normal(size=(3, count)).astype(np.float32)
+    monkeypatch.setattr(model_lib, "LOGITS_AT_ONCE", limit)
+
+    def weighted(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return jnp.sum(cross_entropy(hidden, head, jnp.asarray(ids, jnp.int32)) * weights)
+
+    inputs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, head)]
+    logits = inputs[0] @ inputs[1].T
+    nll = torch.nn.functional.cross_entropy(logits.reshape(-1, 97), torch.tensor(ids).reshape(-1), reduction="none")
+    total = (nll * torch.tensor(weights).reshape(-1)).sum()
+    total.backward()
+    value, grads = jax.value_and_grad(weighted, (0, 1))(hidden, head)
+    assert float(value) == pytest.approx(total.item(), rel=1e-5)
+    for gradient, reference in zip(grads, inputs, strict=True):
+        np.testing.assert_allclose(gradient, reference.grad, rtol=1e-4, atol=1e-5)
+
+    text = str(jax.make_jaxpr(weighted)(hidden, head))
+    largest = max((n for n in range(1, count + 1) if count % n == 0 and 3 * n * 97 <= limit), default=1)
+    assert f"f32[3,{largest},97]" in text
+    assert largest == count or f"f32[3,{count},97]" not in text

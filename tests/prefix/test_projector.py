@@ -1,0 +1,117 @@
+"""The projector against its formula, and its first outputs against the backbone's tokens."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from e2p_jax.prefix.projector import Projector, Statistic
+
+
+def make(kind: Any = "mlp", *, e: int = 6, d: int = 5, k: int = 1, dropout: float = 0.0, seed: int = 0) -> Projector:
+    sizes = {"embedding_width": e, "model_width": d, "num_tokens": k, "hidden_size": 4 * e}
+    return Projector(**sizes, kind=kind, dropout=dropout, rngs=nnx.Rngs(seed))
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_formula_and_shapes(kind: str, k: int, lead: tuple[int, ...]) -> None:
+    projector = make(kind, k=k)
+    # Biases and statistics are 0 and 1 at first, which would hide them.
+    state = jax.tree.map(lambda value: 0.1 + jnp.abs(normal(*value.shape, seed=value.size)), nnx.state(projector))
+    nnx.update(projector, state)
+    vectors = normal(*lead, 6, seed=9)
+    p = {name: np.asarray(value) for name, value in nnx.to_pure_dict(nnx.state(projector)).items()}
+    x = (vectors - p["input_mean"]) / p["input_std"]
+    y = x @ p["skip"] + p["bias"]
+    if kind == "mlp":
+        h = x @ p["up"] + p["up_bias"]
+        y = y + (h / (1 + np.exp(-h))) @ p["down"]
+    expected = p["token_mean"] + p["token_std"] * y.reshape(*lead, k, 5)
+    soft = projector(jnp.asarray(vectors))
+    assert soft.shape == (*lead, k, 5)
+    assert soft.dtype == jnp.float32
+    np.testing.assert_allclose(soft, expected, rtol=1e-4, atol=1e-5)
+
+
+def calibrated(kind: str, seed: int, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Soft tokens of 2000 users whose vectors are far from standard, and the token embeddings they should resemble."""
+    users = 3.0 + 20.0 * normal(2000, 64, seed=seed) * np.linspace(0.01, 3, 64, dtype=np.float32)
+    tokens = 0.2 * normal(512, seed=seed + 1) + normal(300, 512, seed=seed + 2) * np.linspace(
+        0.01, 0.1, 512, dtype=np.float32
+    )
+    projector = make(kind, e=64, d=512, seed=seed)
+    projector.calibrate(jnp.asarray(users), jnp.asarray(tokens), scale)
+    return np.asarray(projector(jnp.asarray(users)))[:, 0], tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_calibrated_soft_tokens_look_like_tokens(kind: str, seed: int) -> None:
+    """A dimension sums 64 random terms: its spread is off by about 1/8, its mean (SiLU's own) by about 1/4 of a
+    spread; over 512 dimensions both average out.
+    """
+    soft, tokens = calibrated(kind, seed)
+    z = (soft - tokens.mean(0)) / tokens.std(0)
+    assert abs(z.mean()) < 0.05
+    assert np.sqrt(np.square(z).mean()) == pytest.approx(1.0, abs=0.07)
+    assert np.abs(z.mean(0)).max() < 1.2
+    assert 0.5 < np.sqrt(np.square(z).mean(0)).min() < np.sqrt(np.square(z).mean(0)).max() < 1.7
+    assert np.sqrt(np.square(soft).mean()) == pytest.approx(np.sqrt(np.square(tokens).mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_init_scale_scales(scale: float) -> None:
+    np.testing.assert_allclose(calibrated("mlp", 0, scale)[0], scale * calibrated("mlp", 0)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dimension_that_never_varies_is_left_unscaled() -> None:
+    users = normal(50, 6)
+    users[:, 2] = 7.0
+    projector = make()
+    projector.calibrate(jnp.asarray(users), jnp.asarray(normal(20, 5)), 1.0)
+    assert float(projector.input_std[...][2]) == 1.0
+    assert float(projector.input_mean[...][2]) == 7.0
+    single = make()
+    single.calibrate(jnp.asarray(users[:1]), jnp.asarray(normal(20, 5)), 1.0)
+    assert np.isfinite(single(jnp.asarray(users))).all()
+
+
+def test_bfloat16_tokens_calibrate_in_float32() -> None:
+    tokens = 100.0 + normal(4000, 5)
+    projector = make()
+    projector.calibrate(jnp.asarray(normal(50, 6)), jnp.asarray(tokens, jnp.bfloat16), 1.0)
+    np.testing.assert_allclose(projector.token_mean[...], tokens.mean(0), rtol=1e-3)
+    assert projector.token_mean[...].dtype == jnp.float32
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
+    projector, vectors = make(dropout=0.3), jnp.asarray(normal(3, 6))
+    plain = projector(vectors)
+    np.testing.assert_array_equal(plain, projector(vectors))
+    dropped = projector(jnp.broadcast_to(vectors, (4000, 3, 6)), jax.random.key(0))
+    assert (np.std(dropped, axis=0) > 0.01).all()
+    error = np.std(dropped, axis=0) / 4000**0.5
+    assert (np.abs(np.mean(dropped, axis=0) - plain) < 5 * error).all()
+    for other in (make(dropout=0.0), make("linear", dropout=0.3)):
+        np.testing.assert_array_equal(other(vectors, jax.random.key(0)), other(vectors))
+
+
+def test_statistics_are_no_parameters() -> None:
+    projector = make()
+    assert set(nnx.state(projector, nnx.Param)) == {"skip", "bias", "up", "up_bias", "down"}
+    assert set(nnx.state(projector, Statistic)) == {"input_mean", "input_std", "token_mean", "token_std"}
+    assert set(nnx.state(make("linear"), nnx.Param)) == {"skip", "bias"}
+
+
+def test_a_vector_of_another_width_is_refused() -> None:
+    with pytest.raises(AssertionError, match="to have dimension equal to '6'"):
+        make()(jnp.zeros((2, 7)))

@@ -1,0 +1,194 @@
+"""Configs: round trip, refusals, shipped files, and no field that nobody reads."""
+
+import ast
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import e2p_jax
+from e2p_jax import config as config_lib
+from e2p_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    PrefixConfig,
+    ProjectorConfig,
+    TrainConfig,
+)
+from e2p_jax.errors import UserError
+from e2p_jax.parallel.mesh import AXES
+
+SHIPPED = sorted(
+    str(path.relative_to(config_lib.config_directory()).with_suffix(""))
+    for path in config_lib.config_directory().rglob("*.py")
+)
+
+
+def _other(value: Any, kind: Any) -> Any:
+    """A value of the field's type that is not its default."""
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in typing.get_args(kind) if choice != value)
+    if isinstance(value, tuple):
+        return (*value, "more") if typing.get_args(kind)[0] is str else value[:1]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else f"{value} other"
+
+
+def _changed() -> Config:
+    sections = {}
+    for section in dataclasses.fields(Config):
+        default = section.default
+        kinds = typing.get_type_hints(type(default))
+        values = {name: _other(getattr(default, name), kind) for name, kind in kinds.items()}
+        sections[section.name] = type(default)(**values)
+    return Config(**sections)
+
+
+@pytest.mark.parametrize("config", [Config(), _changed()], ids=["defaults", "every field changed"])
+def test_json_round_trip(config: Config) -> None:
+    text = config.to_json()
+    assert config_lib.from_json(text, Path("config.json")) == config
+    assert json.loads(text) == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def test_changed_config_differs_in_every_field() -> None:
+    for section in dataclasses.fields(Config):
+        ours, default = getattr(_changed(), section.name), section.default
+        assert all(getattr(ours, f.name) != getattr(default, f.name) for f in dataclasses.fields(default))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"train": {"step": 3}}', r"run/config\.json: unknown config fields \['train\.step'\]; .*'steps'"),
+        ('{"trian": {}}', r"run/config\.json: unknown config fields \['trian'\]"),
+        ('{"train": 3}', r"run/config\.json: train must be a JSON object"),
+        ("[]", r"run/config\.json: the file must be a JSON object"),
+        ('{"train":\n {"steps": }}', r"run/config\.json: line 2: malformed JSON"),
+    ],
+)
+def test_malformed_json_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_lib.from_json(text, Path("run/config.json"))
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (DataConfig(seq_len=500), "data.seq_len must be a multiple of 128"),
+    (DataConfig(seq_len=0), "data.seq_len must be a multiple of 128"),
+    (DataConfig(eval_splits=()), "data.eval_splits is empty"),
+    (DataConfig(context_prompt="persona"), "data.context_prompt must contain {context}"),
+    (DataConfig(condition="prefix"), "data.condition is 'prefix'; choose from none, e2p, shuffled, text"),
+    (DataConfig(too_long="cut"), "data.too_long is 'cut'; choose from drop_oldest, refuse"),
+    (DataConfig(targets="user"), "data.targets is 'user'"),
+    (PrefixConfig(placement="in_caht"), "prefix.placement is 'in_caht'; choose from before_bos, after_bos, in_chat"),
+    (BackboneConfig(dtype="float16"), "backbone.dtype is 'float16'; choose from auto, float32, bfloat16"),
+    (BackboneConfig(weights="none"), "backbone.weights is 'none'"),
+    (ProjectorConfig(kind="resnet"), "projector.kind is 'resnet'; choose from mlp, linear"),
+    (ProjectorConfig(num_tokens=0), "projector.num_tokens must be positive"),
+    (ProjectorConfig(hidden_size=0), "projector.hidden_size must be positive"),
+    (ProjectorConfig(dropout=1.0), "projector.dropout must be in [0, 1)"),
+    (TrainConfig(steps=0, warmup_steps=0), "train.steps must be positive"),
+    (TrainConfig(rows=0), "train.rows must be positive"),
+    (TrainConfig(rows=8, accumulation=3), "train.accumulation must divide train.rows"),
+    (TrainConfig(accumulation=0), "train.accumulation must divide train.rows"),
+    (TrainConfig(steps=50, warmup_steps=50), "train.warmup_steps must be from 0 to below train.steps"),
+    (TrainConfig(warmup_steps=-1), "train.warmup_steps must be from 0 to below train.steps"),
+    (TrainConfig(learning_rate=0.0), "train.learning_rate must be positive"),
+    (TrainConfig(clip_norm=0.0), "train.clip_norm must be positive"),
+    (TrainConfig(beta2=1.0), "train.beta2 must be in [0, 1)"),
+    (TrainConfig(eval_every=0), "train.eval_every must be positive"),
+    (TrainConfig(checkpoint_every=0), "train.checkpoint_every must be positive"),
+    (TrainConfig(log_every=0), "train.log_every must be positive"),
+    (TrainConfig(trainable=()), "train.trainable is empty"),
+    (MeshConfig(fsdp=0), "mesh.fsdp must be positive, or -1"),
+    (MeshConfig(tensor=-2), "mesh.tensor must be positive, or -1"),
+    (EvaluateConfig(conditions=("e2p", "mean")), "evaluate.conditions is ('e2p', 'mean'); choose from none, e2p"),
+    (EvaluateConfig(bootstrap_samples=0), "evaluate.bootstrap_samples must be positive"),
+]
+
+
+@pytest.mark.parametrize(("section", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_config_that_cannot_run_is_refused(section: Any, message: str) -> None:
+    name = next(f.name for f in dataclasses.fields(Config) if isinstance(section, type(f.default)))
+    with pytest.raises(UserError) as caught:
+        Config(**{name: section}).validate()
+    assert message in str(caught.value)
+
+
+def test_there_are_shipped_configs() -> None:
+    assert {"quickstart", "backbone"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_loads_and_is_valid(name: str) -> None:
+    short, config = config_lib.load_config(name)
+    assert short == name.split("/")[-1]
+    config.validate()
+
+
+def test_config_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("from e2p_jax.config import *\nconfig = Config(train=TrainConfig(steps=77))\n")
+    assert config_lib.load_config(str(path)) == ("mine", Config(train=TrainConfig(steps=77)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config = {}", r"mine\.py: must define `config`, a Config"),
+        ("from e2p_jax.config import *\nconfig = Config(train=TrainConfig(step=1))", r"mine\.py: TypeError: .*'step'"),
+        ("config = (", r"mine\.py: SyntaxError"),
+    ],
+)
+def test_broken_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        config_lib.load_config(str(tmp_path / "mine.py"))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_config_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError, match=r"config 'quikstart': .* does not exist; shipped configs: .*quickstart"):
+        config_lib.load_config("quikstart")
+
+
+def test_resolved_paths_are_absolute_and_reserved_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("backbone", "synthetic", "embedded"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "t.npz").touch()
+    local = Config(BackboneConfig(path="backbone"), DataConfig(path="data.jsonl", embeddings="t.npz")).resolved()
+    assert local.backbone.path == str(tmp_path / "backbone")
+    assert local.data.embeddings == str(tmp_path / "t.npz")
+    assert local.data.path == "data.jsonl"  # not there: left for the reader's error
+    assert Config().resolved() == Config()
+
+
+def _reads(section: str) -> set[str]:
+    """Attributes read from `...<section>.x` or `config.x` anywhere in the package but in config.py."""
+    found = set()
+    for path in Path(e2p_jax.__file__).parent.rglob("*.py"):
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in (section, "config"):
+                found.add(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("section", [f.name for f in dataclasses.fields(Config) if f.name != "mesh"])
+def test_every_field_is_read_somewhere(section: str) -> None:
+    default = getattr(Config(), section)
+    unread = {f.name for f in dataclasses.fields(default)} - _reads(section)
+    assert not unread, f"nothing reads {section}.{sorted(unread)}"
+
+
+def test_mesh_fields_are_the_axes() -> None:
+    assert tuple(f.name for f in dataclasses.fields(MeshConfig)) == AXES

@@ -1,0 +1,67 @@
+"""Outputs appear whole or not at all, and never at the cost of other files."""
+
+from pathlib import Path
+
+import pytest
+
+from e2p_jax.errors import UserError
+from e2p_jax.files import replace_directory, write_text
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def write_directory(path: Path, **files: str) -> None:
+    with replace_directory(path) as temporary:
+        for name, text in files.items():
+            (temporary / name).write_text(text)
+
+
+def test_text_is_replaced_and_its_folder_made(tmp_path: Path) -> None:
+    for text in ("one", "zwei\n"):
+        write_text(tmp_path / "new" / "a.txt", text)
+        assert contents(tmp_path) == {"new/a.txt": text}
+
+
+def test_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with replace_directory(out) as temporary:
+        (temporary / "a").write_text("1")
+        assert not out.exists()
+    assert contents(tmp_path) == {"deep/out/a": "1"}
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+def test_older_version_is_replaced(tmp_path: Path) -> None:
+    write_directory(tmp_path / "out", a="old", b="old")
+    write_directory(tmp_path / "out", a="new", b="new", c="new")
+    assert contents(tmp_path) == {"out/a": "new", "out/b": "new", "out/c": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_block_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    write_directory(tmp_path / "out", a="old")
+    with pytest.raises(ZeroDivisionError), replace_directory(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("half")
+        raise ZeroDivisionError
+    assert contents(tmp_path) == {"out/a": "old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("where", [".", "out"])
+def test_other_peoples_files_are_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    monkeypatch.chdir(tmp_path / "out" if where == "." else tmp_path)
+    with pytest.raises(UserError, match=r"out: holds other files \(thesis\.tex\); choose an empty or new directory"):
+        write_directory(Path(where), a="new")
+    assert contents(tmp_path) == {"out/thesis.tex": "years of work"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="out: is a file"):
+        write_directory(tmp_path / "out", a="new")
+    assert contents(tmp_path) == {"out": "a file"}

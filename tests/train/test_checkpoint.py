@@ -1,0 +1,172 @@
+"""Checkpoints: bit for bit, whatever mesh they are read onto, and only the last and the best are kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from e2p_jax.config import MeshConfig, TrainConfig
+from e2p_jax.errors import UserError
+from e2p_jax.parallel.mesh import make_mesh
+from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.optimizer import make_optimizer
+from e2p_jax.train.partition import split
+from e2p_jax.train.step import TrainState
+
+MASK = {"backbone": {"embedding": False, "layers": {"q": True}}, "projector": {"skip": True, "input_mean": False}}
+DATA = {"next_index": 7, "nested": {"epoch": 1}}
+
+
+def params(width: int = 8) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"embedding": (16, width), "q": (2, width, width), "skip": (4, width), "input_mean": (4,)}
+    leaves = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    leaves["q"] = leaves["q"].astype(jnp.bfloat16)
+    return {
+        "backbone": {"embedding": leaves["embedding"], "layers": {"q": leaves["q"]}},
+        "projector": {"skip": leaves["skip"], "input_mean": leaves["input_mean"]},
+    }
+
+
+def sharded(state: TrainState, **axes: int) -> TrainState:
+    """Matrices over every axis of the mesh that divides them, the rest whole."""
+    mesh = make_mesh(MeshConfig(**axes))
+
+    def place(leaf: jax.Array) -> jax.Array:
+        spec = P(*[None] * (leaf.ndim - 2), "fsdp", "tensor") if leaf.ndim >= 2 else P()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
+def make_state(step: int = 0, width: int = 8, blank: bool = False) -> tuple[TrainState, Any]:
+    """A state after one update, so that no moment is zero; or one to be restored over."""
+    trainable, frozen = split(params(width), MASK)
+    optimizer = make_optimizer(TrainConfig(), MASK)
+    opt_state = optimizer.init(trainable)
+    if not blank:
+        grads = jax.tree.map(lambda p: jnp.sin(p * 3), trainable)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    key = jax.random.fold_in(jax.random.key(5), 0 if blank else 9)
+    return TrainState(jnp.asarray(step, jnp.int32), trainable, opt_state, key), frozen["projector"]
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
+    checkpoints = Checkpoints(tmp_path)
+    yield checkpoints
+    checkpoints.close()
+
+
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert a.dtype == b.dtype, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "read_onto"),
+    [({}, {}), ({"fsdp": 4}, {"fsdp": 1}), ({"fsdp": 2, "tensor": 2}, {"tensor": 4}), ({"data": 4}, {"fsdp": 4})],
+    ids=str,
+)
+def test_restored_bit_for_bit_onto_another_mesh(tmp_path: Path, saved_on: dict, read_onto: dict) -> None:
+    state, statistics = make_state(12)
+    state = sharded(state, **saved_on)
+    writer = Checkpoints(tmp_path)
+    writer.save(state, statistics, DATA, 1.5)
+    writer.close()
+
+    blank, other = make_state(blank=True)
+    blank, other = sharded(blank, **read_onto), jax.tree.map(jnp.zeros_like, other)
+    reader = Checkpoints(tmp_path)
+    assert reader.latest_step == 12
+    restored, restored_statistics, data = reader.restore(12, blank, other)
+    reader.close()
+    assert_same_bits(restored, state)
+    assert_same_bits(restored_statistics, statistics)
+    assert data == DATA
+    for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(blank), strict=True):
+        assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+    assert jax.random.uniform(restored.key) == jax.random.uniform(state.key)
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("nlls", "kept", "best"),
+    [
+        ([3.0, 1.0, None, 2.0], [2, 4], 2),
+        ([3.0, 2.0, 1.0], [3], 3),
+        ([1.0, 2.0, 3.0, None], [1, 4], 1),
+        ([None, None], [2], 2),
+    ],
+)
+def test_the_last_and_the_best_are_kept(
+    tmp_path: Path, checkpoints: Checkpoints, nlls: list[float | None], kept: list[int], best: int
+) -> None:
+    for number, nll in enumerate(nlls, 1):
+        state, statistics = make_state(number)
+        checkpoints.save(state, statistics, DATA, nll)
+    checkpoints.wait()
+    assert steps_on_disk(tmp_path) == kept
+    again = Checkpoints(tmp_path)
+    assert (again.step_of("best"), again.step_of("last"), again.latest_step) == (best, len(nlls), len(nlls))
+    assert [again.step_of(str(step)) for step in kept] == kept
+    again.close()
+
+
+def test_best_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    for number, nll in enumerate([1.0, 2.0, 3.0], 1):
+        checkpoints = Checkpoints(tmp_path)
+        state, statistics = make_state(number)
+        checkpoints.save(state, statistics, DATA, nll)
+        checkpoints.close()
+    assert steps_on_disk(tmp_path) == [1, 3]
+
+
+def test_frozen_parameters_are_not_written(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    state, statistics = make_state(1)
+    checkpoints.save(state, statistics, DATA, None)
+    checkpoints.wait()
+    written = (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").read_text()
+    assert "backbone/layers/q" in written and "projector/skip" in written
+    assert "backbone/embedding" not in written and "input_mean" not in written
+
+
+def test_unknown_checkpoint_is_refused(checkpoints: Checkpoints) -> None:
+    assert checkpoints.latest_step is None
+    with pytest.raises(UserError, match="no checkpoint yet; run `e2p train` first"):
+        checkpoints.step_of("best")
+    state, statistics = make_state(3)
+    checkpoints.save(state, statistics, DATA, None)
+    checkpoints.wait()
+    for which in ("4", "newest"):
+        with pytest.raises(UserError, match=rf"--checkpoint {which}: .*checkpoints has best, last and \[3\]"):
+            checkpoints.step_of(which)
+
+
+def test_checkpoint_of_another_config_is_refused(checkpoints: Checkpoints) -> None:
+    state, statistics = make_state(1)
+    checkpoints.save(state, statistics, DATA, None)
+    checkpoints.wait()
+    wider, _ = make_state(width=12, blank=True)
+    more = state._replace(trainable={**state.trainable, "lora": jnp.zeros((2, 2))})
+    less = state._replace(trainable={"projector": state.trainable["projector"]})
+    for other in (wider, more, less):
+        with pytest.raises(UserError, match=r"checkpoints/1: does not fit this run's config") as caught:
+            checkpoints.restore(1, other, statistics)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,213 @@
+"""The training loop on the generated personas: frozen bytes, one compilation, exact resume."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, ProjectorConfig, TrainConfig
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import save_table
+from e2p_jax.data.records import write_jsonl
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.table import evaluate
+from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.loop import train
+from e2p_jax.train.metrics import read_metrics
+from e2p_jax.train.run import open_run
+
+USERS = range(24)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A JSON Lines file of 24 users, 6 of them held out, and their table."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = []
+    for user in USERS:
+        write_jsonl([synthetic.record(user)], folder / "one.jsonl")
+        values = json.loads((folder / "one.jsonl").read_text())
+        lines.append(json.dumps({**values, "split": "validation" if user < 6 else "train"}))
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    save_table(folder / "table", [f"user-{user}" for user in USERS], vectors, name="synthetic", version="1")
+    return folder / "records.jsonl", folder / "table"
+
+
+def small_config(backbone: Path, corpus: tuple[Path, Path]) -> Config:
+    path, table = corpus
+    return Config(
+        backbone=BackboneConfig(path=str(backbone)),
+        data=DataConfig(path=str(path), embeddings=str(table), seq_len=128),
+        projector=ProjectorConfig(hidden_size=16),
+        train=TrainConfig(steps=6, rows=4, warmup_steps=2, eval_every=3, checkpoint_every=2, log_every=1),
+    )
+
+
+@pytest.fixture
+def config(tiny_backbone: Path, corpus: tuple[Path, Path]) -> Config:
+    return small_config(tiny_backbone, corpus)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_backbone: Path, corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list:
+    """The metrics of the small config as it is."""
+    return numbers(train(small_config(tiny_backbone, corpus), tmp_path_factory.mktemp("reference") / "run"))
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in line.items() if "per_second" not in k} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def test_backbone_is_untouched_and_absent_from_checkpoints(config: Config, tiny_backbone: Path, tmp_path: Path):
+    before = file_hashes(tiny_backbone)
+    run = train(config, tmp_path / "run")
+    assert file_hashes(tiny_backbone) == before
+    opened = open_run(run, "last")
+    import safetensors.numpy
+
+    stored = safetensors.numpy.load_file(tiny_backbone / "model.safetensors")
+    np.testing.assert_array_equal(
+        np.asarray(opened.model.params["backbone"]["embedding"]), stored["model.embed_tokens.weight"]
+    )
+    names = [str(p) for p in (run / "checkpoints").rglob("*")]
+    metadata = (run / "checkpoints" / "6" / "state" / "_METADATA").read_text()
+    assert "projector/skip" in metadata
+    assert "backbone" not in metadata and not any("backbone" in name for name in names)
+
+
+def test_training_moves_the_projector_and_lowers_the_loss(config: Config, tmp_path: Path):
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=30, eval_every=30, learning_rate=1e-2)
+    )
+    lines = numbers(train(config, tmp_path / "run"))
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+
+
+def test_resumed_run_equals_unbroken_one(config: Config, tmp_path: Path):
+    """Kill -9 in mid-run, rerun the same command: the same metrics, bit for bit."""
+    unbroken = train(config, tmp_path / "unbroken")
+    run = tmp_path / "killed"
+    script = (
+        "import dataclasses, sys; from pathlib import Path; from e2p_jax.config import from_json;"
+        "from e2p_jax.train.loop import train;"
+        "train(from_json(Path(sys.argv[1]).read_text(), Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    (tmp_path / "config.json").write_text(config.to_json())
+    command = [sys.executable, "-c", script, str(tmp_path / "config.json"), str(run)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ) as process:
+        deadline = time.monotonic() + 240
+        while not (run / "checkpoints" / "2").is_dir():
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not (run / "checkpoints" / "6").is_dir(), "the run was finished before it was killed"
+    train(config, run)
+    assert numbers(run) == numbers(unbroken)
+    a, b = open_run(run, "last"), open_run(unbroken, "last")
+    np.testing.assert_array_equal(
+        np.asarray(a.model.params["projector"]["skip"]), np.asarray(b.model.params["projector"]["skip"])
+    )
+
+
+def test_rerun_with_other_settings_is_refused(config: Config, tmp_path: Path):
+    train(config, tmp_path / "run")
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=5e-4))
+    with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 there, 0\.0005 here"):
+        train(other, tmp_path / "run")
+
+
+def test_best_checkpoint_is_kept(config: Config, tmp_path: Path):
+    """A learning rate that ruins the projector: the best checkpoint is an early one, and is still there at the end."""
+    settings = dataclasses.replace(config.train, steps=12, learning_rate=3.0, warmup_steps=11, eval_every=1)
+    run = train(dataclasses.replace(config, train=settings), tmp_path / "run")
+    nll = {line["step"]: line["eval/validation/nll"] for line in numbers(run) if "eval/validation/nll" in line}
+    checkpoints = Checkpoints(run)
+    best = checkpoints.step_of("best")
+    assert best == min(nll, key=nll.get) < 12
+    assert checkpoints.step_of("last") == 12
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(tensor=2), MeshConfig(fsdp=2, tensor=2)])
+def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig):
+    plain = numbers(train(config, tmp_path / "data"))
+    sharded = numbers(train(dataclasses.replace(config, mesh=mesh), tmp_path / "sharded"))
+    for a, b in zip(plain, sharded, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
+
+
+def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path):
+    run = train(config, tmp_path / "run")
+    opened = open_run(run, "last")
+    from e2p_jax.data.prepared import load_records
+
+    records = load_records(config.data.path, "validation")
+    result = evaluate(opened, records, "validation", ["e2p", "none"])
+    last = numbers(run)[-1]
+    assert result.scores["e2p"].per_target == pytest.approx(last["eval/validation/nll"], rel=1e-5)
+    assert result.scores["none"].per_target != result.scores["e2p"].per_target
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"projector": {"kind": "linear"}},
+        {"projector": {"num_tokens": 2}},
+        {"projector": {"dropout": 0.5}},
+        {"projector": {"init_scale": 3.0}},
+        {"projector": {"hidden_size": 8}},
+        {"prefix": {"placement": "after_bos"}},
+        {"prefix": {"placement": "in_chat"}},
+        {"backbone": {"dtype": "bfloat16"}},
+        {"data": {"seq_len": 256}},
+        {"data": {"condition": "none"}},
+        {"data": {"targets": "all"}},
+        {"data": {"train_split": "validation"}},
+        {"train": {"learning_rate": 1e-4}},
+        {"train": {"final_learning_rate": 0.9}},
+        {"train": {"warmup_steps": 1}},
+        {"train": {"weight_decay": 50.0}},
+        {"train": {"beta2": 0.5}},
+        {"train": {"clip_norm": 1e-3}},
+        {"train": {"seed": 1}},
+        {"train": {"rows": 8}},
+        {"train": {"log_every": 2}},
+        {"train": {"eval_every": 2}},
+    ],
+    ids=str,
+)
+def test_every_field_changes_the_result(config: Config, tmp_path: Path, change: dict, reference: list):
+    changed = config
+    for section, fields in change.items():
+        changed = dataclasses.replace(changed, **{section: dataclasses.replace(getattr(changed, section), **fields)})
+    assert numbers(train(changed, tmp_path / "run")) != reference
+
+
+def test_accumulation_is_invisible_without_dropout(config: Config, tmp_path: Path):
+    config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, dropout=0.0))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, rows=8))
+    split = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    for a, b in zip(numbers(train(config, tmp_path / "a")), numbers(train(split, tmp_path / "b")), strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
+
+
+def test_remat_is_invisible(config: Config, tmp_path: Path, reference: list):
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, remat=True))
+    for a, b in zip(numbers(train(config, tmp_path / "run")), reference, strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
