@@ -1,6 +1,6 @@
 """Trains the small backbone that ships with the package, from random weights on the dialogue corpus.
 
-    e2p train backbone --backbone.path DIR --data.path DIR     (DIRs: see docs/backbone.md)
+e2p train backbone --backbone.path DIR --data.path DIR     (DIRs: see docs/backbone.md)
 """
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig

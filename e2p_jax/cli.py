@@ -60,7 +60,7 @@ def evaluate(
       data: JSON Lines file to score in place of the run's dataset.
       embeddings: Table of user vectors to use in place of the run's.
       checkpoint: best, last, or a step.
-      per_example: Write one JSON line per record and condition to this file.
+      per_example: Write one JSON line per record and condition to this file, in input order.
       as_json: Print JSON to stdout in place of the table.
     """
     from e2p_jax.train.run import open_run
@@ -70,18 +70,17 @@ def evaluate(
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
         opened = dataclasses.replace(opened, inputs=dataclasses.replace(opened.inputs, config=config))
-    splits = (split,) if split else ("train",) if data else config.data.eval_splits
+    splits = (split,) if split else ("all",) if data else config.data.eval_splits
     _evaluate(opened, conditions or config.evaluate.conditions, splits, per_example, as_json)
 
 
 def _evaluate(run, conditions, splits, per_example: Path | None = None, as_json: bool = False) -> None:  # type: ignore[no-untyped-def]
-    from e2p_jax.data.prepared import load_records
+    from e2p_jax.data.prepared import load_splits
     from e2p_jax.evaluate import table
     from e2p_jax.files import write_text
 
     results = []
-    for name in splits:
-        records = load_records(run.inputs.config.data.path, name)
+    for name, records in load_splits(run.inputs.config.data.path, splits).items():
         results.append(table.evaluate(run, records, name, conditions))
     if jax.process_index():
         return

@@ -3,8 +3,9 @@
 TensorFlow Datasets is slow to import, so it is imported only where a prepared directory is written or read.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record) if field.name != "source")
+
+
+class AbsentSplit(UserError):
+    """The data has no such split."""
 
 
 def dataset_info(builder: "tfds.core.DatasetBuilder", **about: Any) -> "tfds.core.DatasetInfo":
@@ -71,8 +76,21 @@ def load_records(path: str, split: str) -> list[Record]:
     else:
         raise UserError(f"data.path: {place} does not exist; give a prepared dataset's directory or a JSON Lines file")
     if not records:
-        raise UserError(f"{path}: split {split!r} holds no records")
+        raise AbsentSplit(f"{path}: split {split!r} holds no records")
     return records
+
+
+def load_splits(path: str, names: Sequence[str]) -> dict[str, list[Record]]:
+    """Reads several splits; all but the first are left out where the data does not have them.
+
+    Raises:
+      UserError: the first split is not there, or a record is malformed.
+    """
+    found = {names[0]: load_records(path, names[0])}
+    for name in names[1:]:
+        with contextlib.suppress(AbsentSplit):
+            found[name] = load_records(path, name)
+    return found
 
 
 def _read_prepared(place: Path, split: str) -> list[Record]:
@@ -87,7 +105,7 @@ def _read_prepared(place: Path, split: str) -> list[Record]:
             "give a directory that `e2p prepare` wrote"
         )
     if split not in builder.info.splits:
-        raise UserError(f"{place}: no split {split!r}; there are {', '.join(builder.info.splits)}")
+        raise AbsentSplit(f"{place}: no split {split!r}; there are {', '.join(builder.info.splits)}")
     if builder.info.splits[split].num_examples == 0:
         return []
     rows = builder.as_data_source(split)

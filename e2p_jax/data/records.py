@@ -1,6 +1,7 @@
 """The record that every dataset yields, and the readers of each place records live in."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,16 +56,30 @@ def from_json(values: Any, source: str) -> Record:
 
 
 def read_jsonl(path: Path, split: str) -> list[Record]:
-    """Reads the records of one split from JSON Lines; a record without a `split` key belongs to `train`.
+    """Reads the records of one split from JSON Lines.
+
+    A record says its split in the key `split` (`train` without one). Where no record does, one user in twenty, at least
+    one, is `validation`, chosen by a hash of the user id, and the others are `train`. `all` is every record.
 
     Raises:
       UserError: a malformed line, named by its number.
     """
-    return [
-        from_json(values, source)
-        for source, values in _read_lines(path)
-        if not isinstance(values, dict) or values.get("split", "train") == split
-    ]
+    splits: list[str | None] = []
+    records = []
+    for source, values in _read_lines(path):
+        records.append(from_json(values, source))
+        splits.append(values.get("split"))
+    if split == "all":
+        return records
+    if any(splits):
+        return [record for record, name in zip(records, splits, strict=True) if (name or "train") == split]
+    held_out = _held_out_users({record.user_id for record in records})
+    return [record for record in records if split == ("validation" if record.user_id in held_out else "train")]
+
+
+def _held_out_users(users: set[str]) -> set[str]:
+    ordered = sorted(users, key=lambda user: hashlib.sha256(user.encode()).digest())
+    return set(ordered[: max(1, len(users) // 20)]) if len(users) > 1 else set()
 
 
 def read_prompts(path: Path) -> list[Record]:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.encode import Encoder
 from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.encode import Encoder
 from e2p_jax.data.packing import Budget, choose_budget
 from e2p_jax.data.pipeline import PackedDataset, eval_batches, pack, user_vectors
 from e2p_jax.data.records import Record

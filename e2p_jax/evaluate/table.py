@@ -30,7 +30,9 @@ class Difference:
     high: float
 
 
-def paired_bootstrap(condition: Scores, baseline: Scores, users: Sequence[str], samples: int, seed: int = 0) -> Difference:
+def paired_bootstrap(
+    condition: Scores, baseline: Scores, users: Sequence[str], samples: int, seed: int = 0
+) -> Difference:
     """Percentile bootstrap (Efron & Tibshirani, 1993) of the NLL difference per target.
 
     Users are resampled, each with all of their records: two dialogues of one user are not independent.

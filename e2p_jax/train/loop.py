@@ -1,34 +1,64 @@
-"""The training loop: resume or start, step, evaluate, keep."""
+"""The training loop: read, resume or start, step, evaluate, keep."""
 
+import dataclasses
 import functools
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import chex
 import jax
 import numpy as np
 
 from e2p_jax.config import Config
-from e2p_jax.data.pipeline import pack, to_devices, train_iterator, user_vectors
-from e2p_jax.data.prepared import load_records
+from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator, user_vectors
+from e2p_jax.data.prepared import load_records, load_splits
 from e2p_jax.data.records import Record
-from e2p_jax.evaluate.score import Scores, pack_conditions, score
+from e2p_jax.evaluate.score import pack_conditions, score
 from e2p_jax.parallel.mesh import replicated
 from e2p_jax.train.checkpoint import Checkpoints
-from e2p_jax.train.metrics import MetricsLog, Progress
+from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.optimizer import make_optimizer, schedule
 from e2p_jax.train.partition import describe
 from e2p_jax.train.run import claim_run
 from e2p_jax.train.setup import Inputs, build_model, initial_state, read_inputs
-from e2p_jax.train.step import TrainState, make_eval_step, make_train_step
+from e2p_jax.train.step import make_eval_step, make_train_step
 
-def training_vectors(inputs: Inputs, records: list[Record]) -> np.ndarray:
-    """[U, E] float32, one per training user; a single zero where the config uses no table."""
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run trains and is evaluated on, packed."""
+
+    train: PackedDataset
+    held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; the first picks the best checkpoint
+    user_vectors: np.ndarray  # [U, E] float32, one per training user
+    dropped_messages: int
+
+
+def read_data(inputs: Inputs) -> Data:
+    """Reads, checks, tokenises and packs every split that the config names.
+
+    Raises:
+      UserError: naming the record, user or split at fault.
+    """
+    config, condition = inputs.config, inputs.config.data.condition
+    fitted = [
+        inputs.encoder.fit(record, [condition]) for record in load_records(config.data.path, config.data.train_split)
+    ]
+    records = [record for record, _ in fitted]
+    examples = [inputs.encoder.encode(record, condition) for record in records]
+    train = pack(examples, user_vectors(records, condition, inputs.table), inputs.encoder)
+    held_out = {}
+    for name, others in load_splits(config.data.path, config.data.eval_splits).items():
+        packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table)
+        held_out[name] = (packed[condition], kept)
+    return Data(train, held_out, _one_vector_per_user(inputs, records), sum(count for _, count in fitted))
+
+
+def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarray:
     if inputs.table is None:
         return np.zeros((1, 1), np.float32)
-    first = {record.user_id: record.source for record in records}
-    return inputs.table.lookup(list(first), list(first.values()))
+    places = {record.user_id: record.source for record in records}
+    return inputs.table.lookup(list(places), list(places.values()))
 
 
 def train(config: Config, run: Path) -> Path:
@@ -38,97 +68,60 @@ def train(config: Config, run: Path) -> Path:
       UserError: before any compilation, whatever is wrong with the config, data, vectors or backbone.
     """
     inputs = read_inputs(config)
-    condition = config.data.condition
-    records = load_records(config.data.path, config.data.train_split)
-    fitted = [inputs.encoder.fit(record, [condition]) for record in records]
-    records, dropped = [record for record, _ in fitted], sum(count for _, count in fitted)
-    examples = [inputs.encoder.encode(record, condition) for record in records]
-    data = pack(examples, user_vectors(records, condition, inputs.table), inputs.encoder)
-    held_out = {}
-    for name in config.data.eval_splits:
-        packed, kept, _ = pack_conditions(load_records(config.data.path, name), [condition], inputs.encoder, inputs.table)
-        held_out[name] = (packed[condition], kept)
-
-    model = build_model(inputs, training_vectors(inputs, records))
+    data = read_data(inputs)
+    model = build_model(inputs, data.user_vectors)
     claim_run(run, config, inputs, model)
-    state, frozen = initial_state(model, config.train)
+    settings, mesh = config.train, model.mesh
+    state, frozen = initial_state(model, settings)
+    iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
     checkpoints = Checkpoints(run)
-    iterator = train_iterator(
-        data, model.mesh, batch_rows=config.train.rows, steps=config.train.steps, seed=config.train.seed
-    )
-    # Resume from the last checkpoint, or start at step 0.
-    if checkpoints.latest_step is not None:
+    if checkpoints.latest_step is not None:  # resume, else start at step 0
         state, statistics, position = checkpoints.restore(checkpoints.latest_step, state, frozen["projector"])
         frozen = {**frozen, "projector": statistics}
         iterator.set_state(position)
     first = int(state.step)
 
-    optimizer, rate = make_optimizer(config.train, model.mask), schedule(config.train)
-    step_function = make_train_step(model.graph, model.mask, optimizer, rate, config.train.accumulation)
+    optimizer, rate = make_optimizer(settings, model.mask), schedule(settings)
+    step_function = make_train_step(model.graph, model.mask, optimizer, rate, settings.accumulation)
     train_step = jax.jit(chex.assert_max_traces(step_function, n=1), donate_argnums=0)
     eval_steps = {
-        name: jax.jit(chex.assert_max_traces(make_eval_step(model.graph, model.mask), n=1), out_shardings=replicated(model.mesh))
-        for name in held_out
+        name: jax.jit(
+            chex.assert_max_traces(make_eval_step(model.graph, model.mask), n=1), out_shardings=replicated(mesh)
+        )
+        for name in data.held_out
     }
-
-    log = MetricsLog(run, first)
-    progress = Progress(config.train.steps, first, "train")
-    progress.say(describe(model.params, model.mask))
-    progress.say(
-        f"{len(records):,} conversations in {len(data.rows):,} rows of {data.budget.tokens} tokens "
-        f"({data.efficiency:.1%} full, {dropped} old messages dropped); {jax.device_count()} {jax.default_backend()} devices"
+    recorder = Recorder(
+        run,
+        steps=settings.steps,
+        first=first,
+        log_every=settings.log_every,
+        tokens_per_step=settings.rows * config.data.seq_len,
     )
-    if first:
-        progress.say(f"resumed at step {first}")
+    say = recorder.progress.say
+    say(describe(model.params, model.mask))
+    say(
+        f"{len(data.train.examples):,} conversations in {len(data.train.rows):,} rows of {config.data.seq_len} tokens, "
+        f"{data.train.efficiency:.1%} full, {data.dropped_messages} old messages dropped; "
+        f"{jax.device_count()} {jax.default_backend()} device(s)" + (f"; resumed at step {first}" if first else "")
+    )
 
-    def evaluate(state: TrainState) -> dict[str, Scores]:
-        results = {}
-        for name, (dataset, kept) in held_out.items():
-            run_eval = functools.partial(eval_steps[name], state.trainable, frozen)
-            results[name] = score(dataset, kept, run_eval, model.mesh, config.train.rows)
-        return results
-
-    pending: tuple[int, Any] | None = None
-
-    def flush(show: bool) -> None:
-        """Writes the metrics of an earlier step: by now they are there, and nothing waits for them."""
-        nonlocal pending, clock
-        if pending is None:
-            return
-        number, metrics = pending
-        pending = None
-        values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics)._asdict().items()}
-        now, speed = time.monotonic(), 0.0
-        if number > clock[1]:
-            speed = (number - clock[1]) * config.train.rows * config.data.seq_len / (now - clock[0])
-        clock = (now, number)
-        log.write(number, {**values, "train/tokens_per_second": speed})
-        progress.update(number, f"loss {values['train/loss']:.4f}  {speed:,.0f} tok/s", show)
-
-    clock = (time.monotonic(), first)
-    with jax.set_mesh(model.mesh), jax.transfer_guard("disallow"):
-        for number in range(first + 1, config.train.steps + 1):
-            with jax.transfer_guard("allow"):
-                batch = to_devices(next(iterator), model.mesh, config.train.rows)
-            state, metrics = train_step(state, frozen, batch)
-            last = number == config.train.steps
-            with jax.transfer_guard("allow"):
-                flush(show=True)
-                if number % config.train.log_every == 0 or number == first + 1 or last:
-                    pending = (number, metrics)
-                nll = None
-                if number % config.train.eval_every == 0 or last:
-                    flush(show=True)
-                    results = evaluate(state)
-                    nll = results[config.data.eval_splits[0]].per_target
-                    log.write(number, {f"eval/{name}/nll": s.per_target for name, s in results.items()})
-                    progress.say(f"step {number}: " + ", ".join(f"{n} NLL {s.per_target:.4f}" for n, s in results.items()))
-                    clock = (time.monotonic(), number)
-                if nll is not None or number % config.train.checkpoint_every == 0:
-                    flush(show=True)
-                    log.sync()
-                    checkpoints.save(state, frozen["projector"], iterator.get_state(), nll)
+    with jax.set_mesh(mesh):
+        for number in range(first + 1, settings.steps + 1):
+            batch = to_devices(next(iterator), mesh, settings.rows)
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, frozen, batch)
+            recorder.step(number, metrics)
+            last, nll = number == settings.steps, None
+            if number % settings.eval_every == 0 or last:
+                by_split = {}
+                for name, (dataset, records) in data.held_out.items():
+                    evaluate = functools.partial(eval_steps[name], state.trainable, frozen)
+                    by_split[name] = score(dataset, records, evaluate, mesh, settings.rows).per_target
+                nll = by_split[config.data.eval_splits[0]]
+                recorder.evaluation(number, by_split)
+            if nll is not None or number % settings.checkpoint_every == 0:
+                recorder.sync()
+                checkpoints.save(state, frozen["projector"], iterator.get_state(), nll)
     checkpoints.close()
-    log.close()
-    progress.close()
+    recorder.close()
     return run

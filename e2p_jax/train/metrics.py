@@ -4,8 +4,9 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import jax
 import rich.console
 import rich.progress
 from tensorboardX import SummaryWriter
@@ -83,3 +84,57 @@ class Progress:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+class Recorder:
+    """Takes a step's metrics as they are dispatched and writes them one step late, when nothing waits for them."""
+
+    def __init__(self, run: Path, *, steps: int, first: int, log_every: int, tokens_per_step: int):
+        """
+        Args:
+          run: Run directory.
+          steps: Of the whole run.
+          first: Steps already done.
+          tokens_per_step: B * T, for the speed shown.
+        """
+        self.progress = Progress(steps, first, "train")
+        self._log = MetricsLog(run, first)
+        self._steps, self._first, self._log_every, self._tokens = steps, first, log_every, tokens_per_step
+        self._pending: tuple[int, Any] | None = None
+        self._clock = (time.monotonic(), first)  # when the last step was written, and which
+
+    def step(self, number: int, metrics: Any) -> None:
+        """`metrics`: a NamedTuple of device scalars."""
+        self.flush()
+        if number % self._log_every == 0 or number in (self._first + 1, self._steps):
+            self._pending = (number, metrics)
+
+    def flush(self) -> None:
+        """Writes what is pending."""
+        if self._pending is None:
+            return
+        number, metrics = self._pending
+        self._pending = None
+        values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+        now = time.monotonic()
+        speed = (number - self._clock[1]) * self._tokens / (now - self._clock[0])
+        self._clock = (now, number)
+        self._log.write(number, {**values, "train/tokens_per_second": speed})
+        self.progress.update(number, f"loss {values['train/loss']:.4f}  {speed:,.0f} tok/s", show=True)
+
+    def evaluation(self, number: int, nll: dict[str, float]) -> None:
+        """NLL a target by split, after step `number`; the time it took does not count as training."""
+        self.flush()
+        self._log.write(number, {f"eval/{name}/nll": value for name, value in nll.items()})
+        self.progress.say(f"step {number}: " + ", ".join(f"{name} NLL {value:.4f}" for name, value in nll.items()))
+        self._clock = (time.monotonic(), number)
+
+    def sync(self) -> None:
+        """Everything so far is on disk when this returns: a checkpoint may stand for it."""
+        self.flush()
+        self._log.sync()
+
+    def close(self) -> None:
+        self.flush()
+        self._log.close()
+        self.progress.close()

@@ -21,7 +21,8 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 def make_optimizer(config: TrainConfig, mask: Any) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) inside the mask. A clip outside of it would read a
-    frozen gradient that does not exist, and clip on the wrong norm."""
+    frozen gradient that does not exist, and clip on the wrong norm.
+    """
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -66,7 +66,7 @@ def make_train_step(
 
             zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
             (nll, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulation), micro))
-        grads = jax.tree.map(lambda g: (g / targets.astype(g.dtype)), grads)
+        grads = jax.tree.map(lambda g: g / targets.astype(g.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer counts by floats
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)

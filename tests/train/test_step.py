@@ -86,13 +86,13 @@ def test_only_the_trainable_part_moves() -> None:
 def test_loss_and_gradient_norm_are_those_of_the_projector_alone() -> None:
     """Against `jax.grad` of the module with the projector's parameters as its only argument."""
     setting, (batch,) = prepare(), batches(1)
-    model = prefix_model(num_hidden_layers=2)
+    parameters = nnx.All(nnx.PathContains("projector"), nnx.Param)
+    graph, projector, rest = nnx.split(prefix_model(num_hidden_layers=2), parameters, ...)
 
     def mean_nll(projector: Any) -> jax.Array:
-        nnx.update(model.projector, projector)
-        return jnp.sum(model.target_nll(batch)) / np.sum(batch["target_weights"])
+        return jnp.sum(nnx.merge(graph, projector, rest).target_nll(batch)) / np.sum(batch["target_weights"])
 
-    loss, grads = jax.jit(jax.value_and_grad(mean_nll))(nnx.state(model.projector, nnx.Param))
+    loss, grads = jax.jit(jax.value_and_grad(mean_nll))(projector)
     _, (metrics,) = run(setting, [batch])
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics.grad_norm) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)

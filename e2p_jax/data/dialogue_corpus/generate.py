@@ -1,6 +1,6 @@
 """The embedded backbone's training text: real dialogues and generated ones, many with a context in front.
 
-A small decoder only learns to look back at its context when that pays. So half of the real dialogues get a system
+A small decoder only learns to look back at its context when that pays. So three in four real dialogues get a system
 message made of sentences and rare words of their own later assistant turns (among others that do not belong),
 generated personas answer what cannot be guessed without theirs, and some dialogues repeat themselves.
 
@@ -23,6 +23,7 @@ from e2p_jax.errors import UserError
 
 SOURCES = {"self_dialogue.jsonl.gz": 0.6, "schema_guided.jsonl.gz": 0.1}  # file -> share of it that is used
 VALIDATION_SHARE = 0.01
+LONGEST_TURN = 40  # words
 
 
 def sources(directory: Path) -> list[Path]:
@@ -48,7 +49,7 @@ def records(directory: Path, split: str, seed: int = 0) -> Iterator[Record]:
     for path, share in zip(sources(directory), SOURCES.values(), strict=True):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             every = [[turn.strip() for turn in json.loads(line)["turns"]] for line in lines]
-        dialogues += [turns for turns in every if len(turns) > 3 and all(turns) and rng.random() < share]
+        dialogues += [turns for turns in every if len(turns) > 3 and _short(turns) and rng.random() < share]
     counts = collections.Counter(word for turns in dialogues for turn in turns for word in set(_words(turn)))
     people = list(synthetic.PRETRAINING)
     items: list[list[str] | int] = [*dialogues, *people]
@@ -62,6 +63,11 @@ def records(directory: Path, split: str, seed: int = 0) -> Iterator[Record]:
             record = _with_extracts(item, other, counts, rng, f"dialogue {position}")
         if held_out == (split == "validation"):
             yield record
+
+
+def _short(turns: list[str]) -> bool:
+    """Every turn says something, and an exchange with its context fits in the 256 tokens the backbone trains on."""
+    return all(0 < len(turn.split()) <= LONGEST_TURN for turn in turns)
 
 
 def _words(text: str) -> list[str]:
@@ -85,7 +91,7 @@ def _with_persona(record: Record, rng: np.random.Generator) -> Record:
 def _with_extracts(
     turns: list[str], other: list[str], counts: collections.Counter, rng: np.random.Generator, source: str
 ) -> Record:
-    """A real dialogue; half of them with extracts of their own assistant turns as context, one in ten an echo."""
+    """A real dialogue; three in four with extracts of their own assistant turns as context, one in ten an echo."""
     if rng.random() < 0.1:
         turns = [turn for turn in turns[::2] for _ in range(2)]  # the assistant repeats every turn
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
@@ -99,7 +105,7 @@ def _with_extracts(
         else:
             chosen = [str(r) for r in rng.permutation(np.array(replies, object))[: int(rng.integers(1, 4))]]
             strangers = [str(r) for r in rng.permutation(np.array(other, object))[: int(rng.integers(0, 3))]]
-            context = [text for text in chosen + strangers if len(text.split()) <= 20]
+            context = [text for text in chosen + strangers if len(text.split()) <= 15]
             rng.shuffle(context)
     if context:
         messages.insert(0, {"role": "system", "content": "\n".join(context)})
