@@ -20,6 +20,7 @@ from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling
 
 absl.logging.set_verbosity(absl.logging.ERROR)
+GREEDY = Sampling()
 
 
 def train(config: Config, name: str, workdir: Path | None) -> None:
@@ -103,7 +104,7 @@ def generate(
     embeddings: str | None = None,
     condition: Literal["e2p", "none"] = "e2p",
     checkpoint: str = "best",
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(),
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answers prompts as users would.

@@ -3,6 +3,8 @@
 import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+# XLA runs collectives on one thread a core: with fewer cores than devices they may wait for each other for ever.
+os.environ["PJRT_NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

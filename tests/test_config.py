@@ -172,13 +172,17 @@ def test_resolved_paths_are_absolute_and_reserved_names_stay(tmp_path: Path, mon
 
 
 def _reads(section: str) -> set[str]:
-    """Attributes read from `...<section>.x` or `config.x` anywhere in the package but in config.py."""
+    """Attributes read from `...<section>.x`, `config.x` or `settings.x` in the package but for config.py."""
     found = set()
     for path in Path(e2p_jax.__file__).parent.rglob("*.py"):
         if path.name == "config.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in (section, "config"):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in (
+                section,
+                "config",
+                "settings",
+            ):
                 found.add(node.attr)
     return found
 

@@ -234,3 +234,4 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
         config.pop("torch_dtype", None)
         (temporary / "config.json").write_text(json.dumps(config | {"dtype": jnp.dtype(dtype).name}, indent=2) + "\n")
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # the library writes it readable by its owner only

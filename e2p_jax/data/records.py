@@ -138,6 +138,8 @@ def _parse(values: Any, source: str) -> Record:
         raise UserError(f"{source}: user_id must be text or a whole number, not {user!r}")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{source}: messages must be a list of {{role, content}} objects")
+    if not isinstance(values.get("split", "train"), str) or values.get("split") == "":
+        raise UserError(f"{source}: split must be a name, not {values['split']!r}")
     context, candidates, references = (_texts(values, key, source) for key in ("context", "candidates", "references"))
     return Record(str(user), context, tuple(messages), candidates, references, source)
 

@@ -117,7 +117,8 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
 def render(evaluation: Evaluation) -> rich.table.Table:
     """The table people read."""
     values = evaluation.to_dict()
-    title = f"{evaluation.split}: {values['records']} conversations of {values['users']} users, {values['targets']:,} targets"
+    size = f"{values['records']} conversations of {values['users']} users, {values['targets']:,} targets"
+    title = f"{evaluation.split}: {size}"
     table = rich.table.Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "differences in nats a target, 95 % paired bootstrap over users; below zero is better"
     table.add_column("condition")

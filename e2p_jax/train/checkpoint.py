@@ -41,7 +41,12 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.directory = (run / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "statistics": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:
@@ -84,19 +89,28 @@ class Checkpoints:
           UserError: the checkpoint does not fit this config.
         """
         raw = state._replace(key=jax.random.key_data(state.key))
-        abstract = [jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(tree)) for tree in (raw, statistics)]
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract[0]),
-                    statistics=ocp.args.StandardRestore(abstract[1]),
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.directory / str(step)}: does not fit this run's config ({reason})") from error
+        abstract = {
+            name: jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(tree))
+            for name, tree in (("state", raw), ("statistics", statistics))
+        }
+        metadata = self._manager.item_metadata(step)
+        for name, wanted in abstract.items():
+            there = {path: leaf.shape for path, leaf in metadata[name].items()}
+            here = {path: leaf.shape for path, leaf in wanted.items()}
+            for path in sorted(there.keys() | here.keys()):
+                if there.get(path) != here.get(path):
+                    raise UserError(
+                        f"{self.directory / str(step)}: does not fit this run's config: {path} has shape "
+                        f"{there.get(path)} there, {here.get(path)} here; use the config it was trained with"
+                    )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract["state"]),
+                statistics=ocp.args.StandardRestore(abstract["statistics"]),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
         raw = _unflatten(raw, restored["state"])
         key = jax.random.wrap_key_data(raw.key)
         return raw._replace(key=key), _unflatten(statistics, restored["statistics"]), restored["data"]

@@ -29,7 +29,7 @@ def test_reads_every_key(tmp_path: Path) -> None:
         "references": ["two."],
     }
     path = write(tmp_path / "r.jsonl", line)
-    assert records.read_jsonl(path, "train") == [
+    assert records.read_jsonl(path, "all") == [
         Record(
             user_id="ann",
             context=("i have a dog.", "and a cat."),
@@ -43,7 +43,7 @@ def test_reads_every_key(tmp_path: Path) -> None:
 
 def test_shorthand_is_one_exchange(tmp_path: Path) -> None:
     line = {"user_id": "ann", "prompt": "any pets?", "response": "a dog and a cat.", "context": ["i have a dog."]}
-    (record,) = records.read_jsonl(write(tmp_path / "r.jsonl", line), "train")
+    (record,) = records.read_jsonl(write(tmp_path / "r.jsonl", line), "all")
     assert record.messages == (USER, REPLY)
     assert record.context == ("i have a dog.",)
 
@@ -61,6 +61,23 @@ def test_splits_and_blank_lines(tmp_path: Path) -> None:
     assert [(r.user_id, r.source) for r in train] == [("a", f"{path}:1"), ("ann", f"{path}:5")]
     assert [(r.user_id, r.source) for r in test] == [("b", f"{path}:3")]
     assert records.read_jsonl(path, "validation") == []
+    assert [r.user_id for r in records.read_jsonl(path, "all")] == ["a", "b", "ann"]
+
+
+def test_without_splits_one_user_in_twenty_is_held_out(tmp_path: Path) -> None:
+    def split_of(users: list[str]) -> tuple[list[str], list[str]]:
+        path = write(tmp_path / "r.jsonl", *({**GOOD, "user_id": user} for user in users))
+        train, validation = (records.read_jsonl(path, split) for split in ("train", "validation"))
+        return [r.user_id for r in train], [r.user_id for r in validation]
+
+    users = [f"user-{n // 3}" for n in range(300)]
+    train, validation = split_of(users)
+    assert len(set(validation)) == 5 and sorted(train + validation) == sorted(users)
+    assert not set(train) & set(validation)
+    again, held_out = split_of(users[::-1])  # the order of the lines does not matter
+    assert (again[::-1], held_out[::-1]) == (train, validation)
+    assert [len(part) for part in split_of(["a", "b", "c", "a"])] in ([3, 1], [2, 2])
+    assert split_of(["a", "a"]) == (["a", "a"], [])
 
 
 def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
@@ -72,7 +89,7 @@ def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_ignored(tmp_path:
 
 
 def test_whole_numbers_become_text_ids(tmp_path: Path) -> None:
-    (record,) = records.read_jsonl(write(tmp_path / "r.jsonl", {**GOOD, "user_id": 17}), "train")
+    (record,) = records.read_jsonl(write(tmp_path / "r.jsonl", {**GOOD, "user_id": 17}), "all")
     assert record.user_id == "17"
 
 
@@ -102,6 +119,8 @@ MALFORMED = {
     "context must be a list of texts": {**GOOD, "context": "i have a dog."},
     "candidates must be a list of texts": {**GOOD, "candidates": ["a", 2]},
     "references must be a list of texts": {**GOOD, "references": None},
+    "split must be a name, not 3": {**GOOD, "split": 3},
+    "split must be a name, not None": {**GOOD, "split": None},
     "user_id must be text or a whole number, not None": {**GOOD, "user_id": None},
     "user_id must be text or a whole number, not 1.5": {**GOOD, "user_id": 1.5},
     "user_id must be text or a whole number, not True": {**GOOD, "user_id": True},
@@ -133,7 +152,7 @@ def test_written_records_read_back(tmp_path: Path) -> None:
         Record("bob", (), ({"role": "system", "content": "two\nlines"}, USER, REPLY)),
     ]
     records.write_jsonl(written, tmp_path / "new" / "r.jsonl")
-    read = records.read_jsonl(tmp_path / "new" / "r.jsonl", "train")
+    read = records.read_jsonl(tmp_path / "new" / "r.jsonl", "all")
     assert [(r.user_id, r.context, r.messages, r.candidates, r.references) for r in read] == [
         (r.user_id, r.context, r.messages, r.candidates, r.references) for r in written
     ]

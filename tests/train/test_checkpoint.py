@@ -166,7 +166,13 @@ def test_checkpoint_of_another_config_is_refused(checkpoints: Checkpoints) -> No
     wider, _ = make_state(width=12, blank=True)
     more = state._replace(trainable={**state.trainable, "lora": jnp.zeros((2, 2))})
     less = state._replace(trainable={"projector": state.trainable["projector"]})
-    for other in (wider, more, less):
-        with pytest.raises(UserError, match=r"checkpoints/1: does not fit this run's config") as caught:
+    for other, difference in (
+        (wider, r"optimizer/.*/backbone/layers/q has shape \(2, 8, 8\) there, \(2, 12, 12\) here"),
+        (more, r"trainable/lora has shape None there, \(2, 2\) here"),
+        (less, r"trainable/backbone/layers/q has shape \(2, 8, 8\) there, None here"),
+    ):
+        with pytest.raises(UserError, match=rf"checkpoints/1: does not fit this run's config: {difference}") as caught:
             checkpoints.restore(1, other, statistics)
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"input_mean has shape \(4,\) there, \(5,\) here"):
+        checkpoints.restore(1, state, {**statistics, "input_mean": jnp.zeros(5)})

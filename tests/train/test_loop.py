@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data import synthetic
@@ -77,13 +78,11 @@ def test_backbone_is_untouched_and_absent_from_checkpoints(config: Config, tiny_
     run = train(config, tmp_path / "run")
     assert file_hashes(tiny_backbone) == before
     opened = open_run(run, "last")
-    import safetensors.numpy
-
     stored = safetensors.numpy.load_file(tiny_backbone / "model.safetensors")
     np.testing.assert_array_equal(
         np.asarray(opened.model.params["backbone"]["embedding"]), stored["model.embed_tokens.weight"]
     )
-    names = [str(p) for p in (run / "checkpoints").rglob("*")]
+    names = [str(p.relative_to(run)) for p in (run / "checkpoints").rglob("*")]
     metadata = (run / "checkpoints" / "6" / "state" / "_METADATA").read_text()
     assert "projector/skip" in metadata
     assert "backbone" not in metadata and not any("backbone" in name for name in names)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from e2p_jax.train.metrics import MetricsLog, Progress, read_metrics
+from e2p_jax.train.metrics import MetricsLog, Progress, Recorder, read_metrics
 
 
 def events(run: Path) -> list[Any]:
@@ -95,3 +97,31 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys: pytest.C
     first, second = err.splitlines()
     assert first == "[bold]as it is[/bold]"
     assert re.fullmatch(r"train 20/100  loss 1\.5  ETA \d+:\d\d", second)
+
+
+class Loss(NamedTuple):
+    loss: jax.Array
+
+
+def test_recorder_writes_a_step_late_and_everything_before_a_checkpoint(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, steps=7, first=2, log_every=2, tokens_per_step=1000)
+
+    def step(number: int) -> list[int]:
+        recorder.step(number, Loss(jnp.float32(number / 4)))
+        return [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+
+    assert [step(number) for number in (3, 4, 5, 6)] == [[], [3], [3, 4], [3, 4]]
+    recorder.evaluation(6, {"validation": 1.5, "test": 2.5})
+    assert step(7) == [3, 4, 6, 6]
+    recorder.sync()
+    recorder.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line.get("train/loss")) for line in lines] == [
+        (3, 0.75),
+        (4, 1.0),
+        (6, 1.5),
+        (6, None),
+        (7, 1.75),
+    ]
+    assert lines[3] == {"step": 6, "eval/validation/nll": 1.5, "eval/test/nll": 2.5}
+    assert all(line["train/tokens_per_second"] > 0 for line in lines if "train/loss" in line)

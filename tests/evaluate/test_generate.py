@@ -1,0 +1,139 @@
+"""Generation against transformers and the golden text; several users a batch; sampling."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import AutoModelForCausalLM
+
+from e2p_jax.backbone import weights
+from e2p_jax.config import MeshConfig
+from e2p_jax.data.encode import Example, load_tokenizer
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import Sampling, choose, generate_tokens, stop_ids
+from e2p_jax.parallel.mesh import make_mesh, param_sharding
+from e2p_jax.prefix.model import PrefixModel
+from e2p_jax.prefix.projector import Projector
+
+WIDTH = 6
+
+
+def load_model(directory: Path, num_tokens: int = 1) -> PrefixModel:
+    sharding = functools.partial(param_sharding, make_mesh(MeshConfig()))
+    decoder = weights.load(directory, dtype=jnp.dtype("float32"), remat=False, sharding=sharding)
+    projector = Projector(
+        embedding_width=WIDTH,
+        model_width=decoder.config.hidden_size,
+        num_tokens=num_tokens,
+        kind="mlp",
+        hidden_size=8,
+        dropout=0.0,
+        rngs=nnx.Rngs(1),
+    )
+    return PrefixModel(decoder, projector)
+
+
+def run(model: PrefixModel, prompts: list[Example], vectors: np.ndarray, num_tokens: int = 1, **options) -> list[list[int]]:
+    graph, state = nnx.split(model)
+    options = {"sampling": Sampling(max_new_tokens=12), "stops": (), "pad": 0, **options}
+    return generate_tokens(graph, nnx.to_pure_dict(state), prompts, vectors, num_tokens=num_tokens, **options)
+
+
+def prompt(tokens: list[int], slot_start: int = -1, num_tokens: int = 1) -> Example:
+    if slot_start >= 0:
+        tokens = tokens[:slot_start] + [0] * num_tokens + tokens[slot_start:]
+    return Example(np.array(tokens, np.int32), np.zeros(len(tokens), bool), slot_start, "user")
+
+
+def test_golden_text(shared: Path):
+    """Greedy decoding from `<s>` alone, token for token."""
+    directory = shared / "backbones" / "stories260k"
+    tokenizer = load_tokenizer(directory, 512)
+    golden = (directory / "greedy_199_tokens.txt").read_text()
+    expected = tokenizer(golden.strip())["input_ids"]
+    expected = expected[1:] if expected[0] == 1 else expected
+    sampling = Sampling(max_new_tokens=199)
+    tokens = run(load_model(directory), [prompt([1])], np.zeros((1, WIDTH), np.float32), sampling=sampling)[0]
+    assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == golden.strip()
+    assert tokens == expected[:199] and len(tokens) == 199
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_batch_of_users_equals_transformers(tiny_backbone: Path, num_tokens: int):
+    """Different users, prompts of different lengths, left padding: each row as transformers generates it alone."""
+    model = load_model(tiny_backbone, num_tokens)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_backbone, dtype=torch.float32).eval()
+    vectors = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
+    texts = [[1, 40, 50, 60], [1, 70, 71, 72, 73, 74, 75, 76], [1, 9]]
+    places = [0, 1, 0]
+    prompts = [prompt(text, place, num_tokens) for text, place in zip(texts, places, strict=True)]
+    ours = run(model, prompts, vectors, num_tokens)
+    for text, place, vector, tokens in zip(texts, places, vectors, ours, strict=True):
+        soft = torch.tensor(np.array(model.projector(jnp.asarray(vector))))
+        embedded = reference.get_input_embeddings()(torch.tensor(text))
+        embedded = torch.cat([embedded[:place], soft, embedded[place:]])[None]
+        with torch.no_grad():
+            expected = reference.generate(
+                inputs_embeds=embedded,
+                attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long),
+                max_new_tokens=12,
+                min_new_tokens=12,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0]
+        assert tokens == expected.tolist()
+
+
+def test_stop_token_ends_a_row_and_only_that_row(tiny_backbone: Path):
+    model = load_model(tiny_backbone)
+    vectors = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
+    prompts = [prompt([1, 40, 50], 0), prompt([1, 70, 71], 0)]
+    free = run(model, prompts, vectors)
+    stop = free[0][4]
+    stopped = run(model, prompts, vectors, stops=(stop,))
+    assert stopped[0] == free[0][: free[0].index(stop)]
+    expected = free[1][: free[1].index(stop)] if stop in free[1] else free[1]
+    assert stopped[1] == expected
+
+
+def test_sampling_follows_the_softmax():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    many = jnp.tile(logits, (20_000, 1))
+    counts = np.bincount(np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0))), minlength=4)
+    np.testing.assert_allclose(counts / counts.sum(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    counts = np.bincount(np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0, top_k=2))), minlength=4)
+    np.testing.assert_allclose(counts / counts.sum(), [0.625, 0.375, 0, 0], atol=0.015)
+    counts = np.bincount(np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0, top_p=0.85))), minlength=4)
+    np.testing.assert_allclose(counts / counts.sum(), np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.015)
+    cold = choose(many, jax.random.key(0), Sampling(temperature=0.01))
+    assert set(np.asarray(cold).tolist()) == {0}
+
+
+def test_sampled_replies_depend_on_the_seed_only(tiny_backbone: Path):
+    model = load_model(tiny_backbone)
+    vectors = np.zeros((1, WIDTH), np.float32)
+    draws = [
+        run(model, [prompt([1, 40])], vectors, sampling=Sampling(max_new_tokens=12, temperature=2.0, seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}])
+def test_meaningless_sampling_is_refused(bad: dict):
+    with pytest.raises(UserError, match="--"):
+        Sampling(**bad)
+
+
+def test_stop_ids_join_tokenizer_and_generation_config(tmp_path: Path):
+    assert stop_ids(tmp_path, 2) == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    assert stop_ids(tmp_path, 2) == (2, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert stop_ids(tmp_path, None) == (9,)

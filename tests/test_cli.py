@@ -1,0 +1,203 @@
+"""The command line end to end on a tiny backbone, and every mistake a user can make: one line, exit 1 or 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from e2p_jax.cli import main
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import save_table
+from e2p_jax.data.records import write_jsonl
+
+USERS = range(30)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """records.jsonl of 30 users without splits, and their table."""
+    folder = tmp_path_factory.mktemp("place")
+    write_jsonl([synthetic.record(user) for user in USERS], folder / "records.jsonl")
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    save_table(folder / "table", [f"user-{user}" for user in USERS], vectors, name="synthetic", version="1")
+    return folder
+
+
+def train_arguments(place: Path, backbone: Path, workdir: Path, *more: str) -> list[str]:
+    paths = ["--backbone.path", backbone, "--data.path", place / "records.jsonl", "--data.embeddings", place / "table"]
+    small = "--data.seq_len 128 --train.rows 4 --train.steps 4 --train.warmup_steps 1 --projector.hidden_size 16"
+    quiet = "--train.eval_every 2 --train.checkpoint_every 2"
+    return ["train", "persona_chat", "--workdir", str(workdir), *map(str, paths), *small.split(), *quiet.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def run(place: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One's own data in place of a shipped config's."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    assert main(train_arguments(place, tiny_backbone, workdir)) == 0
+    return workdir
+
+
+def test_run_directory_holds_what_the_contract_says(run: Path):
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["steps"] == 4 and Path(config["backbone"]["path"]).is_absolute()
+    assert (run / "metrics.jsonl").is_file() and list((run / "tensorboard").iterdir())
+    assert (run / "checkpoints" / "4").is_dir() and (run / "chat_template.jinja").is_file()
+    report = json.loads((run / "report" / "evaluation.json").read_text())
+    assert set(report["splits"][0]["conditions"]) == {"none", "shuffled", "e2p", "text"}
+    assert (run / "report" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_finished_run_is_left_as_it_is(run: Path, place: Path, tiny_backbone: Path):
+    before = (run / "metrics.jsonl").read_text()
+    assert main(train_arguments(place, tiny_backbone, run)) == 0
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_evaluate_per_example(run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "scores.jsonl"
+    arguments = ["evaluate", str(run), "--data", str(place / "records.jsonl"), "--per-example", str(out), "--json"]
+    assert main([*arguments, "--conditions", "e2p", "none"]) == 0
+    table = json.loads(capsys.readouterr().out)["splits"][0]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["user_id"] for line in lines] == [f"user-{user}" for user in USERS] * 2
+    assert all(set(line) == {"user_id", "nll", "target_tokens", "condition"} for line in lines)
+    for condition in ("e2p", "none"):
+        mine = [line for line in lines if line["condition"] == condition]
+        mean = sum(line["nll"] for line in mine) / sum(line["target_tokens"] for line in mine)
+        assert mean == pytest.approx(table["conditions"][condition]["nll_per_target"])
+
+
+def test_generate_for_users_and_vectors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    np.save(tmp_path / "vector.npy", synthetic.vector(3))
+    asked = ["--prompt", "do you have any pets?", "--max-new-tokens", "8", "--json"]
+    vector = f"@{tmp_path / 'vector.npy'}"
+    assert main(["generate", str(run), "--user", "user-3", "user-4", vector, *asked]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["user_id"] for answer in answers] == ["user-3", "user-4", vector]
+    assert answers[0]["response"] == answers[2]["response"]
+    (tmp_path / "prompts.jsonl").write_text('{"user_id": "user-4", "prompt": "do you have any pets?"}\n')
+    assert main(["generate", str(run), "--input", str(tmp_path / "prompts.jsonl"), *asked[2:]]) == 0
+    assert json.loads(capsys.readouterr().out)["response"] == answers[1]["response"]
+
+
+def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
+    from safetensors.numpy import load_file
+
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "out", tiny_backbone))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "prepare", "export"])
+def test_help_documents_every_flag(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "usage: e2p" in capsys.readouterr().out
+
+
+def lines_of(place: Path) -> list[dict]:
+    return [json.loads(line) for line in (place / "records.jsonl").read_text().splitlines()]
+
+
+def broken(place: Path, folder: Path, fault: str) -> Path:
+    """A copy of the place with one fault."""
+    shutil.copytree(place, folder)
+    records, vectors = lines_of(folder), np.load(folder / "table" / "embeddings.npy")
+    text = None
+    if fault == "missing vector":
+        records[7]["user_id"] = "stranger"
+    elif fault == "nan":
+        vectors[7, 3] = np.nan
+    elif fault == "wrong width":
+        vectors = vectors[:, :10]
+    elif fault == "empty dialogue":
+        records[7]["messages"] = []
+    elif fault == "no assistant turn":
+        records[7]["messages"] = records[7]["messages"][:1]
+    elif fault == "too long":
+        records[7]["messages"][-1]["content"] = "word " * 200
+    elif fault == "malformed line":
+        text = (folder / "records.jsonl").read_text().replace('{"user_id": "user-7"', '{"user_id" "user-7"')
+    (folder / "records.jsonl").write_text(text or "".join(json.dumps(r) + "\n" for r in records))
+    np.save(folder / "table" / "embeddings.npy", vectors)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fault", "names"),
+    [
+        ("missing vector", ["records.jsonl:8", "stranger"]),
+        ("nan", ["row 7", "user-7"]),
+        ("wrong width", ["table", "width 64"]),
+        ("empty dialogue", ["records.jsonl:8", "empty dialogue"]),
+        ("no assistant turn", ["records.jsonl:8", "assistant"]),
+        ("too long", ["records.jsonl:8", "data.seq_len=128"]),
+        ("malformed line", ["records.jsonl:8", "malformed JSON"]),
+    ],
+)
+def test_bad_data_is_one_line(
+    place: Path, tiny_backbone: Path, tmp_path: Path, fault: str, names: list[str], capsys: pytest.CaptureFixture[str]
+):
+    folder = broken(place, tmp_path / "broken", fault)
+    assert main(train_arguments(folder, tiny_backbone, tmp_path / "run")) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(name in message for name in names), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_backbones_are_one_line(place: Path, tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny_backbone, cut)
+    data = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
+    other = tmp_path / "other"
+    shutil.copytree(tiny_backbone, other)
+    config = json.loads((other / "config.json").read_text()) | {"vocab_size": 100}
+    (other / "config.json").write_text(json.dumps(config))
+    for backbone, word in ((cut, "truncated"), (other, "vocab_size 100"), (tmp_path / "nowhere", "no such directory")):
+        assert main(train_arguments(place, backbone, tmp_path / "run")) == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and word in message and str(backbone) in message, message
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data.seq_len", "100"], "data.seq_len"),
+        (["--train.trainable", "projector/nothing"], "projector/nothing"),
+        (["--mesh.fsdp", "3"], "mesh.fsdp=3"),
+        (["--train.rows", "3"], "train.rows=3"),
+        (["--data.too_long", "refuse", "--data.context_prompt", "none"], "data.context_prompt"),
+        (["--data.eval_splits", "test"], "'test'"),
+        (["--data.chat_template", "missing.jinja"], "missing.jinja"),
+        (["--backbone.revision", "main", "--backbone.path", "nobody/nothing"], "nobody/nothing"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_one_line(
+    place: Path, tiny_backbone: Path, tmp_path: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(train_arguments(place, tiny_backbone, tmp_path / "run", *more)) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and words in message, message
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "quickstart", "--train.step", "x"], ["train", "quickstart", "--train.steps", "x"], ["fly"]]
+)
+def test_usage_errors_exit_with_2(arguments: list[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_unknown_config_and_unknown_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "nonesuch"]) == 1
+    assert "quickstart" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"train": {"stepz": 3}}')
+    assert main(["evaluate", str(tmp_path / "run")]) == 1
+    assert "train.stepz" in capsys.readouterr().err
