@@ -148,7 +148,9 @@ def test_bad_data_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_backbones_are_one_line(place: Path, tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_backbones_are_one_line(
+    place: Path, tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     cut = tmp_path / "cut"
     shutil.copytree(tiny_backbone, cut)
     data = (cut / "model.safetensors").read_bytes()

@@ -5,7 +5,7 @@ F feed-forward width, V vocabulary, S cache length. Weights keep the Hugging Fac
 so that loading and saving copy bytes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -124,7 +124,8 @@ class Decoder(nnx.Module):
         c = self.config
         index = jnp.arange(length)
         if cache is None:
-            filled, segments, key_index, kv = jnp.zeros((), jnp.int32), segment_ids, index, (None, None)
+            kv: tuple[Any, Any] = (None, None)
+            filled, segments, key_index = jnp.zeros((), jnp.int32), segment_ids, index
         else:
             filled = cache.filled
             segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, filled))

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class Checkpoint:
         """
         self.directory = directory
         self.shards = _shards(directory)
-        self._files, self._where = [], {}
+        self._where: dict[str, Any] = {}  # tensor name -> its open file
         for shard in self.shards:
             if not shard.is_file():
                 raise UserError(f"{shard}: not found; a backbone needs its weights as safetensors")
@@ -81,7 +82,6 @@ class Checkpoint:
                 file = safe_open(shard, framework="np")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{shard}: truncated or malformed safetensors ({error}); download it again") from error
-            self._files.append(file)
             for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
                 if name in self._where:
                     raise UserError(f"{shard}: tensor {name!r} also stands in another shard")
@@ -109,7 +109,7 @@ class Checkpoint:
         for name in sorted(self._where):
             tensor = np.ascontiguousarray(self._where[name].get_tensor(name))
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            digest.update(tensor.reshape(-1).view(np.uint8))
+            digest.update(tensor.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
 
@@ -142,7 +142,7 @@ def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str,
     Raises:
       UserError: listing all missing, extra and misshapen tensors together.
     """
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for path, template in tensor_names(config).items():
         if "{}" in template:
             wanted |= {template.format(i): shapes[path][1:] for i in range(config.num_layers)}
@@ -197,7 +197,7 @@ def load(
 
 def _reader(
     checkpoint: Checkpoint, template: str, shape: tuple[int, ...], dtype: jnp.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
+) -> Callable[[Any], np.ndarray]:
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in template:
             return checkpoint.read(template, index).astype(dtype)
@@ -219,7 +219,7 @@ def abstract(config: DecoderConfig, *, dtype: jnp.dtype, remat: bool) -> Decoder
 def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
     """Writes `decoder` as a Hugging Face directory; config and tokenizer files are copied from `source`."""
     flat = {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(decoder))}
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, template in tensor_names(decoder.config).items():
         value = np.asarray(jax.device_get(flat[path])).astype(dtype)
         if "{}" in template:

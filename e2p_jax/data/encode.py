@@ -27,6 +27,14 @@ class Example(NamedTuple):
     user_id: str
 
 
+class Fitted(NamedTuple):
+    """A record cut to T tokens, and its examples."""
+
+    record: Record
+    examples: dict[Condition, Example]
+    dropped_messages: int
+
+
 def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """The backbone's own tokenizer.
 
@@ -92,19 +100,20 @@ class Encoder:
                 return int(candidate)
         return 0
 
-    def fit(self, record: Record, conditions: Sequence[Condition]) -> tuple[Record, int]:
-        """Drops the oldest turns until the record fits in T tokens under every one of `conditions`.
+    def fit(self, record: Record, conditions: Sequence[Condition]) -> Fitted:
+        """Encodes a record under several conditions, without its oldest turns where it is too long for one of them.
 
-        The last assistant turn is never dropped, nor is the system message.
-
-        Returns:
-          The record, and how many messages were dropped.
+        All conditions lose the same turns, so that all score the same targets. The last assistant turn is never
+        dropped, nor is the system message.
 
         Raises:
           UserError: it cannot fit, or the policy is `refuse`.
         """
         dropped = 0
-        while max(len(self.encode(record, condition).tokens) for condition in conditions) > self.max_length:
+        while True:
+            examples = {condition: self.encode(record, condition) for condition in conditions}
+            if max(len(example.tokens) for example in examples.values()) <= self.max_length:
+                return Fitted(record, examples, dropped)
             if self.too_long == "refuse":
                 raise UserError(
                     f"{record.source}: longer than data.seq_len={self.max_length} tokens; "
@@ -122,7 +131,6 @@ class Encoder:
                 )
             dropped += len(turns) - len(shorter)
             record = dataclasses.replace(record, messages=(*system, *shorter))
-        return record, dropped
 
     def encode(self, record: Record, condition: Condition) -> Example:
         """Renders, tokenises, marks targets and opens the slots."""
@@ -135,13 +143,13 @@ class Encoder:
             is_target = np.asarray(encoded["assistant_masks"], bool)
         if not is_target.any():
             raise UserError(f"{record.source}: the chat template marks no assistant text in this conversation")
+        is_target[0] = False  # nothing but a slot can stand before it to predict it from
         start = -1
         if condition in WITH_PREFIX:
             start = self.slot_start(messages, encoded)
             slots = np.full(self.num_tokens, self.pad_id, np.int32)
             tokens = np.concatenate([tokens[:start], slots, tokens[start:]])
             is_target = np.concatenate([is_target[:start], np.zeros(self.num_tokens, bool), is_target[start:]])
-        is_target[0] = False  # nothing stands before it to predict it from
         return Example(tokens, is_target, start, record.user_id)
 
     def encode_prompt(self, record: Record, condition: Condition) -> Example:

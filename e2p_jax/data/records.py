@@ -58,8 +58,8 @@ def from_json(values: Any, source: str) -> Record:
 def read_jsonl(path: Path, split: str) -> list[Record]:
     """Reads the records of one split from JSON Lines.
 
-    A record says its split in the key `split` (`train` without one). Where no record does, one user in twenty, at least
-    one, is `validation`, chosen by a hash of the user id, and the others are `train`. `all` is every record.
+    A record says its split in the key `split` (`train` without one). Where no record does, one user in twenty, two
+    at least, is `validation`, chosen by a hash of the user id, and the others are `train`. `all` is every record.
 
     Raises:
       UserError: a malformed line, named by its number.
@@ -79,7 +79,7 @@ def read_jsonl(path: Path, split: str) -> list[Record]:
 
 def _held_out_users(users: set[str]) -> set[str]:
     ordered = sorted(users, key=lambda user: hashlib.sha256(user.encode()).digest())
-    return set(ordered[: max(1, len(users) // 20)]) if len(users) > 1 else set()
+    return set(ordered[: max(2, len(users) // 20)]) if len(users) > 3 else set()
 
 
 def read_prompts(path: Path) -> list[Record]:

@@ -44,12 +44,12 @@ def pack_conditions(
       Datasets by condition, the records as scored, and how many messages were dropped.
     """
     fitted = [encoder.fit(record, conditions) for record in records]
-    kept = [record for record, _ in fitted]
-    examples = {c: [encoder.encode(record, c) for record in kept] for c in conditions}
+    kept = [fit.record for fit in fitted]
+    examples = {c: [fit.examples[c] for fit in fitted] for c in conditions}
     budgets = [choose_budget(examples[c], encoder.max_length) for c in conditions]
     budget = Budget(*(max(sizes) for sizes in zip(*budgets, strict=True)))
     packed = {c: pack(examples[c], user_vectors(kept, c, table), encoder, budget) for c in conditions}
-    return packed, kept, sum(dropped for _, dropped in fitted)
+    return packed, kept, sum(fit.dropped_messages for fit in fitted)
 
 
 def score(

@@ -44,14 +44,14 @@ def read_data(inputs: Inputs) -> Data:
     fitted = [
         inputs.encoder.fit(record, [condition]) for record in load_records(config.data.path, config.data.train_split)
     ]
-    records = [record for record, _ in fitted]
-    examples = [inputs.encoder.encode(record, condition) for record in records]
+    records = [fit.record for fit in fitted]
+    examples = [fit.examples[condition] for fit in fitted]
     train = pack(examples, user_vectors(records, condition, inputs.table), inputs.encoder)
     held_out = {}
     for name, others in load_splits(config.data.path, config.data.eval_splits).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table)
         held_out[name] = (packed[condition], kept)
-    return Data(train, held_out, _one_vector_per_user(inputs, records), sum(count for _, count in fitted))
+    return Data(train, held_out, _one_vector_per_user(inputs, records), sum(fit.dropped_messages for fit in fitted))
 
 
 def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarray:
@@ -67,6 +67,7 @@ def train(config: Config, run: Path) -> Path:
     Raises:
       UserError: before any compilation, whatever is wrong with the config, data, vectors or backbone.
     """
+    chex.clear_trace_counter()  # it counts by call site: a second run in this process traces its own steps
     inputs = read_inputs(config)
     data = read_data(inputs)
     model = build_model(inputs, data.user_vectors)

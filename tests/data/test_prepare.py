@@ -156,7 +156,8 @@ def test_tensorflow_is_not_needed(manual, tmp_path):
 @pytest.fixture
 def corpus(tmp_path, monkeypatch) -> tuple[Path, dict[tuple[str, ...], str]]:
     """A small corpus in the true form, its usable dialogues, and a few generated users in place of 16,000."""
-    monkeypatch.setattr(synthetic, "PRETRAINING", range(100_000, 100_030))
+    monkeypatch.setattr(synthetic, "PRETRAINING", range(100_000, 100_060))
+    monkeypatch.setattr(generate, "SOURCES", {"self_dialogue.jsonl.gz": 1.0, "schema_guided.jsonl.gz": 0.35})
     monkeypatch.setattr(generate, "VALIDATION_SHARE", 0.2)
     directory, usable = tmp_path / "corpus", {}
     directory.mkdir()
@@ -195,7 +196,7 @@ def test_dialogue_corpus_is_what_its_generator_yields(corpus, tmp_path):
     shares = [sum(usable[turns] == name for turns in spoken) for name in generate.SOURCES]
     assert shares[0] == sum(name == "self_dialogue.jsonl.gz" for name in usable.values())
     assert 0 < shares[1] < 0.6 * shares[0]
-    assert len(users[0]) + len(users[1]) == len(spoken) + 30
+    assert len(users[0]) + len(users[1]) == len(spoken) + 60
 
 
 def test_generated_personas_show_their_context(corpus):

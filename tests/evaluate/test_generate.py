@@ -38,7 +38,9 @@ def load_model(directory: Path, num_tokens: int = 1) -> PrefixModel:
     return PrefixModel(decoder, projector)
 
 
-def run(model: PrefixModel, prompts: list[Example], vectors: np.ndarray, num_tokens: int = 1, **options) -> list[list[int]]:
+def run(
+    model: PrefixModel, prompts: list[Example], vectors: np.ndarray, num_tokens: int = 1, **options
+) -> list[list[int]]:
     graph, state = nnx.split(model)
     options = {"sampling": Sampling(max_new_tokens=12), "stops": (), "pad": 0, **options}
     return generate_tokens(graph, nnx.to_pure_dict(state), prompts, vectors, num_tokens=num_tokens, **options)
@@ -109,7 +111,9 @@ def test_sampling_follows_the_softmax():
     np.testing.assert_allclose(counts / counts.sum(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
     counts = np.bincount(np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0, top_k=2))), minlength=4)
     np.testing.assert_allclose(counts / counts.sum(), [0.625, 0.375, 0, 0], atol=0.015)
-    counts = np.bincount(np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0, top_p=0.85))), minlength=4)
+    counts = np.bincount(
+        np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0, top_p=0.85))), minlength=4
+    )
     np.testing.assert_allclose(counts / counts.sum(), np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.015)
     cold = choose(many, jax.random.key(0), Sampling(temperature=0.01))
     assert set(np.asarray(cold).tolist()) == {0}

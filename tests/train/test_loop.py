@@ -88,13 +88,12 @@ def test_backbone_is_untouched_and_absent_from_checkpoints(config: Config, tiny_
     assert "backbone" not in metadata and not any("backbone" in name for name in names)
 
 
-def test_training_moves_the_projector_and_lowers_the_loss(config: Config, tmp_path: Path):
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, steps=30, eval_every=30, learning_rate=1e-2)
-    )
-    lines = numbers(train(config, tmp_path / "run"))
+def test_training_lowers_the_loss(config: Config, tmp_path: Path):
+    everything = ("projector/**", "backbone/**")  # in front of a random backbone there is little to learn
+    settings = dataclasses.replace(config.train, trainable=everything, steps=30, eval_every=30, learning_rate=1e-2)
+    lines = numbers(train(dataclasses.replace(config, train=settings), tmp_path / "run"))
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1.0
 
 
 def test_resumed_run_equals_unbroken_one(config: Config, tmp_path: Path):
@@ -131,8 +130,9 @@ def test_rerun_with_other_settings_is_refused(config: Config, tmp_path: Path):
 
 
 def test_best_checkpoint_is_kept(config: Config, tmp_path: Path):
-    """A learning rate that ruins the projector: the best checkpoint is an early one, and is still there at the end."""
-    settings = dataclasses.replace(config.train, steps=12, learning_rate=3.0, warmup_steps=11, eval_every=1)
+    """A learning rate that ruins the model: the best checkpoint is an early one, and is still there at the end."""
+    ruinous = {"trainable": ("projector/**", "backbone/**"), "learning_rate": 1.0, "warmup_steps": 11}
+    settings = dataclasses.replace(config.train, steps=12, eval_every=1, **ruinous)
     run = train(dataclasses.replace(config, train=settings), tmp_path / "run")
     nll = {line["step"]: line["eval/validation/nll"] for line in numbers(run) if "eval/validation/nll" in line}
     checkpoints = Checkpoints(run)

@@ -80,10 +80,12 @@ def test_join_undoes_split(model: PrefixModel, patterns: tuple[str, ...]) -> Non
     assert all(a is b for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(params), strict=True))
 
 
-def test_the_optimizer_holds_nothing_for_the_frozen_part(model: PrefixModel) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_optimizer_holds_nothing_for_the_frozen_part(model: PrefixModel, whole: bool) -> None:
+    """Given the trainable part, as `train` does, or all parameters, where the mask alone decides."""
     params, mask = nnx.to_pure_dict(nnx.state(model)), trainable_mask(model, ("projector/**",))
     trainable, _ = split(params, mask)
-    state = jax.eval_shape(make_optimizer(TrainConfig(), mask).init, trainable)
+    state = jax.eval_shape(make_optimizer(TrainConfig(), mask).init, params if whole else trainable)
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     assert trained == USER_WIDTH * 24 + 24 + 24 * 32 + USER_WIDTH * 32 + 32
     held = leaves(state)
@@ -100,8 +102,9 @@ def test_weight_decay_is_for_matrices(model: PrefixModel) -> None:
     trainable = jax.tree.map(lambda p: jnp.ones_like(p), trainable)
     config = TrainConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0, steps=10)
     optimizer = make_optimizer(config, mask)
+    no_gradient = jax.tree.map(jnp.zeros_like, trainable)
     with jax.numpy_dtype_promotion("standard"):
-        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trainable), optimizer.init(trainable), trainable)
+        updates, _ = jax.jit(lambda p: optimizer.update(no_gradient, optimizer.init(p), p))(trainable)
     for name, value in leaves(optax.apply_updates(trainable, updates)).items():
         np.testing.assert_allclose(value, 0.95 if value.ndim > 1 else 1.0, rtol=1e-6)
         assert value.ndim == (1 if name.endswith("bias") else 2)

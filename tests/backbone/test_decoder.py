@@ -1,0 +1,70 @@
+"""The decoder before any weights are loaded: its random start, its dtypes, and what remat and the cache hold."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import SIZES, logits, random_tokens, whole_rows
+
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.families import DecoderConfig, parse_config
+from e2p_jax.backbone.weights import abstract
+
+
+def config(**changes: int | bool) -> DecoderConfig:
+    return parse_config({**SIZES, "model_type": "llama", "rms_norm_eps": 1e-5, **changes}, Path("config.json"))
+
+
+def fresh(dtype: str = "float32", **changes: int | bool) -> Decoder:
+    return Decoder(config(**changes), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+
+
+def test_a_fresh_decoder_has_no_opinion() -> None:
+    """Random weights give every token about the same probability: a loss near log V."""
+    scores = logits(fresh(), *whole_rows(random_tokens(4, 32)))
+    entropy = -jnp.sum(jax.nn.softmax(scores) * jax.nn.log_softmax(scores), axis=-1)
+    assert float(jnp.mean(entropy)) == pytest.approx(np.log(SIZES["vocab_size"]), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": 2, "num_key_value_heads": 2}, {}], ids=["square", "grouped"]
+)
+def test_fresh_attention_is_mimetic(changes: dict[str, int]) -> None:
+    """Summed over heads, W_Q' W_K and W_O W_V are near multiples of the identity (Trockman & Kolter, 2023)."""
+    c = config(**changes)
+    layers = fresh(**changes).layers
+    q, k, v = (np.asarray(w[...]) for w in (layers.q, layers.k, layers.v))
+    repeats = c.num_heads // c.num_kv_heads
+
+    def for_each_query(w: np.ndarray) -> np.ndarray:
+        split = w.reshape(c.num_layers, c.num_kv_heads, c.head_dim, c.hidden_size)
+        return np.repeat(split, repeats, axis=1).reshape(c.num_layers, -1, c.hidden_size)
+
+    products = [np.einsum("lid,lie->lde", q, for_each_query(k)), np.asarray(layers.o[...]) @ for_each_query(v)]
+    for product in products:
+        for layer in product:
+            diagonal = np.diag(layer)
+            assert diagonal.min() > 0.5 * diagonal.max() > 0
+            assert np.abs(layer - np.diag(diagonal)).max() < 0.5 * diagonal.mean()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_and_dtypes_of_a_fresh_decoder_are_the_abstract_ones(dtype: str) -> None:
+    changes: dict[str, int | bool] = {"attention_bias": True, "mlp_bias": True, "head_dim": 12}
+    template = nnx.state(abstract(config(**changes), dtype=jnp.dtype(dtype), remat=False))
+    values = nnx.state(fresh(dtype, **changes))
+    assert jax.tree.structure(template) == jax.tree.structure(values)
+    assert [x.shape for x in jax.tree.leaves(template)] == [x.shape for x in jax.tree.leaves(values)]
+    assert {x.dtype for x in jax.tree.leaves(values)} == {x.dtype for x in jax.tree.leaves(template)}
+    assert {x.dtype for x in jax.tree.leaves(values)} == {jnp.dtype(dtype)}
+
+
+def test_bfloat16_stays_bfloat16_up_to_the_logits() -> None:
+    decoder = fresh("bfloat16")
+    tokens, positions, segments = whole_rows(random_tokens(1, 8))
+    hidden, cache = decoder(decoder.embed(tokens), positions, segments, decoder.empty_cache(1, 8))
+    assert hidden.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert decoder.logits(hidden).dtype == jnp.float32
