@@ -10,9 +10,9 @@ config = Config(
     data=DataConfig(path="dialogue_corpus", condition="none", seq_len=256),
     train=TrainConfig(
         trainable=("backbone/**",),
-        steps=5000,
+        steps=8000,
         rows=4,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         warmup_steps=100,
         final_learning_rate=0.05,
         weight_decay=0.05,

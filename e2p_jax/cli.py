@@ -4,8 +4,9 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 # Before anything imports jax or tensorflow_datasets: their C++ parts log to stderr unless told not to.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -19,6 +20,9 @@ from e2p_jax.config import Condition, Config, load_config
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling
 
+if TYPE_CHECKING:
+    from e2p_jax.evaluate.table import Evaluation
+
 absl.logging.set_verbosity(absl.logging.ERROR)
 GREEDY = Sampling()
 
@@ -26,6 +30,8 @@ GREEDY = Sampling()
 def train(config: Config, name: str, workdir: Path | None) -> None:
     """Trains, then shows the table of conditions, the loss curve and the answers of two held-out users."""
     from e2p_jax.evaluate.curves import draw_loss
+    from e2p_jax.evaluate.showcase import show_answers
+    from e2p_jax.evaluate.table import evaluate_splits, save
     from e2p_jax.train.loop import train as run_training
     from e2p_jax.train.run import open_run
 
@@ -33,10 +39,11 @@ def train(config: Config, name: str, workdir: Path | None) -> None:
     if jax.process_index() == 0:
         _say(f"loss curve: {draw_loss(directory)}")
     if config.evaluate.conditions or config.evaluate.prompts:
-        from e2p_jax.evaluate.showcase import show_answers
-
         run = open_run(directory)
-        _evaluate(run, config.evaluate.conditions, config.data.eval_splits)
+        evaluations = evaluate_splits(run, config.data.eval_splits, config.evaluate.conditions)
+        if jax.process_index() == 0:
+            save(run, evaluations)
+            _print_tables(evaluations)
         show_answers(run, rich.console.Console())
     _say(f"run directory: {directory}")
 
@@ -64,6 +71,8 @@ def evaluate(
       per_example: Write one JSON line per record and condition to this file, in input order.
       as_json: Print JSON to stdout in place of the table.
     """
+    from e2p_jax.evaluate.table import evaluate_splits
+    from e2p_jax.files import write_text
     from e2p_jax.train.run import open_run
 
     opened = open_run(run, checkpoint, embeddings)
@@ -72,27 +81,22 @@ def evaluate(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
         opened = dataclasses.replace(opened, inputs=dataclasses.replace(opened.inputs, config=config))
     splits = (split,) if split else ("all",) if data else config.data.eval_splits
-    _evaluate(opened, conditions or config.evaluate.conditions, splits, per_example, as_json)
-
-
-def _evaluate(run, conditions, splits, per_example: Path | None = None, as_json: bool = False) -> None:  # type: ignore[no-untyped-def]
-    from e2p_jax.data.prepared import load_splits
-    from e2p_jax.evaluate import table
-    from e2p_jax.files import write_text
-
-    results = []
-    for name, records in load_splits(run.inputs.config.data.path, splits).items():
-        results.append(table.evaluate(run, records, name, conditions))
+    evaluations = evaluate_splits(opened, splits, conditions or config.evaluate.conditions)
     if jax.process_index():
         return
-    table.save(run, results)
     if per_example is not None:
-        write_text(per_example, "".join(result.per_example() for result in results))
+        write_text(per_example, "".join(evaluation.per_example() for evaluation in evaluations))
     if as_json:
-        print(json.dumps({"checkpoint": run.step, "splits": [result.to_dict() for result in results]}))
+        print(json.dumps({"checkpoint": opened.step, "splits": [each.to_dict() for each in evaluations]}))
     else:
-        for result in results:
-            rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table.render(result))
+        _print_tables(evaluations)
+
+
+def _print_tables(evaluations: "Sequence[Evaluation]") -> None:
+    from e2p_jax.evaluate.table import render
+
+    for evaluation in evaluations:
+        rich.console.Console(width=None if sys.stdout.isatty() else 120).print(render(evaluation))
 
 
 def generate(
@@ -178,7 +182,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _train_command(arguments: list[str]):  # type: ignore[no-untyped-def]
+def _train_command(arguments: list[str]) -> Callable[..., None]:
     """`train` with the named config's values as the defaults of its flags."""
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
     name, defaults = load_config(named) if named else ("", Config())
@@ -204,10 +208,15 @@ def _train_command(arguments: list[str]):  # type: ignore[no-untyped-def]
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"evaluate": evaluate, "generate": generate, "prepare": prepare, "export": export}
     try:
         rest = arguments[1:] if arguments[:1] == ["train"] else []
-        commands = {"train": _train_command(rest), **commands}
+        commands: dict[str, Callable[..., Any]] = {
+            "train": _train_command(rest),
+            "evaluate": evaluate,
+            "generate": generate,
+            "prepare": prepare,
+            "export": export,
+        }
         tyro.extras.subcommand_cli_from_dict(commands, prog="e2p", args=arguments)
     except UserError as error:
         _say(f"e2p: {error}")

@@ -198,7 +198,7 @@ def generate(
             pad=encoder.pad_id,
             num_tokens=encoder.num_tokens,
         )
-        replies += [encoder.tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in tokens]
+        replies += [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in tokens]
     return replies
 
 

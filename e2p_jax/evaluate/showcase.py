@@ -5,6 +5,7 @@ import dataclasses
 import rich.console
 import rich.table
 
+from e2p_jax.config import Condition
 from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
@@ -28,7 +29,8 @@ def show_answers(run: Run, console: rich.console.Console) -> None:
         table.add_column(f"{person.user_id}\n" + "\n".join(person.context))
     table.add_column("without prefix")
     answers = []
-    for person, condition in ((first, "e2p"), (second, "e2p"), (first, "none")):
+    columns: list[tuple[Record, Condition]] = [(first, "e2p"), (second, "e2p"), (first, "none")]
+    for person, condition in columns:
         asked = [
             dataclasses.replace(person, messages=({"role": "user", "content": prompt},), source="evaluate.prompts")
             for prompt in config.evaluate.prompts

@@ -11,6 +11,7 @@ import numpy as np
 import rich.table
 
 from e2p_jax.config import Condition
+from e2p_jax.data.prepared import load_splits
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.score import Scores, pack_conditions, score
 from e2p_jax.files import write_text
@@ -112,6 +113,18 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
             progress.update(number, condition, show=True)
     progress.close()
     return Evaluation(split_name, kept, scores, dropped, inputs.config.evaluate.bootstrap_samples)
+
+
+def evaluate_splits(run: Run, splits: Sequence[str], conditions: Sequence[Condition]) -> list[Evaluation]:
+    """`evaluate` on every split of the run's data that there is; none where no condition is asked for.
+
+    Raises:
+      UserError: the first split is absent, or a record or vector is at fault.
+    """
+    if not conditions:
+        return []
+    found = load_splits(run.inputs.config.data.path, splits)
+    return [evaluate(run, records, name, conditions) for name, records in found.items()]
 
 
 def render(evaluation: Evaluation) -> rich.table.Table:
