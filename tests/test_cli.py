@@ -56,6 +56,26 @@ def test_finished_run_is_left_as_it_is(run: Path, place: Path, tiny_backbone: Pa
     assert (run / "metrics.jsonl").read_text() == before
 
 
+def test_evaluate_fields_change_what_training_shows(
+    place: Path, tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def shown(name: str, *more: str) -> tuple[dict, str]:
+        capsys.readouterr()
+        assert main(train_arguments(place, tiny_backbone, tmp_path / name, *more)) == 0
+        report = json.loads((tmp_path / name / "report" / "evaluation.json").read_text())
+        return report["splits"][0]["conditions"], capsys.readouterr().out
+
+    two = ["--evaluate.conditions", "none", "text", "--evaluate.prompts"]
+    plain, _ = shown("plain", *two, "hello there!")
+    assert set(plain) == {"none", "text"}
+    fewer, answers = shown("fewer", *two, "what is new?", "--evaluate.bootstrap_samples", "3")
+    assert "what is new?" in answers and "hello there!" not in answers
+    assert fewer["text"]["nll_per_target"] == plain["text"]["nll_per_target"]
+    assert fewer["text"]["minus_none"]["low"] != plain["text"]["minus_none"]["low"]
+    framed, _ = shown("framed", *two, "hello there!", "--data.context_prompt", "You are: {context}")
+    assert framed["text"]["nll_per_target"] != plain["text"]["nll_per_target"]
+
+
 def test_evaluate_per_example(run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "scores.jsonl"
     arguments = ["evaluate", str(run), "--data", str(place / "records.jsonl"), "--per-example", str(out), "--json"]

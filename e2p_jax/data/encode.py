@@ -201,7 +201,7 @@ class Encoder:
                 add_generation_prompt=add_generation_prompt,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"return_offsets_mapping": True},
+                tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},  # `fit` sees to the length
             )
         except jinja2.TemplateError as error:
             raise UserError(

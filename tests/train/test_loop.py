@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,10 @@ def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path
         {"train": {"rows": 8}},
         {"train": {"log_every": 2}},
         {"train": {"eval_every": 2}},
+        {"train": {"accumulation": 2}},  # each micro-batch draws its own dropout
+        {"train": {"steps": 7}},
+        {"train": {"trainable": ("projector/**", "backbone/final_norm")}},
+        {"backbone": {"weights": "random"}},
     ],
     ids=str,
 )
@@ -196,6 +201,36 @@ def test_every_field_changes_the_result(config: Config, tmp_path: Path, change: 
     for section, fields in change.items():
         changed = dataclasses.replace(changed, **{section: dataclasses.replace(getattr(changed, section), **fields)})
     assert numbers(train(changed, tmp_path / "run")) != reference
+
+
+@pytest.mark.parametrize(
+    "field", ["data.path", "data.embeddings", "data.eval_splits", "data.chat_template", "backbone.path"]
+)
+def test_every_source_changes_the_result(
+    config: Config, corpus: tuple[Path, Path], tiny_backbone: Path, tmp_path: Path, field: str, reference: list
+):
+    path, table = corpus
+    (tmp_path / "fewer.jsonl").write_text("".join(path.read_text().splitlines(keepends=True)[:-6]))
+    vectors = np.stack([synthetic.vector(user + 1) for user in USERS])
+    save_table(tmp_path / "table", [f"user-{user}" for user in USERS], vectors, name="shifted", version="1")
+    (tmp_path / "short.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    settings = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    settings["rms_norm_eps"] = 0.1
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(settings))
+    others = {
+        "data.path": str(tmp_path / "fewer.jsonl"),
+        "data.embeddings": str(tmp_path / "table"),
+        "data.eval_splits": ("train",),
+        "data.chat_template": str(tmp_path / "short.jinja"),
+        "backbone.path": str(tmp_path / "backbone"),
+    }
+    section, name = field.split(".")
+    changed = dataclasses.replace(getattr(config, section), **{name: others[field]})
+    assert numbers(train(dataclasses.replace(config, **{section: changed}), tmp_path / "run")) != reference
 
 
 def test_accumulation_is_invisible_without_dropout(config: Config, tmp_path: Path):
