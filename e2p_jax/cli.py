@@ -158,7 +158,10 @@ def export(
     run: tyro.conf.Positional[Path],
     /,
     out: Path,
-    format: Literal["backbone"] = "backbone",
+    format: Literal["transformers", "peft", "backbone"] = "transformers",
+    include_backbone: bool = False,
+    user: tuple[str, ...] = (),
+    embeddings: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     checkpoint: str = "best",
 ) -> None:
@@ -167,14 +170,26 @@ def export(
     Args:
       run: Run directory.
       out: Directory to write.
-      format: backbone: a Hugging Face directory of the backbone, for a run that trained it.
-      dtype: Of the written tensors.
+      format: transformers: a model directory for AutoModelForCausalLM; peft: a prompt-tuning adapter a user; backbone:
+        a model directory of the backbone alone, for a run that trained it.
+      include_backbone: With transformers: copy the backbone's tensors too; else they are named and fingerprinted.
+      user: With peft: user ids, or @vector.npy.
+      embeddings: With peft: table of user vectors to use in place of the run's.
+      dtype: With backbone: of the written tensors.
       checkpoint: best, last, or a step.
     """
     from e2p_jax.export.backbone import export_backbone
+    from e2p_jax.export.peft import export_peft
+    from e2p_jax.export.transformers import export_transformers
     from e2p_jax.train.run import open_run
 
-    export_backbone(open_run(run, checkpoint), out, dtype)
+    opened = open_run(run, checkpoint, embeddings)
+    if format == "transformers":
+        export_transformers(opened, out, include_backbone)
+    elif format == "peft":
+        export_peft(opened, out, user)
+    else:
+        export_backbone(opened, out, dtype)
     print(out)
 
 

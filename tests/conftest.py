@@ -1,12 +1,14 @@
 """Strictness and sizes for every test: several CPU devices, strict dtypes and ranks, a persistent compilation cache."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 # XLA runs collectives on one thread a core: with fewer cores than devices they may wait for each other for ever.
 os.environ["PJRT_NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")  # code of exported models, of this process
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 from pathlib import Path

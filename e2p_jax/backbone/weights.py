@@ -99,6 +99,11 @@ class Checkpoint:
         """One slice of a tensor; only its bytes are read."""
         return self._where[name].get_slice(name)[index]
 
+    def tensors(self, shard: int, prefix: str) -> dict[str, np.ndarray]:
+        """One shard's tensors, their names behind `prefix`."""
+        with safe_open(self.shards[shard], framework="np") as file:
+            return {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape and values."""
         return np.array_equal(*(self._where[name].get_tensor(name) for name in (first, second)))

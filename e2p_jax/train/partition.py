@@ -55,6 +55,16 @@ def trainable_mask(model: nnx.Module, patterns: tuple[str, ...]) -> PyTree:
     return nnx.to_pure_dict(nnx.from_flat_state(list(mask.items())))
 
 
+def refuse_trained_backbone(mask: PyTree) -> None:
+    """For exports that name the frozen backbone, or copy its files.
+
+    Raises:
+      UserError: the run changed the backbone.
+    """
+    if any(jax.tree.leaves(mask["backbone"])):
+        raise UserError("this run trained the backbone itself; write it with --format backbone")
+
+
 def split(params: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """(trainable, frozen), each shaped like `params` with `optax.MaskedNode` where the other has a leaf."""
     hole = optax.MaskedNode()

@@ -209,7 +209,7 @@ def test_every_field_changes_the_result(config: Config, tmp_path: Path, change: 
 def test_every_source_changes_the_result(
     config: Config, corpus: tuple[Path, Path], tiny_backbone: Path, tmp_path: Path, field: str, reference: list
 ):
-    path, table = corpus
+    path, _ = corpus
     (tmp_path / "fewer.jsonl").write_text("".join(path.read_text().splitlines(keepends=True)[:-6]))
     vectors = np.stack([synthetic.vector(user + 1) for user in USERS])
     save_table(tmp_path / "table", [f"user-{user}" for user in USERS], vectors, name="shifted", version="1")

@@ -1,0 +1,50 @@
+"""Configuration of an exported Embedding-to-Prefix model."""
+
+from transformers import AutoConfig, PretrainedConfig
+
+
+class E2PConfig(PretrainedConfig):
+    """A frozen causal LM and the projector that turns a user's vector into its first soft tokens.
+
+    Args:
+      backbone_config: config of the LM.
+      backbone: where the LM's weights are, if not in this directory: `path`, `revision` and `fingerprint`.
+      placement: where the soft tokens stand: `before_bos`, `after_bos`, or `in_chat`.
+      user_turn: token ids that open a user's turn (`in_chat` stands after the first of them).
+      num_soft_tokens: soft tokens a user.
+      embedding_size: width of a user vector.
+      projector_kind: `mlp` or `linear`.
+      projector_hidden_size: width of the MLP's hidden layer.
+    """
+
+    model_type = "e2p"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    def __init__(
+        self,
+        backbone_config=None,
+        backbone=None,
+        placement="before_bos",
+        user_turn=None,
+        num_soft_tokens=1,
+        embedding_size=1,
+        projector_kind="mlp",
+        projector_hidden_size=1,
+        **kwargs,
+    ):
+        if isinstance(backbone_config, dict):
+            values = dict(backbone_config)
+            backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        self.backbone_config = backbone_config
+        self.backbone = backbone
+        self.placement = placement
+        self.user_turn = user_turn
+        self.num_soft_tokens = num_soft_tokens
+        self.embedding_size = embedding_size
+        self.projector_kind = projector_kind
+        self.projector_hidden_size = projector_hidden_size
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args, **kwargs):
+        """The LM's config: what generation reads vocabulary and cache sizes from."""
+        return self if self.backbone_config is None else self.backbone_config

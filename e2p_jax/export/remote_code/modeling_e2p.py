@@ -1,0 +1,199 @@
+"""Embedding-to-Prefix: a frozen causal LM with a user's projected vector in front of its prompt.
+
+    model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+    model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), user_embedding=vectors)
+
+`model.backbone` is the LM without a prefix.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import cached_file
+
+from .configuration_e2p import E2PConfig
+
+
+class E2PProjector(nn.Module):
+    """User vectors [B, E] -> soft tokens [B, K, D], in float32."""
+
+    def __init__(self, config: E2PConfig):
+        super().__init__()
+        e, d = config.embedding_size, config.backbone_config.hidden_size
+        width = config.num_soft_tokens * d
+        self.num_soft_tokens = config.num_soft_tokens
+        self.skip = nn.Linear(e, width)
+        if config.projector_kind == "mlp":
+            self.up = nn.Linear(e, config.projector_hidden_size)
+            self.down = nn.Linear(config.projector_hidden_size, width, bias=False)
+        for name, size in [("input_mean", e), ("input_std", e), ("token_mean", d), ("token_std", d)]:
+            self.register_buffer(name, torch.zeros(size))
+
+    def forward(self, vectors):
+        x = (vectors.float() - self.input_mean) / self.input_std
+        y = self.skip(x)
+        if hasattr(self, "up"):
+            y = y + self.down(nn.functional.silu(self.up(x)))
+        return self.token_mean + self.token_std * y.unflatten(-1, (self.num_soft_tokens, -1))
+
+
+class E2PForCausalLM(PreTrainedModel, GenerationMixin):
+    """`forward` and `generate` take what the LM takes, and `user_embedding`."""
+
+    config_class = E2PConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["projector"]
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, config, backbone=None):
+        super().__init__(config)
+        self.backbone = backbone or AutoModelForCausalLM.from_config(config.backbone_config)
+        self._no_split_modules = self.backbone._no_split_modules
+        self.projector = E2PProjector(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Nothing: every weight is read."""
+
+    @classmethod
+    def from_pretrained(cls, directory, *args, config=None, **kwargs):
+        """Reads the projector here and, unless it is here as well, the LM from where the config names it.
+
+        Raises:
+          ValueError: the LM's weights are not those that the projector was trained in front of.
+        """
+        if config is None:
+            config = E2PConfig.from_pretrained(directory)
+        if config.backbone is None:
+            return super().from_pretrained(directory, *args, config=config, **kwargs)
+        named = config.backbone
+        path = Path(named["path"])
+        if not path.is_dir():
+            path = Path(snapshot_download(named["path"], revision=named["revision"]))
+        if fingerprint(path) != named["fingerprint"]:
+            raise ValueError(
+                f"{path}: not the weights this projector was trained in front of (fingerprint "
+                f"{named['fingerprint'][:12]}); point config.json's `backbone` at those, or export with the backbone"
+            )
+        local = {key: kwargs.pop(key) for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
+        for key in ("adapter_kwargs", "trust_remote_code", "_from_auto", "code_revision"):
+            kwargs.pop(key, None)
+        kwargs.setdefault("dtype", config.dtype)
+        model = cls(config, AutoModelForCausalLM.from_pretrained(path, *args, **kwargs))
+        weights = load_file(cached_file(directory, "model.safetensors", **local))
+        model.projector.load_state_dict({name.removeprefix("projector."): value for name, value in weights.items()})
+        model.projector.to(model.backbone.device)
+        return model.eval()
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.backbone.get_output_embeddings()
+
+    def forward(self, input_ids=None, attention_mask=None, user_embedding=None, labels=None, **kwargs):
+        """The LM's forward over sequences that are K soft tokens longer than `input_ids`, logits included.
+
+        Args:
+          input_ids: [B, T].
+          attention_mask: [B, T]; padding may stand on either side.
+          user_embedding: [B, E], or [E] for all rows.
+          labels: [B, T]; soft tokens are never labels.
+
+        Raises:
+          ValueError: no vector, or one of the wrong width or number.
+        """
+        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, labels)
+        return self.backbone(**inputs, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, input_ids=None, attention_mask=None, user_embedding=None, **kwargs):
+        """As the LM's `generate`; the returned sequences begin with `input_ids`, without the soft tokens."""
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)
+        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, None)
+        kwargs.setdefault("generation_config", self.generation_config)
+        output = self.backbone.generate(**inputs, **kwargs)
+        new = output if isinstance(output, torch.Tensor) else output.sequences
+        prompts = input_ids.to(new.device).repeat_interleave(len(new) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, new], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def with_prefix(self, input_ids, attention_mask, user_embedding, labels):
+        """`inputs_embeds`, `attention_mask` and `labels` with the soft tokens in place."""
+        soft = self.soft_tokens(user_embedding, input_ids)
+        embeds = self.get_input_embeddings()(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        shape = soft.shape[:2]
+        wanted = {
+            "inputs_embeds": (embeds, soft.to(embeds.device, embeds.dtype)),
+            "attention_mask": (mask, mask.new_ones(shape)),
+        }
+        if labels is not None:
+            wanted["labels"] = (labels, labels.new_full(shape, -100))
+        firsts = mask.argmax(dim=1).tolist()
+        starts = [self.slot_start(ids, first) for ids, first in zip(input_ids.tolist(), firsts, strict=True)]
+
+        def insert(tokens, slots):
+            rows = [torch.cat([row[:i], slot, row[i:]]) for row, slot, i in zip(tokens, slots, starts, strict=True)]
+            return torch.stack(rows)
+
+        return {name: insert(*pair) for name, pair in wanted.items()}
+
+    def soft_tokens(self, user_embedding, input_ids):
+        """[B, K, D] float32 for the rows of `input_ids`."""
+        if input_ids is None:
+            raise ValueError("input_ids is missing: the soft tokens stand among the prompt's tokens")
+        if user_embedding is None:
+            raise ValueError("user_embedding is missing: pass a vector for every row (model.backbone takes none)")
+        vectors = torch.as_tensor(user_embedding, device=self.projector.skip.weight.device)
+        width, rows = self.config.embedding_size, len(input_ids)
+        if vectors.ndim == 1:
+            vectors = vectors.expand(rows, -1)
+        if vectors.shape != (rows, width):
+            raise ValueError(f"user_embedding has shape {tuple(vectors.shape)}; needs [{rows}, {width}]")
+        if not torch.isfinite(vectors).all():
+            raise ValueError("user_embedding holds NaN or infinity")
+        return self.projector(vectors)
+
+    def slot_start(self, ids, first):
+        """Where the soft tokens of one row stand; `first` is its first token that is not padding."""
+        if self.config.placement == "before_bos":
+            return first
+        if self.config.placement == "after_bos":
+            return first + 1
+        turn = self.config.user_turn
+        for start in range(first, len(ids) - len(turn) + 1):
+            if ids[start : start + len(turn)] == turn:
+                return start + len(turn)
+        raise ValueError("no user turn in the prompt: use tokenizer.apply_chat_template")
+
+
+def fingerprint(directory):
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in name order."""
+    names = ["model.safetensors"]
+    if not (directory / names[0]).is_file():
+        names = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
+    files = [safe_open(directory / name, framework="pt") for name in names]
+    where = {name: file for file in files for name in file.keys()}
+    digest = hashlib.sha256()
+    for name in sorted(where):
+        tensor = where[name].get_tensor(name).contiguous()
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+E2PConfig.register_for_auto_class()
+E2PForCausalLM.register_for_auto_class("AutoModelForCausalLM")

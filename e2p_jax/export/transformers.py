@@ -1,0 +1,145 @@
+"""A run as a Hugging Face model directory: config, projector, tokenizer, modelling code, model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from e2p_jax.backbone.weights import Checkpoint
+from e2p_jax.data.encode import Encoder
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import stop_ids
+from e2p_jax.export.model_card import model_card
+from e2p_jax.files import replace_directory
+from e2p_jax.train.partition import refuse_trained_backbone
+from e2p_jax.train.run import Run
+
+REMOTE_CODE = Path(__file__).parent / "remote_code"
+CLASSES = {
+    "AutoConfig": "configuration_e2p.E2PConfig",
+    "AutoModelForCausalLM": "modeling_e2p.E2PForCausalLM",
+}
+# Parameters of torch's linear layers; matrices are transposed.
+TORCH_NAMES = {
+    "skip": "skip.weight",
+    "bias": "skip.bias",
+    "up": "up.weight",
+    "up_bias": "up.bias",
+    "down": "down.weight",
+}
+
+
+def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
+    """Writes what `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` and `AutoTokenizer` load.
+
+    Args:
+      include_backbone: copy the LM's tensors as well, byte for byte; else they are named by path, revision and
+        fingerprint.
+
+    Raises:
+      UserError: the run trained the backbone itself, or the embedded backbone would have to be named.
+    """
+    refuse_trained_backbone(run.model.mask)
+    if run.inputs.config.backbone.path == "embedded" and not include_backbone:
+        raise UserError("the embedded backbone has no name that others could load it by; add --include-backbone")
+    with replace_directory(out) as temporary:
+        (temporary / "config.json").write_text(json.dumps(_config(run, include_backbone), indent=2) + "\n")
+        (temporary / "generation_config.json").write_text(json.dumps(_generation_config(run), indent=2) + "\n")
+        tokenizer = run.inputs.encoder.tokenizer
+        own_template, tokenizer.chat_template = tokenizer.chat_template, run.inputs.encoder.template
+        tokenizer.save_pretrained(temporary)
+        tokenizer.chat_template = own_template
+        for source in REMOTE_CODE.glob("*_e2p.py"):
+            shutil.copyfile(source, temporary / source.name)
+        _write_weights(run, temporary, include_backbone)
+        (temporary / "README.md").write_text(model_card(run))
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+
+
+def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
+    config = run.inputs.config
+    named = None
+    if not include_backbone:
+        path, revision = config.backbone.path, config.backbone.revision
+        named = {"path": path, "revision": revision, "fingerprint": run.model.fingerprint}
+    placement = config.prefix.placement
+    return {
+        "model_type": "e2p",
+        "architectures": ["E2PForCausalLM"],
+        "auto_map": CLASSES,
+        "dtype": run.model.params["backbone"]["embedding"].dtype.name,
+        "backbone_config": json.loads((run.inputs.directory / "config.json").read_text()),
+        "backbone": named,
+        "placement": placement,
+        "user_turn": user_turn(run.inputs.encoder) if placement == "in_chat" else None,
+        "num_soft_tokens": config.projector.num_tokens,
+        "embedding_size": int(run.model.params["projector"]["input_mean"].shape[0]),
+        "projector_kind": config.projector.kind,
+        "projector_hidden_size": config.projector.hidden_size,
+    }
+
+
+def user_turn(encoder: Encoder) -> list[int]:
+    """The token ids that open a user's turn under the run's template: `in_chat` slots stand after the first of them.
+
+    Raises:
+      UserError: the template opens user turns in different ways.
+    """
+    probes = []
+    system, hello, question = (
+        {"role": role, "content": text} for role, text in [("system", "be kind."), ("user", "hi"), ("user", "Why?")]
+    )
+    reply = {"role": "assistant", "content": "yes."}
+    for messages in [(hello, reply), (question, reply), (system, hello, reply), (system, question, reply)]:
+        example = encoder.encode(Record("probe", (), messages, source="the export's probe"), "e2p")
+        without = np.delete(example.tokens, range(example.slot_start, example.slot_start + encoder.num_tokens))
+        probes.append((without.tolist(), example.slot_start))
+    before = [tokens[:start] for tokens, start in probes]
+    shared = 0
+    while shared < min(map(len, before)) and len({tuple(b[len(b) - shared - 1 :]) for b in before}) == 1:
+        shared += 1
+    header = before[0][len(before[0]) - shared :]
+
+    def found(tokens: list[int]) -> int:
+        return next(i for i in range(len(header), len(tokens)) if tokens[i - len(header) : i] == header)
+
+    if not header or any(found(tokens) != start for tokens, start in probes):
+        raise UserError("prefix.placement=in_chat: this chat template opens user turns in more than one way")
+    return header
+
+
+def _generation_config(run: Run) -> dict[str, Any]:
+    path = run.inputs.directory / "generation_config.json"
+    own = json.loads(path.read_text()) if path.is_file() else {}
+    encoder = run.inputs.encoder
+    stops = list(stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id))
+    own.pop("transformers_version", None)
+    return own | {"eos_token_id": stops, "pad_token_id": encoder.pad_id}
+
+
+def _write_weights(run: Run, out: Path, include_backbone: bool) -> None:
+    """One shard for the projector, and one for each shard of the backbone, whose bytes are copied."""
+    projector = {
+        f"projector.{TORCH_NAMES.get(name, name)}": np.ascontiguousarray(np.asarray(value).T)
+        for name, value in run.model.params["projector"].items()
+    }
+    if not include_backbone:
+        save_file(projector, out / "model.safetensors", metadata={"format": "pt"})
+        return
+    checkpoint = Checkpoint(run.inputs.directory)
+    total = 1 + len(checkpoint.shards)
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number in range(total):
+        tensors = checkpoint.tensors(number - 1, "backbone.") if number else projector
+        name = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

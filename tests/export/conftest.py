@@ -1,0 +1,66 @@
+"""Short runs in front of the tiny backbone, one per way a prefix can be made and placed."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from e2p_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    PrefixConfig,
+    ProjectorConfig,
+    TrainConfig,
+)
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import save_table
+from e2p_jax.data.records import write_jsonl
+from e2p_jax.train.loop import train
+from e2p_jax.train.run import Run, open_run
+
+USERS = range(30)
+
+
+@pytest.fixture(scope="session")
+def lively_backbone(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny backbone with weights so large that every prompt and prefix gets an answer of its own."""
+    out = tmp_path_factory.mktemp("lively") / "backbone"
+    shutil.copytree(tiny_backbone, out)
+    rng = np.random.default_rng(0)
+    tensors = safetensors.numpy.load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            tensors[name] = (0.4 * rng.normal(size=tensor.shape)).astype(np.float32)
+    safetensors.numpy.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """(placement, num_tokens, kind) -> a run of three steps, trained once a session."""
+    folder = tmp_path_factory.mktemp("export")
+    write_jsonl([synthetic.record(user) for user in USERS], folder / "records.jsonl")
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    save_table(folder / "table", [f"user-{user}" for user in USERS], vectors, name="synthetic", version="1")
+    made: dict[tuple, Run] = {}
+
+    def make(placement: str = "before_bos", num_tokens: int = 1, kind: str = "mlp") -> Run:
+        key = (placement, num_tokens, kind)
+        if key not in made:
+            config = Config(
+                backbone=BackboneConfig(path=str(lively_backbone)),
+                data=DataConfig(path=str(folder / "records.jsonl"), embeddings=str(folder / "table"), seq_len=256),
+                prefix=PrefixConfig(placement),
+                projector=ProjectorConfig(kind=kind, num_tokens=num_tokens, hidden_size=16),
+                train=TrainConfig(steps=3, rows=4, warmup_steps=1, learning_rate=0.01),
+                evaluate=EvaluateConfig(conditions=("none", "e2p")),
+            )
+            made[key] = open_run(train(config, folder / f"{placement}-{num_tokens}-{kind}"), "last")
+        return made[key]
+
+    return make

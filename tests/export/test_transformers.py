@@ -1,0 +1,258 @@
+"""The exported directory in transformers and torch, against e2p_jax itself."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from e2p_jax.config import Config
+from e2p_jax.data.prepared import load_records
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
+from e2p_jax.evaluate.table import evaluate
+from e2p_jax.export.transformers import export_transformers
+from e2p_jax.train.run import Run
+
+WAYS = [("before_bos", 1, "mlp"), ("before_bos", 3, "linear"), ("after_bos", 2, "mlp"), ("in_chat", 1, "mlp")]
+PROMPTS = ["hi!", "what do you like to eat?", "where do you live, and do you have any pets?"]
+
+
+def load(directory: Path, **options: Any) -> tuple[Any, Any]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, dtype=torch.float32, **options
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=True)
+
+
+def records_of(run: Run, count: int = 8) -> list[Record]:
+    return load_records(run.inputs.config.data.path, "all")[:count]
+
+
+def vectors_of(run: Run, users: list[str]) -> torch.Tensor:
+    return torch.tensor(vectors_for(run, users, users, "e2p"))
+
+
+def questions(run: Run, users: list[str]) -> list[Record]:
+    return [
+        Record(user, (), ({"role": "user", "content": prompt},), source=user)
+        for user, prompt in zip(users, PROMPTS, strict=True)
+    ]
+
+
+def chat(tokenizer: Any, records: list[Record]) -> Any:
+    return tokenizer.apply_chat_template(
+        [list(record.messages) for record in records],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+
+@pytest.mark.parametrize("include_backbone", [True, False])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_nll_of_every_example_is_the_same(make_run: Callable, tmp_path: Path, way: tuple, include_backbone: bool):
+    run = make_run(*way)
+    records = records_of(run)
+    ours = evaluate(run, records, "all", ["e2p"]).scores["e2p"]
+    export_transformers(run, tmp_path / "out", include_backbone)
+    model, tokenizer = load(tmp_path / "out")
+    for record, nll, targets in zip(records, ours.nll, ours.targets, strict=True):
+        encoded = tokenizer.apply_chat_template(
+            list(record.messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids = torch.tensor([encoded["input_ids"]])
+        wanted = torch.tensor([encoded["assistant_masks"]], dtype=torch.bool)
+        with torch.no_grad():
+            loss = model(ids, user_embedding=vectors_of(run, [record.user_id]), labels=ids.masked_fill(~wanted, -100))
+        assert int(wanted.sum()) == targets
+        assert float(loss.loss) * targets == pytest.approx(nll, rel=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_greedy_answers_are_the_same(make_run: Callable, tmp_path: Path, way: tuple):
+    """Three users and prompts of three lengths in one left-padded batch."""
+    run, users = make_run(*way), ["user-1", "user-2", "user-3"]
+    asked = questions(run, users)
+    vectors = vectors_of(run, users)
+    ours = generate(run, asked, vectors.numpy(), "e2p", Sampling(max_new_tokens=12))
+    swapped = generate(run, asked, vectors.flip(0).numpy(), "e2p", Sampling(max_new_tokens=12))
+    assert ours != swapped, "the prefix makes no difference here, so nothing is tested"
+    export_transformers(run, tmp_path / "out", include_backbone=True)
+    model, tokenizer = load(tmp_path / "out")
+    inputs = chat(tokenizer, asked)
+    out = model.generate(**inputs, user_embedding=vectors, max_new_tokens=12, do_sample=False)
+    start = inputs["input_ids"].shape[1]
+    assert torch.equal(out[:, :start], inputs["input_ids"])
+    theirs = [text.strip() for text in tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+    assert theirs == ours
+
+
+@pytest.fixture
+def exported(make_run: Callable, tmp_path: Path) -> tuple[Run, Path]:
+    run = make_run()
+    export_transformers(run, tmp_path / "out", include_backbone=True)
+    return run, tmp_path / "out"
+
+
+def test_beams_samples_cache_and_dictionaries(exported: tuple[Run, Path]):
+    run, out = exported
+    model, tokenizer = load(out)
+    users = ["user-1", "user-2", "user-3"]
+    inputs = {**chat(tokenizer, questions(run, users)), "user_embedding": vectors_of(run, users)}
+    greedy = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    uncached = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(greedy, uncached)
+    result = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(result.sequences, greedy)
+    alone = [
+        model.generate(
+            inputs["input_ids"][i : i + 1],
+            inputs["attention_mask"][i : i + 1],
+            inputs["user_embedding"][i],
+            max_new_tokens=8,
+            do_sample=False,
+            num_beams=3,
+        )
+        for i in range(3)
+    ]
+    beams = model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=3)
+    for row, one in zip(beams, alone, strict=True):
+        assert torch.equal(row[: one.shape[1]], one[0])
+    torch.manual_seed(0)
+    sampled = model.generate(**inputs, max_new_tokens=8, do_sample=True, num_return_sequences=2)
+    assert len(sampled) == 6 and torch.equal(sampled[0, : inputs["input_ids"].shape[1]], inputs["input_ids"][0])
+    assert len({tuple(row) for row in sampled.tolist()}) > 3
+
+
+def test_pipeline(exported: tuple[Run, Path]):
+    run, out = exported
+    model, tokenizer = load(out)
+    asked = questions(run, ["user-1", "user-2", "user-3"])[:1]
+    vectors = vectors_of(run, ["user-1"])
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    answer = pipe(list(asked[0].messages), user_embedding=vectors, max_new_tokens=12, do_sample=False)
+    said = answer[0]["generated_text"][-1]["content"].strip()
+    assert said == generate(run, asked, vectors.numpy(), "e2p", Sampling(max_new_tokens=12))[0]
+
+
+def test_activation_checkpointing_changes_nothing(exported: tuple[Run, Path]):
+    run, out = exported
+    model, tokenizer = load(out)
+    inputs = chat(tokenizer, questions(run, ["user-1", "user-2", "user-3"]))
+    vectors = vectors_of(run, ["user-1", "user-2", "user-3"])
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(**inputs, user_embedding=vectors, labels=inputs["input_ids"]).loss.backward()
+        return model.projector.skip.weight.grad.clone()
+
+    plain = gradient()
+    model.train()
+    model.activation_checkpointing_enable()
+    torch.testing.assert_close(gradient(), plain)
+    assert plain.abs().max() > 0
+
+
+def test_saved_again_it_is_the_same(exported: tuple[Run, Path], tmp_path: Path):
+    run, out = exported
+    model, tokenizer = load(out)
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    again, _ = load(tmp_path / "again")
+    inputs = chat(tokenizer, questions(run, ["user-1", "user-2", "user-3"]))
+    vectors = vectors_of(run, ["user-1", "user-2", "user-3"])
+    with torch.no_grad():
+        assert torch.equal(
+            model(**inputs, user_embedding=vectors).logits, again(**inputs, user_embedding=vectors).logits
+        )
+
+
+def test_backbone_bytes_are_the_source_s(exported: tuple[Run, Path], lively_backbone: Path):
+    _, out = exported
+    source = safetensors.numpy.load_file(lively_backbone / "model.safetensors")
+    copied = safetensors.numpy.load_file(out / "model-00002-of-00002.safetensors")
+    assert set(copied) == {f"backbone.{name}" for name in source}
+    for name, tensor in source.items():
+        assert copied[f"backbone.{name}"].dtype == tensor.dtype
+        assert copied[f"backbone.{name}"].tobytes() == tensor.tobytes()
+
+
+def test_projector_stays_float32(exported: tuple[Run, Path]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        exported[1], trust_remote_code=True, dtype=torch.bfloat16, device_map="cpu"
+    )
+    assert model.projector.skip.weight.dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    out = model(torch.tensor([[1, 40, 50]]), user_embedding=torch.zeros(synthetic_width(exported[0])))
+    assert out.logits.shape[:2] == (1, 4) and out.logits.dtype == torch.bfloat16
+
+
+def synthetic_width(run: Run) -> int:
+    return run.inputs.table.width
+
+
+def test_another_backbone_is_refused(make_run: Callable, lively_backbone: Path, tmp_path: Path):
+    run = make_run()
+    export_transformers(run, tmp_path / "out", include_backbone=False)
+    shutil.copytree(lively_backbone, tmp_path / "other")
+    tensors = safetensors.numpy.load_file(tmp_path / "other" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + np.float32(1e-3)
+    safetensors.numpy.save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    settings["backbone"]["path"] = str(tmp_path / "other")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="not the weights this projector was trained in front of"):
+        load(tmp_path / "out")
+
+
+def test_mistakes_are_named(exported: tuple[Run, Path]):
+    run, out = exported
+    model, _ = load(out)
+    ids = torch.tensor([[1, 40, 50], [1, 41, 51]])
+    width = synthetic_width(run)
+    with pytest.raises(ValueError, match="user_embedding is missing"):
+        model.generate(ids)
+    with pytest.raises(ValueError, match=rf"shape \(2, 3\); needs \[2, {width}\]"):
+        model(ids, user_embedding=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=rf"shape \(3, {width}\); needs \[2, {width}\]"):
+        model.generate(ids, user_embedding=torch.zeros(3, width))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model(ids, user_embedding=torch.full((2, width), float("nan")))
+    with pytest.raises(ValueError, match="user_embeddings"):
+        model.generate(ids, user_embedding=torch.zeros(2, width), user_embeddings=torch.zeros(2, width))
+
+
+def test_runs_that_cannot_be_exported(make_run: Callable, tmp_path: Path):
+    run = make_run()
+    mask = {**run.model.mask, "backbone": {"final_norm": True}}
+    trained = dataclasses.replace(run, model=dataclasses.replace(run.model, mask=mask))
+    with pytest.raises(UserError, match="this run trained the backbone itself"):
+        export_transformers(trained, tmp_path / "out", include_backbone=True)
+    config: Config = run.inputs.config
+    backbone = dataclasses.replace(config.backbone, path="embedded")
+    inputs = dataclasses.replace(run.inputs, config=dataclasses.replace(config, backbone=backbone))
+    with pytest.raises(UserError, match="--include-backbone"):
+        export_transformers(dataclasses.replace(run, inputs=inputs), tmp_path / "out", include_backbone=False)
+
+
+def test_model_card_names_what_was_measured(exported: tuple[Run, Path]):
+    run, out = exported
+    card = (out / "README.md").read_text()
+    assert f"({run.inputs.table.width} numbers)" in card and "`before_bos`" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[")
