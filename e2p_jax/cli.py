@@ -145,7 +145,7 @@ def prepare(dataset: tyro.conf.Positional[str], /, manual_dir: Path, data_dir: P
     """Writes a dataset in TFDS form, and prints its directory.
 
     Args:
-      dataset: persona_chat, or dialogue_corpus.
+      dataset: persona_chat, persona_chat/self_revised, or dialogue_corpus.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
     """
