@@ -9,7 +9,7 @@ import numpy as np
 
 from e2p_jax.data.records import Record
 
-TRAIN = range(1500)
+TRAIN = range(3000)
 VALIDATION = range(10_000, 10_200)
 PRETRAINING = range(100_000, 124_000)
 WIDTH = 64  # of a user vector
@@ -141,6 +141,6 @@ def vector(user: int) -> np.ndarray:
 
 
 def records(split: str) -> list[Record]:
-    """The quickstart's records: `train` has 1500 users, `validation` 200 others."""
+    """The quickstart's records: `train` has 3000 users, `validation` 200 others."""
     users = {"train": TRAIN, "validation": VALIDATION}.get(split, range(0))
     return [record(user) for user in users]

@@ -192,7 +192,7 @@ def test_odd_ids_survive_the_directory(tmp_path: Path) -> None:
 
 def test_synthetic_table_has_a_vector_for_every_record() -> None:
     table = load_table("synthetic")
-    for split, count in (("train", 1500), ("validation", 200)):
+    for split, count in (("train", 3000), ("validation", 200)):
         users = [record.user_id for record in synthetic.records(split)]
         assert table.lookup(users, users).shape == (count, synthetic.WIDTH)
     np.testing.assert_array_equal(table.lookup(["user-10007"], [""])[0], synthetic.vector(10_007))

@@ -42,7 +42,7 @@ def test_replies_name_the_users_own_values() -> None:
 def test_questions_do_not_give_the_answer_away() -> None:
     """The same question gets as many answers as its topic has values, none of them common."""
     answers = collections.defaultdict(collections.Counter)
-    for user in range(1500):
+    for user in synthetic.TRAIN:
         values = synthetic.traits(user)
         for topic, value in values.items():
             answers[topic][value] += 1
