@@ -152,6 +152,14 @@ def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
 
 
+def test_every_split_is_evaluated_with_one_trace_each(config: Config, tmp_path: Path):
+    """The splits differ in their targets a row, and so in the shapes of their batches."""
+    data = dataclasses.replace(config.data, eval_splits=("validation", "train"))
+    lines = numbers(train(dataclasses.replace(config, data=data), tmp_path / "run"))
+    evaluated = [line for line in lines if "eval/validation/nll" in line]
+    assert len(evaluated) == 2 and all(line["eval/train/nll"] != line["eval/validation/nll"] for line in evaluated)
+
+
 def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path):
     run = train(config, tmp_path / "run")
     opened = open_run(run, "last")
