@@ -16,6 +16,6 @@ config = Config(
         eval_splits=("validation", "validation_seen"),
     ),
     projector=ProjectorConfig(dropout=0.1),
-    train=TrainConfig(steps=300, rows=8, learning_rate=1e-3, weight_decay=0.1, eval_every=50, checkpoint_every=50),
+    train=TrainConfig(steps=200, rows=8, learning_rate=1e-3, weight_decay=0.1, eval_every=50, checkpoint_every=50),
     evaluate=EvaluateConfig(prompts=("hi , what do you do for fun ?", "do you have any pets ?")),
 )

@@ -247,7 +247,8 @@ def load_config(name: str) -> tuple[str, Config]:
     """Finds and runs a config file.
 
     Args:
-      name: a name in `configs/` (`persona_chat`, `baselines/lora`) or the path of a Python file.
+      name: a name in `configs/` (`persona_chat`, `baselines/lora`), or the path of a Python file or of a run's
+        `config.json`.
 
     Returns:
       The config's short name and the config.
@@ -256,10 +257,12 @@ def load_config(name: str) -> tuple[str, Config]:
       UserError: no such config, an error in the file, or it defines no `config`.
     """
     directory = config_directory()
-    path = Path(name) if name.endswith(".py") else directory / f"{name}.py"
+    path = Path(name) if name.endswith((".py", ".json")) else directory / f"{name}.py"
     if not path.is_file():
         known = sorted(str(p.relative_to(directory).with_suffix("")) for p in directory.rglob("*.py"))
         raise UserError(f"config {name!r}: {path} does not exist; shipped configs: {', '.join(known)}")
+    if path.suffix == ".json":
+        return path.absolute().parent.name, from_json(path.read_text(encoding="utf-8"), path)
     spec = importlib.util.spec_from_file_location(f"e2p_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a .py file always has both
     module = importlib.util.module_from_spec(spec)

@@ -43,9 +43,20 @@ LLAMA3: dict[str, Any] = {
 USER_WIDTH = 8
 
 
+# What some families need beside `SIZES`, or call otherwise. Soft caps bite at the logits of these models.
+FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    "phi3": {"hidden_size": 64, "pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0, "no_rope_layer_interval": 2},
+    "gemma2": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0, "sliding_window": 5},
+    "gemma3_text": {"sliding_window": 5, "sliding_window_pattern": 2},
+    "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 256},
+}
+
+
 def hf_config(family: str = "llama", **changes: Any) -> transformers.PreTrainedConfig:
     """A tiny config of a family of transformers."""
-    return transformers.AutoConfig.for_model(family, **{**SIZES, **changes})
+    sizes = {} if family == "gpt2" else SIZES
+    return transformers.AutoConfig.for_model(family, **{**sizes, **FAMILY_SIZES.get(family, {}), **changes})
 
 
 def hf_model(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Module:

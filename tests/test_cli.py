@@ -106,12 +106,12 @@ def test_generate_for_users_and_vectors(run: Path, tmp_path: Path, capsys: pytes
 def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
     from safetensors.numpy import load_file
 
-    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), "--format", "backbone", "--out", str(tmp_path / "out")]) == 0
     ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "out", tiny_backbone))
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "prepare", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "prepare", "export", "prefixes", "import"])
 def test_help_documents_every_flag(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

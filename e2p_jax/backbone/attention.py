@@ -24,7 +24,21 @@ def visibility(
     return jnp.where(same & (distance >= 0)[None], distance[None] + 1, 0)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, window: jax.Array | int) -> jax.Array:
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Returns cap * tanh(x / cap), Gemma 2's bound on scores and logits (arXiv 2408.00118, section 2); x at cap 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    window: jax.Array | int,
+    *,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> jax.Array:
     """Scaled dot-product attention with grouped queries (Ainslie et al., arXiv 2305.13245).
 
     Args:
@@ -33,6 +47,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, wind
       v: [B, S, G, C].
       visible: [B, T, S] int32 from `visibility`.
       window: scalar; a query sees at most this many positions, itself included; 0 is unlimited.
+      scale: of the scores; None is C**-0.5.
+      cap: soft cap of the scores, 0 for none.
 
     Returns:
       [B, T, H, C] in q's dtype. Scores and softmax are float32.
@@ -44,10 +60,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, wind
     # Heads before positions, and a group's queries in one matrix: both products become plain batched matmuls,
     # which XLA on CPU runs 3x faster than the same contraction over [B, T, H, C].
     q = q.reshape(batch, length, groups, repeats, width).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, groups, repeats * length, width) * jnp.asarray(width**-0.5, q.dtype)
+    q = q.reshape(batch, groups, repeats * length, width) * jnp.asarray(scale or width**-0.5, q.dtype)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, S, C]
     scores = jnp.einsum("bgtc,bgsc->bgts", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, groups, repeats, length, -1)
+    scores = soft_cap(scores, cap).reshape(batch, groups, repeats, length, -1)
     mask = (visible > 0) & ((visible <= window) | (jnp.asarray(window) == 0))
     # Added, not selected: XLA on CPU fuses a select into both softmax reductions and runs 2x slower.
     bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]

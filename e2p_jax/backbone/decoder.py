@@ -5,6 +5,8 @@ F feed-forward width, V vocabulary, S cache length. Weights keep the Hugging Fac
 so that loading and saving copy bytes.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -12,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.attention import attention, visibility
-from e2p_jax.backbone.families import DecoderConfig, rope_frequencies
+from e2p_jax.backbone.attention import attention, soft_cap, visibility
+from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
+from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
 
 
@@ -42,18 +45,12 @@ class Layers(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        c = config
-        q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        c, shapes = config, layer_shapes(config)
 
-        def normal(rows: int, columns: int, scale: float = 0.02) -> nnx.Param:
-            shape = (c.num_layers, rows, columns)
-            return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype))
+        def normal(name: str, scale: float = 0.02) -> jax.Array:
+            return scale * jax.random.normal(rngs.params(), (c.num_layers, *shapes[name]), dtype)
 
-        def constant(width: int, value: float) -> nnx.Param:
-            return nnx.Param(jnp.full((c.num_layers, width), value, dtype))
-
-        residual = 0.02 / (2 * c.num_layers) ** 0.5
-        kv_rows = jnp.arange(kv_width) % c.hidden_size
+        kv_rows = jnp.arange(c.num_kv_heads * c.head_dim) % c.hidden_size
         q_rows = jnp.repeat(kv_rows.reshape(c.num_kv_heads, c.head_dim), c.num_heads // c.num_kv_heads, axis=0).ravel()
 
         def mimetic(gain: float) -> tuple[jax.Array, jax.Array]:
@@ -62,22 +59,19 @@ class Layers(nnx.Module):
             return rotation[:, q_rows].astype(dtype), rotation[:, kv_rows].astype(dtype)
 
         (q, k), (o, v) = mimetic(0.7), mimetic(0.22)
-        self.attention_norm = constant(c.hidden_size, 1.0)
-        self.q = nnx.Param(q + normal(q_width, c.hidden_size)[...])
-        self.k = nnx.Param(k + normal(kv_width, c.hidden_size)[...])
-        self.v = nnx.Param(v + normal(kv_width, c.hidden_size)[...])
-        self.o = nnx.Param(o.swapaxes(1, 2) + normal(c.hidden_size, q_width, residual)[...])
-        self.mlp_norm = constant(c.hidden_size, 1.0)
-        self.gate = normal(c.intermediate_size, c.hidden_size)
-        self.up = normal(c.intermediate_size, c.hidden_size)
-        self.down = normal(c.hidden_size, c.intermediate_size, residual)
-        if c.qkv_bias:
-            self.q_bias, self.k_bias, self.v_bias = constant(q_width, 0), constant(kv_width, 0), constant(kv_width, 0)
-        if c.output_bias:
-            self.o_bias = constant(c.hidden_size, 0)
-        if c.mlp_bias:
-            self.gate_bias, self.up_bias = constant(c.intermediate_size, 0), constant(c.intermediate_size, 0)
-            self.down_bias = constant(c.hidden_size, 0)
+        rotations = {"q": q, "k": k, "v": v, "o": o.swapaxes(1, 2)}
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                value = normal(name, 0.02 / (2 * c.num_layers) ** 0.5 if name in ("o", "down") else 0.02)
+                value = rotations[name] + value if name in rotations else value
+            else:
+                value = jnp.full((c.num_layers, *shape), first_value(c, name), dtype)
+            setattr(self, name, nnx.Param(value))
+
+
+def first_value(config: DecoderConfig, name: str) -> float:
+    """What a fresh norm or bias is filled with: what changes nothing."""
+    return float(name.endswith("norm") and config.norm != "rms_one_plus")
 
 
 class Decoder(nnx.Module):
@@ -88,7 +82,12 @@ class Decoder(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(EMBEDDING_SCALE * jax.random.normal(rngs.params(), shape, dtype))
         self.layers = Layers(config, dtype=dtype, rngs=rngs)
-        self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        self.final_norm = nnx.Param(jnp.full((config.hidden_size,), first_value(config, "final_norm"), dtype))
+        if config.norm == "layer":
+            self.final_norm_bias = nnx.Param(jnp.zeros((config.hidden_size,), dtype))
+        if config.learned_positions:
+            places = (config.max_positions, config.hidden_size)
+            self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), places, dtype))
         if not config.tie_head:
             self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
 
@@ -98,12 +97,15 @@ class Decoder(nnx.Module):
         return (self.embedding if self.config.tie_head else self.head)[...]
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] int32 -> [B, T, D]."""
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        """[B, T] int32 -> [B, T, D]: what the layers read; a slot's vector takes the place of this, as it is."""
+        x = jnp.take(self.embedding[...], tokens, axis=0)
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
-        return jnp.einsum("...d,vd->...v", hidden, self.output_embedding, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...d,vd->...v", hidden, self.output_embedding, preferred_element_type=jnp.float32)
+        return soft_cap(scores, self.config.logit_cap)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         c = self.config
@@ -118,7 +120,7 @@ class Decoder(nnx.Module):
 
         Args:
           x: [B, T, D] input embeddings.
-          positions: [B, T] int32, place inside the own segment (the rotary angle).
+          positions: [B, T] int32, place inside the own segment (the rotary angle, or which learned vector).
           segment_ids: [B, T] int32; attention stays inside a segment.
           cache: keys and values so far; the T new positions are appended to it.
 
@@ -138,32 +140,56 @@ class Decoder(nnx.Module):
             key_index = jnp.arange(segments.shape[1])
             kv = (cache.keys, cache.values)
         visible = visibility(segment_ids, segments, index + filled, key_index)
-        frequencies = jnp.asarray(rope_frequencies(c.rope, c.head_dim), jnp.float32)
-        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]  # [B, T, C/2]
-        cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]  # [B, T, 1, C/2]
+        if c.learned_positions:
+            x = x + jnp.take(self.position_embedding[...], positions, axis=0)
+        ropes = [rope_tables(rope, positions) for rope in c.ropes]
+        # One rope for all layers is a constant of the scan; of several, each layer takes its own.
+        stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes) if len(ropes) > 1 else None
+        layer_ropes = jnp.asarray(c.layer_ropes, jnp.int32) if len(ropes) > 1 else None
 
         def body(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
-            p, window, cached_k, cached_v = inputs
-            h = rms_norm(x, p["attention_norm"], c.norm_epsilon)
-            q = rotate(linear(h, p, "q").reshape(batch, length, c.num_heads, c.head_dim), cos, sin)
-            k = rotate(linear(h, p, "k").reshape(batch, length, c.num_kv_heads, c.head_dim), cos, sin)
-            v = linear(h, p, "v").reshape(batch, length, c.num_kv_heads, c.head_dim)
+            p, window, which, cached_k, cached_v = inputs
+            h = norm(x, p, "attention_norm", c)
+
+            def heads(name: str, count: int) -> jax.Array:
+                y = linear(h, p, name)
+                y = norm(y, p, f"{name}_norm", c) if c.qk_norm == "all" else y
+                y = y.reshape(batch, length, count, c.head_dim)
+                return norm(y, p, f"{name}_norm", c) if c.qk_norm == "head" else y
+
+            q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+            if ropes:
+                rope = ropes[0] if stacked is None else jax.tree.map(lambda table: table[which], stacked)
+                q, k = rotate(q, *rope), rotate(k, *rope)
             if cached_k is not None:
                 k = cached_k = jax.lax.dynamic_update_slice(cached_k, k, (0, filled, 0, 0))
                 v = cached_v = jax.lax.dynamic_update_slice(cached_v, v, (0, filled, 0, 0))
-            mixed = attention(q, k, v, visible, window).reshape(batch, length, c.num_heads * c.head_dim)
-            x = x + linear(mixed, p, "o")
-            h = rms_norm(x, p["mlp_norm"], c.norm_epsilon)
-            x = x + linear(jax.nn.silu(linear(h, p, "gate")) * linear(h, p, "up"), p, "down")
+            mixed = attention(q, k, v, visible, window, scale=c.attention_scale, cap=c.attention_cap)
+            mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
+            x = x + norm(mixed, p, "attention_post_norm", c)
+            h = norm(x, p, "mlp_norm", c)
+            if c.gated:
+                h = ACTIVATIONS[c.activation](linear(h, p, "gate")) * linear(h, p, "up")
+            else:
+                h = ACTIVATIONS[c.activation](linear(h, p, "up"))
+            x = x + norm(linear(h, p, "down"), p, "mlp_post_norm", c)
             return shard_rows(x), (cached_k, cached_v)
 
         if self.remat:
             body = jax.checkpoint(body)
         params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
         windows = jnp.asarray(c.windows, jnp.int32)
-        x, (keys, values) = jax.lax.scan(body, shard_rows(x), (params, windows, *kv))
-        x = rms_norm(x, self.final_norm[...], c.norm_epsilon)
+        x, (keys, values) = jax.lax.scan(body, shard_rows(x), (params, windows, layer_ropes, *kv))
+        last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
+        x = norm(x, last, "final_norm", c)
         return x, None if cache is None else Cache(keys, values, segments, filled + length)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:
@@ -173,15 +199,41 @@ def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:
     return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) in float32, back to x's dtype before the scale, as Llama does."""
+def norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: DecoderConfig) -> jax.Array:
+    """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) or LayerNorm (Ba et al., arXiv 1607.06450) over the last axis.
+
+    Computed in float32. Families differ in whether the weight is applied before or after the return to x's dtype.
+    A family without this norm leaves x as it is.
+    """
+    if name not in params:
+        return x
+
+    def row(name: str) -> jax.Array:
+        return jnp.expand_dims(params[name], tuple(range(x.ndim - 1)))
+
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
-    return y.astype(x.dtype) * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+    if config.norm == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
+    if config.norm == "rms":
+        return y.astype(x.dtype) * row(name)
+    y = y * (row(name).astype(jnp.float32) + (1.0 if config.norm == "rms_one_plus" else 0.0))
+    if config.norm == "layer":
+        y = y + row(f"{name}_bias").astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def rope_tables(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, T] int32 positions -> cos and sin, [B, T, 1, R/2] float32, R the rotated part of a head."""
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    return (cos, sin) if rope.scale == 1 else (cos * rope.scale, sin * rope.scale)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding in the half-split layout: [B, T, heads, C] with float32 cos, sin [B, T, 1, C/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    """Rotary embedding in the half-split layout: [B, T, heads, C] with float32 cos, sin [B, T, 1, R/2]; C - R stay."""
+    width = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], axis=-1)

@@ -1,52 +1,20 @@
-"""Hugging Face model families as data: `config.json` -> `DecoderConfig`, and tensor names.
+"""Hugging Face model families as data: `config.json` -> `DecoderConfig`.
 
-Every key of a `config.json` is either read here, checked to hold the one value that the decoder
-implements, or listed as inert. Any other key is an error: a rope setting that nobody reads is the
-field's classic silent failure.
+Every key of a `config.json` is either read here, checked to hold a value that the decoder implements, or listed
+as inert. Any other key is an error: a rope setting that nobody reads is the field's classic silent failure.
+A family is an entry of `FAMILIES`: what its keys are read by, and the flags of the decoder that they leave open.
 """
 
 import dataclasses
+import functools
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from e2p_jax.backbone.layout import DecoderConfig
+from e2p_jax.backbone.rope import Rope, parse_rope
 from e2p_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (Su et al., arXiv 2104.09864) with the scalings of HF `rope_scaling`."""
-
-    theta: float = 10_000.0
-    kind: str = "default"  # default | linear | llama3
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Everything the decoder needs to know about a backbone; sizes in elements."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    norm_epsilon: float
-    rope: Rope
-    tie_head: bool
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    # Per layer: how many positions back a token sees (itself included); 0 is unlimited.
-    windows: tuple[int, ...] = ()
-
 
 # Keys that change nothing in the forward pass: bookkeeping, initialisation, generation, tensor-parallel hints.
 _INERT = frozenset(
@@ -55,25 +23,18 @@ _INERT = frozenset(
     output_attentions torchscript id2label label2id problem_type task_specific_params
     chunk_size_feed_forward finetuning_task tokenizer_class prefix auto_map attn_implementation
     _attn_implementation_autoset base_model_tp_plan is_llama_config tie_encoder_decoder
-    transformers.js_config cross_attention_hidden_size
-    output_past suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
+    transformers.js_config cross_attention_hidden_size cache_implementation
+    _num_labels output_past suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
 """.split()  # noqa: SIM905 (forty names read better as prose)
 )
 
 # Switches of other architectures, which published configs of these families carry turned off.
-_OFF = ("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope")
+_OFF = (
+    *("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope"),
+    *("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx"),
+)
 
-# What transformers assumes where a family's config.json lacks the key; null is not the same as absent.
-_ABSENT: dict[str, dict[str, Any]] = {
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-}
-
-_ROPE_SETTINGS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 _MISSING = object()
 
@@ -81,8 +42,8 @@ _MISSING = object()
 class _Reader:
     """Reads `config.json` key by key and remembers what was read."""
 
-    def __init__(self, values: dict[str, Any], source: Path):
-        self.values, self.source, self.read = values, source, set(_INERT)
+    def __init__(self, values: dict[str, Any], source: Path, inert: frozenset[str]):
+        self.values, self.source, self.read = values, source, set(_INERT | inert)
 
     def take(self, key: str, default: Any = _MISSING) -> Any:
         self.read.add(key)
@@ -98,6 +59,10 @@ class _Reader:
         if value not in allowed:
             raise UserError(f"{self.source}: {key}={value!r} is not supported; supported: {list(allowed)}")
 
+    def activation(self, key: str) -> str:
+        self.require(key, tuple(_ACTIVATIONS), "silu")
+        return _ACTIVATIONS[self.values.get(key) or "silu"]
+
     def finish(self) -> None:
         unread = sorted(key for key, value in self.values.items() if key not in self.read and value is not None)
         if unread:
@@ -107,41 +72,16 @@ class _Reader:
             )
 
 
-def _rope(reader: _Reader) -> Rope:
-    """Reads both dialects: transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`)."""
-    theta = reader.take("rope_theta", None)
-    dialects = [reader.take(key, None) for key in ("rope_parameters", "rope_scaling")]
-    defaults = {"rope_theta": 10_000.0 if theta is None else theta}
-    ropes = {_parse_rope(defaults | settings, reader.source) for settings in dialects if settings}
-    rope = ropes.pop() if ropes else _parse_rope(defaults, reader.source)
-    if ropes or theta not in (None, rope.theta):
-        raise UserError(
-            f"{reader.source}: rope_parameters contradicts rope_scaling or rope_theta; "
-            "keep what the model was trained with"
-        )
-    return rope
+# What is read so far -> what a part of `config.json` adds to it.
+_Read = Callable[[_Reader, dict[str, Any]], dict[str, Any]]
 
 
-def _parse_rope(settings: dict[str, Any], source: Path) -> Rope:
-    settings = {key: value for key, value in settings.items() if value is not None}
-    legacy = settings.pop("type", "default")
-    kind = settings.pop("rope_type", legacy)
-    if kind not in _ROPE_SETTINGS:
-        raise UserError(f"{source}: rope kind {kind!r} is not supported; supported: {', '.join(_ROPE_SETTINGS)}")
-    names = _ROPE_SETTINGS[kind]
-    if settings.keys() != {"rope_theta", *names}:
-        raise UserError(f"{source}: rope kind {kind!r} needs the settings {list(names)}, has {sorted(settings)}")
-    return Rope(float(settings["rope_theta"]), kind, **{name: float(settings[name]) for name in names})
-
-
-def _llama_like(reader: _Reader) -> dict[str, Any]:
-    """The fields that every family here shares."""
+def _sizes(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """The keys that every family but GPT-2 shares."""
     heads = int(reader.take("num_attention_heads"))
     hidden = int(reader.take("hidden_size"))
-    reader.require("hidden_act", ("silu",), "silu")
+    head_dim = int(reader.take("head_dim", hidden // heads))
     reader.require("attention_dropout", (0, 0.0), 0.0)
-    for switch in _OFF:
-        reader.require(switch, (False,), False)
     return {
         "vocab_size": int(reader.take("vocab_size")),
         "hidden_size": hidden,
@@ -149,47 +89,317 @@ def _llama_like(reader: _Reader) -> dict[str, Any]:
         "num_layers": int(reader.take("num_hidden_layers")),
         "num_heads": heads,
         "num_kv_heads": int(reader.take("num_key_value_heads", heads)),
-        "head_dim": int(reader.take("head_dim", hidden // heads)),
+        "head_dim": head_dim,
         "max_positions": int(reader.take("max_position_embeddings")),
         "norm_epsilon": float(reader.take("rms_norm_eps")),
-        "rope": _rope(reader),
+        "attention_scale": head_dim**-0.5,
         "tie_head": bool(reader.take("tie_word_embeddings", False)),
     }
 
 
-def _llama(reader: _Reader) -> dict[str, Any]:
-    bias = bool(reader.take("attention_bias", False))
-    return _llama_like(reader) | {
-        "qkv_bias": bias,
-        "output_bias": bias,
-        "mlp_bias": bool(reader.take("mlp_bias", False)),
+def _gpt2_sizes(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    hidden, heads = int(reader.take("n_embd")), int(reader.take("n_head"))
+    positions = int(reader.take("n_positions"))
+    reader.require("n_ctx", (positions,), positions)
+    scaled = reader.take("scale_attn_weights", True)
+    return {
+        "vocab_size": int(reader.take("vocab_size")),
+        "hidden_size": hidden,
+        "intermediate_size": int(reader.take("n_inner", 4 * hidden)),
+        "num_layers": int(reader.take("n_layer")),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "max_positions": positions,
+        "norm_epsilon": float(reader.take("layer_norm_epsilon")),
+        "attention_scale": (hidden // heads) ** -0.5 if scaled else 1.0,
+        "tie_head": bool(reader.take("tie_word_embeddings", True)),
+        "activation": reader.activation("activation_function"),
     }
 
 
-def _mistral(reader: _Reader) -> dict[str, Any]:
-    fields = _llama_like(reader)
-    return fields | {"windows": (int(reader.take("sliding_window", 0)),) * fields["num_layers"]}
+def _hidden_act(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"activation": reader.activation("hidden_act")}
 
 
-def _qwen2(reader: _Reader) -> dict[str, Any]:
-    fields = _llama_like(reader)
+def _gemma_act(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """The first releases say `gelu` and mean its tanh form, as `hidden_activation` came to say."""
+    reader.require("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    activation = reader.activation("hidden_act")
+    return {"activation": "gelu_tanh" if activation == "gelu" else activation}
+
+
+def _hidden_activation(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Published configs repeat it as `hidden_act`, which transformers does not read here."""
+    named = reader.take("hidden_activation")
+    reader.require("hidden_act", (named,), named)
+    return {"activation": reader.activation("hidden_activation")}
+
+
+def _attention_bias(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    bias = bool(reader.take("attention_bias", False))
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def _mlp_bias(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"mlp_bias": bool(reader.take("mlp_bias", False))}
+
+
+def _phi3_off(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """What no published model has, and some say so."""
+    for key in ("resid_pdrop", "embd_pdrop"):
+        reader.require(key, (0, 0.0), 0.0)
+    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        reader.require(key, (False,), False)
+    return {}
+
+
+def _query_scalar(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_scale": float(reader.take("query_pre_attn_scalar")) ** -0.5}
+
+
+def _gemma_embedding(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"embedding_scale": fields["hidden_size"] ** 0.5}
+
+
+def _gemma2_caps(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_cap": float(reader.take("attn_logit_softcapping", 0.0)),
+        "logit_cap": float(reader.take("final_logit_softcapping", 0.0)),
+    }
+
+
+def _gemma3_cap(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """The key for attention scores exists here as well, but transformers caps nothing by it."""
+    reader.require("attn_logit_softcapping", (None,), None)
+    return {"logit_cap": float(reader.take("final_logit_softcapping", 0.0))}
+
+
+def _one_rope(
+    reader: _Reader,
+    fields: dict[str, Any],
+    dialects: list[dict[str, Any] | None],
+    theta: tuple[str, float],
+    partial: bool = False,
+) -> tuple[Rope, int]:
+    """A rope that both dialects may describe: transformers 4 (`rope_theta`, `rope_scaling`), 5 (`rope_parameters`).
+
+    Args:
+      dialects: what each says, None where it says nothing.
+      theta: the key of the base, and its value where nothing says it.
+      partial: whether `partial_rotary_factor` is known.
+    """
+    key, default = theta
+    given = reader.take(key, None)
+    base = {"rope_theta": default if given is None else given}
+    if partial:
+        base["partial_rotary_factor"] = reader.take("partial_rotary_factor", 1.0)
+    stated = [{k: v for k, v in settings.items() if v is not None} for settings in dialects if settings]
+    parse = functools.partial(
+        parse_rope,
+        head_dim=fields["head_dim"],
+        max_positions=fields["max_positions"],
+        partial=partial,
+        source=reader.source,
+    )
+    ropes = {parse(base | settings) for settings in stated or [{}]}
+    if len(ropes) > 1 or any(settings.get("rope_theta", given) != given for settings in stated if given is not None):
+        raise UserError(
+            f"{reader.source}: rope_parameters contradicts rope_scaling or {key}; keep what the model was trained with"
+        )
+    return ropes.pop()
+
+
+def _rope(reader: _Reader, fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
+    """One rope for all layers."""
+    dialects = [reader.take(key, None) for key in ("rope_parameters", "rope_scaling")]
+    rope, limit = _one_rope(reader, fields, dialects, ("rope_theta", theta))
+    return {"ropes": (rope,), "layer_ropes": (0,) * fields["num_layers"], "max_positions": limit}
+
+
+def _phi3_rope(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Older names of longrope, and the length it was trained with beside it instead of in it."""
+    original = reader.take("original_max_position_embeddings")
+
+    def spelled(settings: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = settings and settings.get("rope_type", settings.get("type"))
+        if not settings or kind not in ("longrope", "su", "yarn"):
+            return settings
+        return {k: v for k, v in settings.items() if k != "type"} | {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": original,
+        }
+
+    dialects = [spelled(reader.take(key, None)) for key in ("rope_parameters", "rope_scaling")]
+    rope, limit = _one_rope(reader, fields, dialects, ("rope_theta", 10_000.0), partial=True)
+    return {"ropes": (rope,), "layer_ropes": (0,) * fields["num_layers"], "max_positions": limit}
+
+
+def _smollm3_rope(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Every fourth layer without positions, unless `no_rope_layers` (1: with) says otherwise."""
+    read = _rope(reader, fields, theta=2_000_000.0)
     layers = fields["num_layers"]
-    window = int(reader.take("sliding_window", 0)) if reader.take("use_sliding_window", False) else 0
-    reader.take("sliding_window", 0)
-    # Qwen 2: the first `max_window_layers` layers see everything; transformers 5 spells it out per layer.
-    first = int(reader.take("max_window_layers", layers))
-    default = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    kinds = reader.take("layer_types", default)
+    interval = int(reader.take("no_rope_layer_interval"))
+    rotated = reader.take("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])
+    if len(rotated) != layers:
+        raise UserError(f"{reader.source}: no_rope_layers has {len(rotated)} entries for {layers} layers")
+    (rope,) = read["ropes"]
+    nope = Rope((0.0,) * len(rope.frequencies))
+    return read | {"ropes": (rope, nope), "layer_ropes": tuple(0 if r else 1 for r in rotated)}
+
+
+def _gemma3_ropes(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """One rope for the layers that see everything, one for those with a window."""
+    nested = reader.take("rope_parameters", {})
+    if not nested.keys() <= {"full_attention", "sliding_attention"}:
+        raise UserError(f"{reader.source}: rope_parameters {sorted(nested)}; needs full_attention, sliding_attention")
+    scaling = reader.take("rope_scaling", None)
+    full, limit = _one_rope(reader, fields, [nested.get("full_attention"), scaling], ("rope_theta", 1_000_000.0))
+    local, local_limit = _one_rope(
+        reader, fields, [nested.get("sliding_attention")], ("rope_local_base_freq", 10_000.0)
+    )
+    which = tuple(int(window > 0) for window in fields["windows"])
+    return {"ropes": (full, local), "layer_ropes": which, "max_positions": min(limit, local_limit)}
+
+
+def _unlimited(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"windows": (0,) * fields["num_layers"]}
+
+
+def _one_window(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"windows": (int(reader.take("sliding_window", 0)),) * fields["num_layers"]}
+
+
+def _layer_windows(reader: _Reader, fields: dict[str, Any], window: int, default: list[bool]) -> dict[str, Any]:
+    """`layer_types`, or where it is absent `default`: which layers have the window."""
+    kinds = reader.take("layer_types", ["sliding_attention" if sliding else "full_attention" for sliding in default])
     supported = {"full_attention", "sliding_attention"} if window else {"full_attention"}
     if not supported.issuperset(kinds):
         raise UserError(
             f"{reader.source}: layer_types {kinds} with a sliding window of {window}; supported: {sorted(supported)}"
         )
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    return fields | {"qkv_bias": True, "windows": windows}
+    if len(kinds) != fields["num_layers"]:
+        raise UserError(f"{reader.source}: layer_types has {len(kinds)} entries for {fields['num_layers']} layers")
+    return {"windows": tuple(window if kind == "sliding_attention" else 0 for kind in kinds)}
 
 
-FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2}
+def _switched_window(reader: _Reader) -> int:
+    """`sliding_window`, where `use_sliding_window` turns it on."""
+    window = int(reader.take("sliding_window", 0))
+    return window if reader.take("use_sliding_window", False) else 0
+
+
+def _late_windows(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Qwen: the first `max_window_layers` layers see everything."""
+    window, layers = _switched_window(reader), fields["num_layers"]
+    first = int(reader.take("max_window_layers", layers))
+    return _layer_windows(reader, fields, window, [bool(window) and i >= first for i in range(layers)])
+
+
+def _nope_windows(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """SmolLM3: the layers without positions are those with a window, if there is one."""
+    window = _switched_window(reader)
+    return _layer_windows(reader, fields, window, [bool(window) and rope == 1 for rope in fields["layer_ropes"]])
+
+
+def _alternating_windows(reader: _Reader, fields: dict[str, Any], key: str | None = None) -> dict[str, Any]:
+    """Gemma: every second layer sees everything, or as often as `key` says."""
+    every = int(reader.take(key)) if key else 2
+    window = int(reader.take("sliding_window", 0))
+    return _layer_windows(reader, fields, window, [(i + 1) % every > 0 for i in range(fields["num_layers"])])
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How a `model_type` is read."""
+
+    readers: tuple[_Read, ...]
+    """In order; each may use what the ones before have read."""
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `DecoderConfig` that are the same in all models of the family."""
+    absent: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What transformers assumes where `config.json` lacks the key; null is not the same as absent."""
+    inert: frozenset[str] = frozenset()
+    """Keys without effect on a frozen forward pass, beside those of all families."""
+
+
+_GEMMA = {"norm": "rms_one_plus"}
+_SANDWICH = {"post_norms": True, "naming": "sandwich"}
+_GEMMA_ABSENT = {"tie_word_embeddings": True, "head_dim": 256}
+_QWEN_ABSENT = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family((_sizes, _hidden_act, _rope, _unlimited, _attention_bias, _mlp_bias)),
+    "mistral": Family(
+        (_sizes, _hidden_act, _rope, _one_window), absent={"num_key_value_heads": 8, "sliding_window": 4096}
+    ),
+    "qwen2": Family((_sizes, _hidden_act, _rope, _late_windows), {"qkv_bias": True}, _QWEN_ABSENT),
+    "qwen3": Family(
+        (_sizes, _hidden_act, _rope, _late_windows, _attention_bias),
+        {"qk_norm": "head"},
+        _QWEN_ABSENT | {"head_dim": 128},
+    ),
+    "phi3": Family(
+        (_sizes, _hidden_act, _phi3_rope, _one_window, _phi3_off),
+        {"naming": "fused"},
+        {"original_max_position_embeddings": 4096},
+        frozenset({"full_attn_mod", "interpolate_factor"}),  # of Phi-4-mini; its own code does not read them either
+    ),
+    "smollm3": Family(
+        (_sizes, _hidden_act, _smollm3_rope, _nope_windows, _attention_bias, _mlp_bias),
+        absent={"num_key_value_heads": 4, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
+        inert=frozenset({"max_window_layers"}),  # Qwen's, left in SmolLM3-3B
+    ),
+    "olmo2": Family(
+        (_sizes, _hidden_act, _rope, _unlimited, _attention_bias),
+        _SANDWICH | {"pre_norms": False, "norm": "rms_float32", "qk_norm": "all"},
+    ),
+    "gemma": Family(
+        (_sizes, _gemma_act, _rope, _unlimited, _attention_bias, _gemma_embedding),
+        _GEMMA,
+        _GEMMA_ABSENT | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma2": Family(
+        (
+            *(_sizes, _hidden_activation, _rope, _alternating_windows),
+            *(_attention_bias, _gemma_embedding, _query_scalar, _gemma2_caps),
+        ),
+        _GEMMA | _SANDWICH,
+        _GEMMA_ABSENT
+        | {"num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096}
+        | {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3_text": Family(
+        (
+            *(_sizes, _hidden_activation, functools.partial(_alternating_windows, key="sliding_window_pattern")),
+            *(_gemma3_ropes, _attention_bias, _gemma_embedding, _query_scalar, _gemma3_cap),
+        ),
+        _GEMMA | _SANDWICH | {"qk_norm": "head"},
+        _GEMMA_ABSENT
+        | {"num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096}
+        | {"query_pre_attn_scalar": 256, "sliding_window_pattern": 6},
+        frozenset({"_sliding_window_pattern"}),  # what `layer_types` was made from
+    ),
+    "gpt2": Family(
+        (_gpt2_sizes, _unlimited),
+        {"learned_positions": True, "norm": "layer", "gated": False, "naming": "gpt2", "transposed": True}
+        | {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+        {"activation_function": "gelu_new"},
+        # Dropout of its own training, heads it does not have here, and a switch of half-precision rounding.
+        frozenset({"attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn"})
+        | {f"summary_{key}" for key in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")},
+    ),
+}
+
+_EXPERTS = "a mixture of experts, which the decoder has not; docs/backbones.md says what it would take"
+# Families that one might expect here.
+_REFUSED = {
+    "gemma3": "it reads images as well; docs/backbones.md says how to save its language model apart",
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "phimoe": _EXPERTS,
+}
 
 
 def read_config(directory: Path) -> DecoderConfig:
@@ -210,63 +420,19 @@ def read_config(directory: Path) -> DecoderConfig:
 
 def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
     """`config.json` as a dict -> `DecoderConfig`; `source` names the file in errors."""
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{source}: model_type {family!r} is not supported; supported: {sorted(FAMILIES)}")
-    reader = _Reader(_ABSENT.get(family, {}) | values, source)
-    fields = FAMILIES[family](reader)
+    name = values.get("model_type")
+    if name not in FAMILIES:
+        reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
+        raise UserError(f"{source}: model_type {name!r} is not supported{reason}; supported: {sorted(FAMILIES)}")
+    family = FAMILIES[name]
+    reader = _Reader(family.absent | values, source, family.inert)
+    fields: dict[str, Any] = {}
+    for read in family.readers:
+        fields |= read(reader, fields)
+    for switch in _OFF:
+        reader.require(switch, (False,), False)
     reader.finish()
-    fields.setdefault("windows", (0,) * fields["num_layers"])
-    config = DecoderConfig(**fields)
-    if len(config.windows) != config.num_layers:
-        raise UserError(f"{source}: layer_types has {len(config.windows)} entries for {config.num_layers} layers")
+    config = DecoderConfig(**fields | family.flags)
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
     return config
-
-
-def tensor_names(config: DecoderConfig) -> dict[str, str]:
-    """Parameter path -> Hugging Face tensor name; `{}` stands for the layer, stacked on axis 0."""
-    layer = {
-        "attention_norm": "input_layernorm.weight",
-        "q": "self_attn.q_proj.weight",
-        "k": "self_attn.k_proj.weight",
-        "v": "self_attn.v_proj.weight",
-        "o": "self_attn.o_proj.weight",
-        "mlp_norm": "post_attention_layernorm.weight",
-        "gate": "mlp.gate_proj.weight",
-        "up": "mlp.up_proj.weight",
-        "down": "mlp.down_proj.weight",
-    }
-    if config.qkv_bias:
-        layer |= {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
-    if config.output_bias:
-        layer["o_bias"] = "self_attn.o_proj.bias"
-    if config.mlp_bias:
-        layer |= {f"{name}_bias": f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
-    names = {f"layers/{ours}": f"model.layers.{{}}.{theirs}" for ours, theirs in layer.items()}
-    names |= {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
-    if not config.tie_head:
-        names["head"] = "lm_head.weight"
-    return names
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> list[float]:
-    """Inverse frequencies, `head_dim // 2` of them, in radians per position.
-
-    `linear` divides all by `factor`; `llama3` divides the low ones, keeps the high ones and blends between
-    (Llama 3.1 release, `apply_scaling`; transformers `modeling_rope_utils`).
-    """
-    inverse = [rope.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-    if rope.kind == "linear":
-        return [f / rope.factor for f in inverse]
-    if rope.kind == "llama3":
-        low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position_embeddings
-
-        def scale(f: float) -> float:
-            turns = original * f / (2 * math.pi)  # rotations over the original context
-            blend = min(max((turns - low) / (high - low), 0.0), 1.0)
-            return (1 - blend) * f / rope.factor + blend * f
-
-        return [scale(f) for f in inverse]
-    return inverse

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from e2p_jax.backbone.decoder import Decoder
-from e2p_jax.backbone.families import DecoderConfig, read_config, tensor_names
+from e2p_jax.backbone.families import read_config
+from e2p_jax.backbone.layout import DecoderConfig, tensor_names
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
 
@@ -136,7 +137,32 @@ def choose_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+class _Part(NamedTuple):
+    """Where a parameter stands in the files: rows of a tensor, all of them unless it holds several parameters."""
+
+    template: str  # `{}` is the layer
+    start: int  # its first row, of the tensor as [out, in]
+    transposed: bool  # the tensor is [in, out]
+
+
+def _parts(config: DecoderConfig, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, _Part]:
+    """Parameter path -> its part, given the names and the stacked shapes."""
+    parts, rows = {}, dict.fromkeys(names.values(), 0)
+    for path, template in names.items():
+        stacked = "{}" in template
+        shape = shapes[path][stacked:]
+        parts[path] = _Part(template, rows[template], config.transposed and stacked and len(shape) == 2)
+        rows[template] += shape[0]
+    return parts
+
+
+def left_out(config: DecoderConfig, present: set[str]) -> str:
+    """What `present`, a checkpoint's names, lack in front: files of a model without its head have no `transformer.`."""
+    prefix, _, bare = tensor_names(config)["embedding"].partition(".")
+    return f"{prefix}." if bare in present else ""
+
+
+def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Part]:
     """Holds the checkpoint's tensors against the decoder's parameters.
 
     Args:
@@ -144,28 +170,37 @@ def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str,
       checkpoint: the tensors beside it.
       shapes: parameter path -> stacked shape.
 
+    Returns:
+      Parameter path -> where it is.
+
     Raises:
       UserError: listing all missing, extra and misshapen tensors together.
     """
-    wanted: dict[str, tuple[int, ...]] = {}
-    for path, template in tensor_names(config).items():
-        if "{}" in template:
-            wanted |= {template.format(i): shapes[path][1:] for i in range(config.num_layers)}
-        else:
-            wanted[template] = shapes[path]
     present = checkpoint.names()
-    # A tied head may be saved as well; rotary tables are buffers of old exports.
+    prefix = left_out(config, present)
+    names = {path: name.removeprefix(prefix) for path, name in tensor_names(config).items()}
+    parts = _parts(config, names, shapes)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, part in parts.items():  # of the parameters in one tensor, the last one ends it
+        stacked = "{}" in part.template
+        shape = shapes[path][stacked:]
+        shape = (part.start + shape[0], *shape[1:])
+        shape = shape[::-1] if part.transposed else shape
+        wanted |= {part.template.format(i): shape for i in range(config.num_layers if stacked else 1)}
+    # A tied head may be saved as well; rotary tables and GPT-2's causal masks are buffers of old exports.
     ignored = {"lm_head.weight"} if config.tie_head else set()
-    extra = {n for n in present - wanted.keys() - ignored if not n.endswith("rotary_emb.inv_freq")}
+    buffers = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+    extra = {name for name in present - wanted.keys() - ignored if not name.endswith(buffers)}
     problems = [f"missing {name}" for name in sorted(wanted.keys() - present)]
     problems += [f"unexpected {name}" for name in sorted(extra)]
     for name in sorted(wanted.keys() & present):
         if checkpoint.shape(name) != tuple(wanted[name]):
             problems.append(f"{name} has shape {checkpoint.shape(name)}, config.json says {tuple(wanted[name])}")
-    if not problems and ignored & present and not checkpoint.equal("lm_head.weight", "model.embed_tokens.weight"):
-        problems.append("lm_head.weight is not model.embed_tokens.weight, which tie_word_embeddings says it is")
+    if not problems and ignored & present and not checkpoint.equal("lm_head.weight", names["embedding"]):
+        problems.append(f"lm_head.weight is not {names['embedding']}, which tie_word_embeddings says it is")
     if problems:
         raise UserError(f"{checkpoint.directory}: weights and config.json disagree: {'; '.join(problems)}")
+    return parts
 
 
 def load(
@@ -191,26 +226,30 @@ def load(
     checkpoint = Checkpoint(directory)
     graph, state = nnx.split(decoder)
     flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    check_names(config, checkpoint, {path: variable.get_value().shape for path, variable in flat.items()})
-    names = tensor_names(config)
+    parts = check_names(config, checkpoint, {path: variable.get_value().shape for path, variable in flat.items()})
     for path, variable in flat.items():
         shape = variable.get_value().shape
-        read = _reader(checkpoint, names[path], shape, dtype)
+        read = _reader(checkpoint, parts[path], shape, dtype)
         variable.set_value(jax.make_array_from_callback(shape, sharding(f"backbone/{path}", shape), read))
     return nnx.merge(graph, state)
 
 
 def _reader(
-    checkpoint: Checkpoint, template: str, shape: tuple[int, ...], dtype: jnp.dtype
+    checkpoint: Checkpoint, part: _Part, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Callable[[Any], np.ndarray]:
+    def read_one(name: str, index: tuple[slice, ...], rows: int) -> np.ndarray:
+        first, last, _ = index[0].indices(rows)
+        index = (slice(part.start + first, part.start + last), *index[1:])
+        return checkpoint.read(name, index[::-1]).T if part.transposed else checkpoint.read(name, index)
+
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if "{}" not in template:
-            return checkpoint.read(template, index).astype(dtype)
+        if "{}" not in part.template:
+            return read_one(part.template, index, shape[0]).astype(dtype)
         layers = range(*index[0].indices(shape[0]))
         sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
         stacked = np.empty(sizes, dtype)
         for row, layer in enumerate(layers):
-            stacked[row] = checkpoint.read(template.format(layer), index[1:])
+            stacked[row] = read_one(part.template.format(layer), index[1:], shape[1])
         return stacked
 
     return read
@@ -224,13 +263,14 @@ def abstract(config: DecoderConfig, *, dtype: jnp.dtype, remat: bool) -> Decoder
 def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
     """Writes `decoder` as a Hugging Face directory; config and tokenizer files are copied from `source`."""
     flat = {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(decoder))}
+    names = tensor_names(decoder.config)
     tensors: dict[str, np.ndarray] = {}
-    for path, template in tensor_names(decoder.config).items():
+    for path, part in _parts(decoder.config, names, {path: value.shape for path, value in flat.items()}).items():
         value = np.asarray(jax.device_get(flat[path])).astype(dtype)
-        if "{}" in template:
-            tensors |= {template.format(i): np.ascontiguousarray(layer) for i, layer in enumerate(value)}
-        else:
-            tensors[template] = value
+        for i, rows in enumerate(value if "{}" in part.template else value[None]):
+            name, rows = part.template.format(i), rows.T if part.transposed else rows
+            axis = -1 if part.transposed else 0
+            tensors[name] = np.concatenate([tensors[name], rows], axis) if part.start else np.ascontiguousarray(rows)
     with replace_directory(out) as temporary:
         for name in COMPANIONS:
             if (source / name).is_file():

@@ -5,6 +5,7 @@ Rows are planned once, so an epoch is a permutation of the rows and batch number
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,15 @@ class PackedDataset:
             examples, vectors = [self.examples[m] for m in members], [self.vectors[m] for m in members]
             fill_row(batch, place, examples, vectors, self.num_tokens)
         return batch
+
+    def digest(self) -> bytes:
+        """Of every token, vector and row: what hosts must agree on before they train together."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.vectors).data)
+        for example in self.examples:
+            digest.update(example.tokens.tobytes())
+        for row in self.rows:
+            digest.update(np.asarray(row, np.int64).tobytes())
+        return digest.digest()
 
     @property
     def efficiency(self) -> float:

@@ -1,14 +1,16 @@
 """A run as a Hugging Face model directory: config, projector, tokenizer, modelling code, model card."""
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from e2p_jax.backbone.weights import Checkpoint
+from e2p_jax.backbone.weights import Checkpoint, left_out
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
@@ -81,6 +83,12 @@ def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
         "embedding_size": int(run.model.params["projector"]["input_mean"].shape[0]),
         "projector_kind": config.projector.kind,
         "projector_hidden_size": config.projector.hidden_size,
+        "run": {
+            "config": dataclasses.asdict(config),
+            "step": run.step,
+            "fingerprint": run.model.fingerprint,
+            "backbone_prefix": _backbone_prefix(run),
+        },
     }
 
 
@@ -133,13 +141,28 @@ def _write_weights(run: Run, out: Path, include_backbone: bool) -> None:
         return
     checkpoint = Checkpoint(run.inputs.directory)
     total = 1 + len(checkpoint.shards)
+    prefix = _backbone_prefix(run)
+    save_shards(out, total, lambda n: checkpoint.tensors(n - 1, prefix) if n else projector)
+
+
+def _backbone_prefix(run: Run) -> str:
+    """What the exported names of the backbone's tensors have in front of the source's."""
+    return f"backbone.{left_out(run.inputs.decoder, Checkpoint(run.inputs.directory).names())}"
+
+
+def save_shards(out: Path, total: int, tensors: Callable[[int], dict[str, np.ndarray]]) -> None:
+    """Writes `total` safetensors, one after the other, and the index that names them.
+
+    Args:
+      tensors: number of a shard, from 0 -> what it holds.
+    """
     weight_map: dict[str, str] = {}
     size = 0
     for number in range(total):
-        tensors = checkpoint.tensors(number - 1, "backbone.") if number else projector
+        held = tensors(number)
         name = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-        save_file(tensors, out / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(held, out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, name)
+        size += sum(tensor.nbytes for tensor in held.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -5,6 +5,7 @@ Rows of a batch are spread over data x fsdp.
 """
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,6 +51,17 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
     spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, path))
     fitted = [axis if axis and dim % mesh.shape[axis] == 0 else None for axis, dim in zip(spec, shape, strict=False)]
     return NamedSharding(mesh, P(*fitted))
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """`mesh data=4 fsdp=1 tensor=2`."""
+    return "mesh " + " ".join(f"{axis}={mesh.shape[axis]}" for axis in AXES)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of arrays on a mesh, on its fullest device."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

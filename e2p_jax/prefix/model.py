@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from e2p_jax.backbone.attention import soft_cap
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.parallel.mesh import row_shards
 from e2p_jax.prefix.projector import Projector
@@ -46,7 +47,8 @@ class PrefixModel(nnx.Module):
           dropout_key: turns the projector's dropout on.
 
         Returns:
-          [B, T, D] in the backbone's dtype.
+          [B, T, D] in the backbone's dtype: what its layers read. A family that scales token embeddings (Gemma)
+          does so before; a soft token stands there as it is, and is what transformers takes as `inputs_embeds`.
         """
         x = self.backbone.embed(tokens)
         soft = self.projector(user_embeddings, dropout_key)  # [B, S, K, D]
@@ -66,23 +68,25 @@ class PrefixModel(nnx.Module):
         x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
         hidden, _ = self.backbone(x, batch["positions"], batch["segment_ids"])
         hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
-        return cross_entropy(hidden, self.backbone.output_embedding, batch["target_ids"]) * batch["target_weights"]
+        head, cap = self.backbone.output_embedding, self.backbone.config.logit_cap
+        return cross_entropy(hidden, head, batch["target_ids"], cap) * batch["target_weights"]
 
 
-def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array) -> jax.Array:
-    """-log softmax(hidden @ head.T)[ids], holding about `LOGITS_AT_ONCE` logits a device at most.
+def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float = 0.0) -> jax.Array:
+    """-log softmax(soft_cap(hidden @ head.T))[ids], holding about `LOGITS_AT_ONCE` logits a device at most.
 
     Args:
       hidden: [B, M, D].
       head: [V, D].
       ids: [B, M] int32.
+      cap: soft cap of the logits, 0 for none.
 
     Returns:
       [B, M] float32, nats.
     """
 
     def chunk(hidden: jax.Array, ids: jax.Array) -> jax.Array:
-        logits = jnp.einsum("bmd,vd->bmv", hidden, head, preferred_element_type=jnp.float32)
+        logits = soft_cap(jnp.einsum("bmd,vd->bmv", hidden, head, preferred_element_type=jnp.float32), cap)
         chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 

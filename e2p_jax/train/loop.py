@@ -14,13 +14,14 @@ from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterato
 from e2p_jax.data.prepared import load_records, load_splits
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.score import pack_conditions, score
-from e2p_jax.parallel.mesh import replicated
+from e2p_jax.parallel import distributed
+from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh, replicated
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.optimizer import make_optimizer, schedule
 from e2p_jax.train.partition import describe
-from e2p_jax.train.run import claim_run
-from e2p_jax.train.setup import Inputs, build_model, initial_state, read_inputs
+from e2p_jax.train.run import claim_run, lock_run
+from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
 from e2p_jax.train.step import make_eval_step, make_train_step
 
 
@@ -62,16 +63,25 @@ def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarra
 
 
 def train(config: Config, run: Path) -> Path:
-    """Trains until `train.steps`, resuming whatever `run` already holds.
+    """Trains until `train.steps`, resuming whatever `run` already holds. Every process of a run calls it.
 
     Raises:
-      UserError: before any compilation, whatever is wrong with the config, data, vectors or backbone.
+      UserError: before any compilation, whatever is wrong with the config, data, vectors or backbone; or another
+        command trains in `run`.
+      Preempted: SIGTERM came; the run is saved.
     """
     chex.clear_trace_counter()  # it counts by call site: a second run in this process traces its own steps
     inputs = read_inputs(config)
     data = read_data(inputs)
+    distributed.check_same("training data", data.train.digest)
     model = build_model(inputs, data.user_vectors)
-    claim_run(run, config, inputs, model)
+    with lock_run(run):
+        claim_run(run, config, inputs, model)
+        _train(config, run, data, model)
+    return run
+
+
+def _train(config: Config, run: Path, data: Data, model: Model) -> None:
     settings, mesh = config.train, model.mesh
     state, frozen = initial_state(model, settings)
     iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
@@ -99,11 +109,16 @@ def train(config: Config, run: Path) -> Path:
     say(describe(model.params, model.mask))
     say(
         f"{len(data.train.examples):,} conversations in {len(data.train.rows):,} rows of {config.data.seq_len} tokens, "
-        f"{data.train.efficiency:.1%} full, {data.dropped_messages} old messages dropped; "
-        f"{jax.device_count()} {jax.default_backend()} device(s)" + (f"; resumed at step {first}" if first else "")
+        f"{data.train.efficiency:.1%} full, {data.dropped_messages} old messages dropped"
+    )
+    say(
+        f"{distributed.hosts()}, {jax.device_count()} {jax.default_backend()} device(s), {describe_mesh(mesh)}, "
+        f"{bytes_per_device((state, frozen)) / 2**20:,.1f} MiB a device"
+        + (f"; resumed at step {first}" if first else "")
     )
 
-    with jax.set_mesh(mesh):
+    stop = False
+    with jax.set_mesh(mesh), distributed.preemption(first) as stop_here:
         for number in range(first + 1, settings.steps + 1):
             batch = to_devices(next(iterator), mesh, settings.rows)
             with jax.transfer_guard("disallow"):
@@ -117,9 +132,13 @@ def train(config: Config, run: Path) -> Path:
                     by_split[name] = score(dataset, records, evaluate, mesh, settings.rows).per_target
                 nll = by_split[config.data.eval_splits[0]]
                 recorder.evaluation(number, by_split)
-            if nll is not None or number % settings.checkpoint_every == 0:
+            stop = stop_here(number) and not last
+            if nll is not None or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()
                 checkpoints.save(state, frozen["projector"], iterator.get_state(), nll)
-    checkpoints.close()
+            if stop:
+                break
+        checkpoints.close()
     recorder.close()
-    return run
+    if stop:
+        raise distributed.Preempted(f"told to stop; saved at step {number}, rerun the same command to resume")

@@ -12,6 +12,7 @@ import rich.progress
 from tensorboardX import SummaryWriter
 
 from e2p_jax.files import write_text
+from e2p_jax.parallel.distributed import is_first
 
 
 class MetricsLog:
@@ -57,11 +58,11 @@ class Progress:
     """A rich bar with loss, tokens a second and ETA on a terminal; plain lines elsewhere. On stderr."""
 
     def __init__(self, steps: int, done: int, label: str):
-        self.console = rich.console.Console(stderr=True)
+        self.console = rich.console.Console(stderr=True, quiet=not is_first())
         self.steps, self.label = steps, label
         self._start, self._done = time.monotonic(), done
         self._bar: rich.progress.Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and is_first():
             columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}")
             self._bar = rich.progress.Progress(
                 *columns, rich.progress.TimeRemainingColumn(), "{task.fields[note]}", console=self.console
@@ -98,7 +99,7 @@ class Recorder:
           tokens_per_step: B * T, for the speed shown.
         """
         self.progress = Progress(steps, first, "train")
-        self._log = MetricsLog(run, first)
+        self._log = MetricsLog(run, first) if is_first() else None
         self._steps, self._first, self._log_every, self._tokens = steps, first, log_every, tokens_per_step
         self._pending: tuple[int, Any] | None = None
         self._clock = (time.monotonic(), first)  # when the last step was written, and which
@@ -119,22 +120,26 @@ class Recorder:
         now = time.monotonic()
         speed = (number - self._clock[1]) * self._tokens / (now - self._clock[0])
         self._clock = (now, number)
-        self._log.write(number, {**values, "train/tokens_per_second": speed})
+        if self._log:
+            self._log.write(number, {**values, "train/tokens_per_second": speed})
         self.progress.update(number, f"loss {values['train/loss']:.4f}  {speed:,.0f} tok/s", show=True)
 
     def evaluation(self, number: int, nll: dict[str, float]) -> None:
         """NLL a target by split, after step `number`; the time it took does not count as training."""
         self.flush()
-        self._log.write(number, {f"eval/{name}/nll": value for name, value in nll.items()})
+        if self._log:
+            self._log.write(number, {f"eval/{name}/nll": value for name, value in nll.items()})
         self.progress.say(f"step {number}: " + ", ".join(f"{name} NLL {value:.4f}" for name, value in nll.items()))
         self._clock = (time.monotonic(), number)
 
     def sync(self) -> None:
         """Everything so far is on disk when this returns: a checkpoint may stand for it."""
         self.flush()
-        self._log.sync()
+        if self._log:
+            self._log.sync()
 
     def close(self) -> None:
         self.flush()
-        self._log.close()
+        if self._log:
+            self._log.close()
         self.progress.close()

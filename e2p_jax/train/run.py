@@ -4,8 +4,13 @@
 vectors), `chat_template.jinja`, `metrics.jsonl`, `tensorboard/`, `checkpoints/<step>/`, `report/`.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from e2p_jax import config as config_lib
 from e2p_jax.config import Config
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
+from e2p_jax.parallel import distributed
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.partition import join
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
@@ -22,22 +28,54 @@ from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_
 PyTree = Any
 
 
-def claim_run(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
-    """Writes what names the run, or checks that the run that is there is this one.
+@contextlib.contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Keeps other commands from training in `run`; the system takes the lock back when this process ends.
 
     Raises:
-      UserError: the directory holds a run of another config or backbone.
+      UserError: another command is training there.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"{run}: {file.read().strip() or 'another command'} is training there; stop it, or choose another "
+                "--workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def claim_run(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
+    """Process 0 writes what names the run, unless a run is there; then all check that it is this one.
+
+    Raises:
+      UserError: the directory holds a run of another config or backbone, or is not seen by every host.
     """
     path = run / "config.json"
-    if path.exists():
-        stored = config_lib.from_json(path.read_text(), path)
-        if stored != config:
-            raise UserError(
-                f"{run}: holds a run with other settings ({'; '.join(_differences(stored, config))}); "
-                "rerun with those, or choose another --workdir"
-            )
-        _check_fingerprint(run, model)
-        return
+    if distributed.is_first() and not path.exists():
+        _write_names(run, config, inputs, model)
+    distributed.wait_for_all("the run directory is claimed")
+    if not path.exists():
+        raise UserError(f"{run}: is not the directory that process 0 sees; --workdir must be on storage that all share")
+    stored = config_lib.from_json(path.read_text(), path)
+    if stored != config:
+        raise UserError(
+            f"{run}: holds a run with other settings ({'; '.join(_differences(stored, config))}); "
+            "rerun with those, or choose another --workdir"
+        )
+    _check_fingerprint(run, model)
+
+
+def _write_names(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
     names = {
         "path": config.backbone.path,
         "revision": config.backbone.revision,
@@ -46,7 +84,7 @@ def claim_run(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
     }
     write_text(run / "backbone.json", json.dumps(names, indent=2) + "\n")
     write_text(run / "chat_template.jinja", inputs.encoder.template)
-    write_text(path, config.to_json())
+    write_text(run / "config.json", config.to_json())  # last: it says that the rest is there
 
 
 def _check_fingerprint(run: Path, model: Model) -> None:

@@ -93,7 +93,7 @@ def build_model(inputs: Inputs, training_vectors: np.ndarray) -> Model:
 
     def initialise(embedding: jax.Array, vectors: jax.Array) -> nnx.State:
         projector = make_projector()
-        projector.calibrate(vectors, embedding, config.projector.init_scale)
+        projector.calibrate(vectors, embedding, config.projector.init_scale * inputs.decoder.embedding_scale)
         return nnx.state(projector)
 
     projector = nnx.eval_shape(make_projector)

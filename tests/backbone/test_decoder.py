@@ -1,5 +1,6 @@
 """The decoder before any weights are loaded: its random start, its dtypes, and what remat and the cache hold."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import SIZES, logits, random_tokens, whole_rows
+from helpers import SIZES, hf_config, logits, random_tokens, whole_rows
 
 from e2p_jax.backbone.decoder import Decoder
-from e2p_jax.backbone.families import DecoderConfig, parse_config
+from e2p_jax.backbone.families import FAMILIES, parse_config
+from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.backbone.weights import abstract
 
 
@@ -25,6 +27,17 @@ def fresh(dtype: str = "float32", **changes: int | bool) -> Decoder:
 def test_a_fresh_decoder_has_no_opinion() -> None:
     """Random weights give every token about the same probability: a loss near log V."""
     scores = logits(fresh(), *whole_rows(random_tokens(4, 32)))
+    entropy = -jnp.sum(jax.nn.softmax(scores) * jax.nn.log_softmax(scores), axis=-1)
+    assert float(jnp.mean(entropy)) == pytest.approx(np.log(SIZES["vocab_size"]), abs=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_starts_from_random_weights(family: str) -> None:
+    """Without an opinion; a tied head would prefer the last token itself."""
+    values = json.loads(hf_config(family, tie_word_embeddings=False).to_json_string())
+    c = parse_config(values, Path("config.json"))
+    decoder = Decoder(c, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    scores = logits(decoder, *whole_rows(random_tokens(4, 32)))
     entropy = -jnp.sum(jax.nn.softmax(scores) * jax.nn.log_softmax(scores), axis=-1)
     assert float(jnp.mean(entropy)) == pytest.approx(np.log(SIZES["vocab_size"]), abs=0.05)
 

@@ -168,6 +168,43 @@ def test_rotary_buffers_of_old_exports_are_ignored(directory: Path) -> None:
     load_backbone(directory)
 
 
+def test_gpt2_as_it_was_published(tmp_path: Path) -> None:
+    """Written from the model without its head: names lack `transformer.`, and causal masks are among the tensors."""
+    model = hf_model(hf_config("gpt2"))
+    model.save_pretrained(tmp_path)
+    values = {name.removeprefix("transformer."): tensor for name, tensor in tensors(tmp_path).items()}
+    masks = {f"h.{i}.attn.{name}": torch.ones(1) for i in range(3) for name in ("bias", "masked_bias")}
+    save_file(values | masks, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = hf_logits(model, input_ids=TOKENS.astype(np.int64))
+    assert_close(logits(load_backbone(tmp_path), *whole_rows(TOKENS)), expected)
+    del values["h.1.mlp.c_fc.weight"]
+    values["h.0.attn.c_attn.weight"] = torch.ones(32, 95)
+    save_file(values, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load_backbone(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}: weights and config.json disagree: missing h.1.mlp.c_fc.weight; "
+        "h.0.attn.c_attn.weight has shape (32, 95), config.json says (32, 96)"
+    )
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "gemma2", "olmo2"])
+def test_tensors_of_several_parameters_come_apart_and_back(tmp_path: Path, family: str) -> None:
+    """Fused, transposed and further norms: the same on one device and on four, and the same bytes when saved."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    hf_model(hf_config(family)).save_pretrained(source)
+    one, four = load_backbone(source), load_backbone(source, mesh_of(fsdp=2, tensor=2))
+    for path, value in parameters(four).items():
+        np.testing.assert_array_equal(value, parameters(one)[path])
+    layers, rows, columns = parameters(one)["layers/q"].shape
+    assert parameters(four)["layers/q"].addressable_shards[0].data.shape == (layers, rows // 2, columns // 2)
+    save(four, source, out, jnp.dtype("float32"))
+    before, after = tensors(source), tensors(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
 @pytest.mark.parametrize("keep", [0, 5, 400, -1])
 def test_a_truncated_file_is_named(directory: Path, keep: int) -> None:
     path = directory / "model.safetensors"

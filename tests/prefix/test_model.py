@@ -130,17 +130,19 @@ def test_remat_changes_nothing_but_memory() -> None:
 
 @pytest.mark.parametrize("count", [12, 7])  # targets a row: chunks of 6, 4, 3, 2, 1; a prime splits into ones only
 @pytest.mark.parametrize("limit", [10**9, 3 * 6 * 97, 3 * 5 * 97, 1])
-def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, limit: int, count: int) -> None:
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, cap: float, limit: int, count: int) -> None:
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(3, count, 16)).astype(np.float32), rng.normal(size=(97, 16)).astype(np.float32)
     ids, weights = rng.integers(0, 97, (3, count)), rng.normal(size=(3, count)).astype(np.float32)
     monkeypatch.setattr(model_lib, "LOGITS_AT_ONCE", limit)
 
     def weighted(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return jnp.sum(cross_entropy(hidden, head, jnp.asarray(ids, jnp.int32)) * weights)
+        return jnp.sum(cross_entropy(hidden, head, jnp.asarray(ids, jnp.int32), cap) * weights)
 
     inputs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, head)]
     logits = inputs[0] @ inputs[1].T
+    logits = cap * torch.tanh(logits / cap) if cap else logits
     nll = torch.nn.functional.cross_entropy(logits.reshape(-1, 97), torch.tensor(ids).reshape(-1), reduction="none")
     total = (nll * torch.tensor(weights).reshape(-1)).sum()
     total.backward()

@@ -57,6 +57,13 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.backbone = backbone or AutoModelForCausalLM.from_config(config.backbone_config)
         self._no_split_modules = self.backbone._no_split_modules
+        if config.backbone_config.model_type in ("gemma", "gemma2") and not hasattr(
+            self.get_input_embeddings(), "embed_scale"
+        ):
+            raise ValueError(
+                "this version of transformers multiplies Gemma's `inputs_embeds`, soft tokens included, instead of its "
+                "token embeddings alone; upgrade transformers"
+            )
         self.projector = E2PProjector(config)
         self.post_init()
 

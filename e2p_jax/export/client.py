@@ -1,0 +1,90 @@
+"""Requests for vLLM and SGLang from a prefix table alone. Imports neither jax, torch nor transformers; the tokenizer
+(transformers) is loaded by the first request that needs the prompt's tokens: all but `vllm_chat`.
+
+    client = EngineClient(PrefixTable(Path("prefixes")), model="my-org/my-model")
+    body = client.vllm_completion("user-1", [{"role": "user", "content": "hi"}])
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from e2p_jax.config import from_json
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+from e2p_jax.export import payloads
+from e2p_jax.export.prefix_reader import MANIFEST, PrefixTable, read_tensors
+
+if TYPE_CHECKING:
+    from e2p_jax.data.encode import Encoder
+
+Messages = Sequence[dict[str, str]]
+
+
+class EngineClient:
+    """Bodies to send with any HTTP client; add to them what the server's API knows (`max_tokens`, `stream`, ...)."""
+
+    def __init__(self, table: PrefixTable, model: str):
+        """
+        Args:
+          table: of the users to serve.
+          model: the name that the server serves.
+
+        Raises:
+          UserError: the table is of a Gemma.
+        """
+        payloads.refuse_scaled(table.manifest["embedding_scale"], str(table.directory))
+        self.table, self.model = table, model
+        self._tokens = read_tensors(table.directory / "token_embeddings.safetensors")["embeddings"]  # [V, D]
+
+    def vllm_completion(self, user: str, messages: Messages) -> dict[str, Any]:
+        """For `/v1/completions`.
+
+        Raises:
+          UserError: a user who is not in the table.
+        """
+        return payloads.vllm_completion(self.model, self.embeddings(user, messages))
+
+    def vllm_chat(self, user: str, messages: Messages) -> dict[str, Any]:
+        """For `/v1/chat/completions` of a server that was given the table's `chat_template.jinja`.
+
+        Raises:
+          UserError: a user who is not in the table, no user turn, or a table whose placement has no chat form.
+        """
+        if not self.table.manifest["chat"]:
+            raise UserError(
+                f"{self.table.directory}: trained with soft tokens {self.table.manifest['placement']}, which vLLM's "
+                "chat endpoint cannot say for this template; use vllm_completion"
+            )
+        if all(message["role"] != "user" for message in messages):
+            raise UserError("the conversation has no user turn for the soft tokens to stand in; add one")
+        prefix = self.table.lookup([user])[0]
+        return payloads.vllm_chat(self.model, messages, prefix.astype(self._tokens.dtype))
+
+    def sglang(self, user: str, messages: Messages) -> dict[str, Any]:
+        """For `/generate`.
+
+        Raises:
+          UserError: a user who is not in the table.
+        """
+        return payloads.sglang(self.embeddings(user, messages))
+
+    def embeddings(self, user: str, messages: Messages) -> np.ndarray:
+        """[T, D]: the templated prompt with the user's soft tokens in their slots."""
+        example = self._encoder.encode_prompt(Record(user, (), tuple(messages), source=f"user {user!r}"), "e2p")
+        rows = np.asarray(self._tokens[example.tokens])
+        return payloads.with_prefix(rows, example.slot_start, self.table.lookup([user])[0])
+
+    @functools.cached_property
+    def _encoder(self) -> "Encoder":
+        from e2p_jax.data.encode import Encoder, load_tokenizer
+
+        directory = self.table.directory
+        config = from_json(json.dumps(self.table.manifest["config"]), directory / MANIFEST)
+        # The tokenizer beside the table carries the run's template.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template="auto"))
+        return Encoder.from_config(config, load_tokenizer(directory / "tokenizer", len(self._tokens)))

@@ -1,0 +1,113 @@
+"""Payloads for vLLM and SGLang from a run, and the template that vLLM's chat endpoint needs."""
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from e2p_jax.data.encode import Encoder
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import vectors_for
+from e2p_jax.export import payloads
+from e2p_jax.train.partition import refuse_trained_backbone
+from e2p_jax.train.run import Run
+
+SERVING_TEMPLATE = "chat_template.jinja"
+PLACEHOLDER = "<prompt_embeds>"  # what vLLM renders a content part of embeddings as; one token a part, then K
+
+# vLLM hands a template that takes text only its content parts joined by line breaks, which training never saw.
+_FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- set joined = namespace(text='') -%}
+    {%- if message['content'] is string -%}
+        {%- set joined.text = message['content'] -%}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- set joined.text = joined.text + part['text'] -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=joined.text)] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+
+def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> list[dict[str, Any]]:
+    """A request body per user.
+
+    Args:
+      format: `vllm` (`/v1/completions`), `vllm-chat` (`/v1/chat/completions`) or `sglang` (`/generate`).
+      users: ids in the run's table of user vectors, or `@vector.npy`.
+      prompt: the user turn to answer.
+
+    Raises:
+      UserError: an unknown user, a trained backbone or a Gemma, or a run that the chat endpoint cannot serve.
+    """
+    encoder = run.inputs.encoder
+    refuse_trained_backbone(run.model.mask)
+    payloads.refuse_scaled(run.inputs.decoder.embedding_scale, str(run.directory))
+    if format == "vllm-chat" and not can_chat(encoder):
+        raise UserError(
+            "--format vllm-chat puts the soft tokens inside the first user turn, between tokens of the template; this "
+            "run's placement or template says otherwise; use --format vllm, which sends the whole prompt"
+        )
+    model, name = nnx.merge(run.model.graph, run.model.params), run.inputs.config.backbone.path
+    vectors = vectors_for(run, users, [f"--user {user}" for user in users], "e2p")
+    bodies = []
+    for user, vector in zip(users, vectors, strict=True):
+        prefix = np.asarray(model.projector(vector))  # one by one: the same bytes, whoever else was asked for
+        messages = ({"role": "user", "content": prompt},)
+        example = encoder.encode_prompt(Record(user, (), messages, source="--prompt"), "e2p")
+        tokens = np.asarray(model.backbone.embed(example.tokens[None])[0])
+        if format == "vllm-chat":
+            bodies.append(payloads.vllm_chat(name, messages, prefix.astype(tokens.dtype)))
+            continue
+        whole = payloads.with_prefix(tokens, example.slot_start, prefix)
+        bodies.append(payloads.sglang(whole) if format == "sglang" else payloads.vllm_completion(name, whole))
+    return bodies
+
+
+def serving_template(template: str) -> str:
+    """The run's template for messages whose content is a list of parts, too."""
+    return _FLATTEN + template
+
+
+def can_chat(encoder: Encoder) -> bool:
+    """Whether vLLM, given a prefix part and a text part in the first user turn, reads what training read."""
+    if encoder.placement != "in_chat":
+        return False
+    system, question, reply = (
+        {"role": role, "content": text}
+        for role, text in [("system", "be kind."), ("user", "Why?"), ("assistant", "so")]
+    )
+    probes = [(question,), (system, question), (question, reply, question)]
+    return all(_served(encoder, messages) == _trained(encoder, messages) for messages in probes)
+
+
+def _trained(encoder: Encoder, messages: tuple[dict[str, str], ...]) -> list[int]:
+    """Token ids of a prompt, -1 at slots."""
+    example = encoder.encode_prompt(Record("probe", (), messages, source="probe"), "e2p")
+    tokens = example.tokens.tolist()
+    return tokens[: example.slot_start] + [-1] * encoder.num_tokens + tokens[example.slot_start + encoder.num_tokens :]
+
+
+def _served(encoder: Encoder, messages: tuple[dict[str, str], ...]) -> list[int]:
+    """The same as vLLM makes them: parts, template, a token for the placeholder, K in its place."""
+    body = json.loads(json.dumps(payloads.vllm_chat("", messages, np.zeros((1, 1), np.float32))))
+    for message in body["messages"]:
+        if isinstance(message["content"], list):
+            message["content"][0] = {"type": "text", "text": PLACEHOLDER}
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]})
+    template = serving_template(encoder.template)
+    encoded: Any = tokenizer.apply_chat_template(
+        body["messages"], chat_template=template, add_generation_prompt=True, return_dict=True
+    )
+    placeholder = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    pairs = ([-1] * encoder.num_tokens if token == placeholder else [token] for token in encoded["input_ids"])
+    return [token for pair in pairs for token in pair]

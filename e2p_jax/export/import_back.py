@@ -1,0 +1,121 @@
+"""An exported transformers directory as a run again, so that training can go on."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from e2p_jax.backbone.weights import COMPANIONS, Checkpoint
+from e2p_jax.config import Config, MeshConfig, from_json
+from e2p_jax.data.packing import Budget
+from e2p_jax.data.pipeline import PackedDataset, train_iterator
+from e2p_jax.errors import UserError
+from e2p_jax.export.transformers import TORCH_NAMES, save_shards
+from e2p_jax.files import replace_directory
+from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.run import claim_run
+from e2p_jax.train.setup import Model, build_model, initial_state, read_inputs
+
+
+def import_transformers(directory: Path, out: Path) -> None:
+    """Writes a run at step 0 whose projector is the exported one: its optimizer and data begin afresh.
+
+    The config is the exported run's, less the mesh, which is the machine's matter. A backbone that is in the directory
+    goes into the run; one that is named there is named here.
+
+    Raises:
+      UserError: not such a directory, weights that do not fit its config, or another backbone than was exported.
+    """
+    if out.exists():
+        raise UserError(f"--out {out}: exists; choose a new directory")
+    settings = _read_settings(directory)
+    exported = from_json(json.dumps(settings["run"]["config"]), directory / "config.json")
+    checkpoint = Checkpoint(directory)
+    with replace_directory(out) as temporary:
+        template = _chat_template(directory)
+        (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if settings["backbone"] is None:
+            _write_backbone(checkpoint, settings, temporary / "backbone")
+        here, there = (_with_paths(exported, settings, place) for place in (temporary, out.resolve()))
+        inputs = read_inputs(here)
+        model = build_model(inputs, np.zeros((1, settings["embedding_size"]), np.float32))
+        if model.fingerprint != settings["run"]["fingerprint"]:
+            wanted = settings["run"]["fingerprint"]
+            raise UserError(
+                f"{directory}: its projector was trained in front of weights with fingerprint {wanted[:12]}, the "
+                f"backbone's is {model.fingerprint[:12]}; restore that backbone"
+            )
+        model = _with_projector(model, checkpoint)
+        claim_run(temporary, there, inputs, model)
+        state, frozen = initial_state(model, there.train)
+        checkpoints = Checkpoints(temporary)
+        checkpoints.save(state, frozen["projector"], _first_position(model, there), None)
+        checkpoints.close()
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if settings.get("model_type") != "e2p" or "run" not in settings:
+        raise UserError(f"{directory}: not a directory that `e2p export --format transformers` wrote; give one")
+    return settings
+
+
+def _chat_template(directory: Path) -> str:
+    path = directory / "chat_template.jinja"
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist; copy it from the exported directory")
+    return path.read_text(encoding="utf-8")
+
+
+def _with_paths(config: Config, settings: dict[str, Any], run: Path) -> Config:
+    """The exported run's config for a run directory at `run`."""
+    named = settings["backbone"]
+    path, revision = (named["path"], named["revision"]) if named else (str(run / "backbone"), None)
+    return dataclasses.replace(
+        config,
+        backbone=dataclasses.replace(config.backbone, path=path, revision=revision),
+        data=dataclasses.replace(config.data, chat_template=str(run / "chat_template.jinja")),
+        mesh=MeshConfig(),
+    )
+
+
+def _write_backbone(checkpoint: Checkpoint, settings: dict[str, Any], out: Path) -> None:
+    """The LM of the directory as a model directory of its own, its tensors byte for byte."""
+    prefix = settings["run"]["backbone_prefix"]
+    out.mkdir()
+    for name in COMPANIONS:
+        if (checkpoint.directory / name).is_file():
+            shutil.copyfile(checkpoint.directory / name, out / name)
+    (out / "config.json").write_text(json.dumps(settings["backbone_config"], indent=2) + "\n", encoding="utf-8")
+
+    def backbone(shard: int) -> dict[str, np.ndarray]:
+        held = checkpoint.tensors(shard, "")
+        return {name.removeprefix(prefix): held[name] for name in held if name.startswith(prefix)}
+
+    numbers = [number for number in range(len(checkpoint.shards)) if backbone(number)]
+    save_shards(out, len(numbers), lambda number: backbone(numbers[number]))
+
+
+def _with_projector(model: Model, checkpoint: Checkpoint) -> Model:
+    """The model with the checkpoint's projector, in float32, on the devices that its own was on."""
+    projector = {}
+    for name, leaf in model.params["projector"].items():
+        stored = f"projector.{TORCH_NAMES.get(name, name)}"
+        if stored not in checkpoint.names() or checkpoint.shape(stored) != leaf.shape[::-1]:
+            raise UserError(f"{checkpoint.directory}: no tensor {stored} of shape {leaf.shape[::-1]}; export it again")
+        value = checkpoint.read(stored, (slice(None),)).T
+        projector[name] = jax.device_put(np.ascontiguousarray(value, leaf.dtype), leaf.sharding)
+    return dataclasses.replace(model, params={**model.params, "projector": projector})
+
+
+def _first_position(model: Model, config: Config) -> dict[str, Any]:
+    """Where the data of a run begins, whatever the data."""
+    nothing = PackedDataset((), np.zeros((0, 1), np.float32), (), Budget(config.data.seq_len, 1, 1), 1)
+    train = config.train
+    iterator = train_iterator(nothing, model.mesh, batch_rows=train.rows, steps=train.steps, seed=train.seed)
+    return iterator.get_state()

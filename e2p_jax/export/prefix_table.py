@@ -1,0 +1,232 @@
+"""Every user's soft tokens, projected once, to be looked up when serving.
+
+A prefix table is a directory. Each shard is `<digest>.safetensors` (`prefixes` [n, K, D]) with its user ids beside it
+(`<digest>.ids.txt`, one a line in row order). The digest covers the projector, dtype, ids and vectors that it was made
+from, so a shard that is there is right: a killed run goes on with what is missing, and an update projects only shards
+in which something changed. `manifest.json` names the shards; it is swapped when all are there, so that readers see the
+old table or the new one. `token_embeddings.safetensors`, `tokenizer/` and, where vLLM's chat endpoint can say what the
+run was trained on, `chat_template.jinja` are for `e2p_jax.export.client`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
+
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.errors import UserError
+from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, serving_template
+from e2p_jax.export.prefix_reader import MANIFEST, read_tensors
+from e2p_jax.files import replace_directory, write_text
+from e2p_jax.prefix.projector import Projector
+from e2p_jax.train.partition import refuse_trained_backbone
+from e2p_jax.train.run import Run
+
+SHARD_BYTES = 1 << 26  # about; a shard is one call of the compiled projection
+TOKEN_EMBEDDINGS = "token_embeddings.safetensors"
+TOKENIZER = "tokenizer"
+_SHARD = re.compile(r"([0-9a-f]{32})\.(safetensors|ids\.txt)")
+_TEMPORARY = re.compile(r"\..*\.tmp")
+
+
+def export_prefixes(run: Run, out: Path, dtype: str) -> None:
+    """Projects every user of the run's table; rerun it to finish what was killed, or after vectors changed.
+
+    Args:
+      dtype: of the soft tokens: float32, float16 or bfloat16.
+
+    Raises:
+      UserError: no table, a vector that is not finite, several processes, or `out` holds something else.
+    """
+    config, table = run.inputs.config, run.inputs.table
+    refuse_trained_backbone(run.model.mask)
+    if not table:
+        raise UserError("the run names no table of user vectors, or an empty one; give --embeddings TABLE")
+    _refuse_foreign(out, run.model.fingerprint)
+    out.mkdir(parents=True, exist_ok=True)
+    is_update = (out / MANIFEST).is_file()
+    model = nnx.merge(run.model.graph, run.model.params)
+    shards = project_table(model.projector, table, out, dtype)
+    if not is_update:  # else they are the same backbone's
+        tokens = jnp.arange(run.inputs.decoder.vocab_size)
+        _save(out / TOKEN_EMBEDDINGS, {"embeddings": np.asarray(model.backbone.embed(tokens[None])[0])})
+    _save_tokenizer(run, out / TOKENIZER)
+    chat = can_chat(run.inputs.encoder)
+    if chat:
+        write_text(out / SERVING_TEMPLATE, serving_template(run.inputs.encoder.template))
+    manifest = {
+        "projector": projector_hash(model.projector),
+        "step": run.step,
+        "backbone": {
+            "path": config.backbone.path,
+            "revision": config.backbone.revision,
+            "fingerprint": run.model.fingerprint,
+        },
+        "table": _describe(config.data.embeddings or "", table),
+        "placement": config.prefix.placement,
+        "chat": chat,
+        "embedding_scale": run.inputs.decoder.embedding_scale,
+        "num_tokens": config.projector.num_tokens,
+        "width": run.inputs.decoder.hidden_size,
+        "dtype": dtype,
+        "users": len(table),
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+        "config": dataclasses.asdict(config),
+    }
+    write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    _remove_unnamed(out, {shard.name for shard in shards})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of a table."""
+
+    name: str  # the digest of what it was made from
+    users: int
+
+
+def project_table(projector: Projector, table: UserTable, out: Path, dtype: str) -> list[Shard]:
+    """Writes the shards of `table` that are not yet in `out`: rows over all devices, one shape, one compilation.
+
+    While the devices project a shard, the one before is written.
+
+    Returns:
+      All shards of the table, in row order; all but the last hold the same number of users.
+
+    Raises:
+      UserError: naming the user whose vector is not finite, or several processes.
+    """
+    if jax.process_count() > 1:
+        raise UserError("e2p prefixes drives the devices of one process; start it on one host, without a coordinator")
+    mesh = Mesh(np.array(jax.devices()), ("rows",))
+    graph, state = nnx.split(projector)
+    state = jax.device_put(state, NamedSharding(mesh, P()))
+    rows = rows_a_shard(projector, dtype)
+    padded = -(-rows // mesh.size) * mesh.size
+    by_row = NamedSharding(mesh, P("rows"))
+
+    def project(state: nnx.State, vectors: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(vectors).astype(dtype)
+
+    chex.clear_trace_counter()
+    compiled = jax.jit(chex.assert_max_traces(project, n=1), out_shardings=by_row)
+    shards: list[Shard] = []
+    waiting: tuple[Shard, list[str], jax.Array] | None = None
+    for shard, ids, vectors in _shards(projector, table, rows, dtype):
+        shards.append(shard)
+        if _complete(out, shard, projector):
+            continue
+        whole = np.zeros((padded, vectors.shape[1]), np.float32)
+        whole[: len(vectors)] = vectors
+        projected = compiled(state, jax.device_put(whole, by_row))
+        if waiting:
+            _write(out, *waiting)
+        waiting = shard, ids, projected
+    if waiting:
+        _write(out, *waiting)
+    return shards
+
+
+def rows_a_shard(projector: Projector, dtype: str) -> int:
+    """A power of two, whatever the devices, so that shards are the same on another machine."""
+    width = projector.skip[...].shape[1]  # K * D
+    return 1 << max((SHARD_BYTES // (width * jnp.dtype(dtype).itemsize)).bit_length() - 1, 0)
+
+
+def projector_hash(projector: Projector) -> str:
+    """SHA-256 over K and every parameter's and statistic's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{projector.num_tokens}\n".encode())
+    for path, variable in sorted(nnx.to_flat_state(nnx.state(projector))):
+        value = np.ascontiguousarray(np.asarray(variable.get_value()))
+        digest.update(f"{'/'.join(map(str, path))} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _shards(
+    projector: Projector, table: UserTable, rows: int, dtype: str
+) -> Iterator[tuple[Shard, list[str], np.ndarray]]:
+    """Each shard with its ids and vectors ([n, E] float32)."""
+    made_by, ids = f"{projector_hash(projector)} {dtype}\n", table.ids
+    for first in range(0, len(ids), rows):
+        part = ids[first : first + rows]
+        names = "\n".join(part)
+        if names.count("\n") >= len(part):
+            broken = next(user for user in part if "\n" in user)
+            raise UserError(f"{table.source}: user id {broken!r} holds a line break; rename that user")
+        vectors = table.lookup(part, [table.source] * len(part))
+        digest = hashlib.sha256(made_by.encode())
+        digest.update(f"{names}\n\n".encode())
+        digest.update(np.ascontiguousarray(vectors).data)
+        yield Shard(digest.hexdigest()[:32], len(part)), part, vectors
+
+
+def _complete(out: Path, shard: Shard, projector: Projector) -> bool:
+    """Whether a run before this one wrote the shard: its ids are written first, and both are moved into place."""
+    shape = (shard.users, projector.num_tokens, projector.token_mean[...].shape[0])
+    try:
+        return read_tensors(out / f"{shard.name}.safetensors")["prefixes"].shape == shape
+    except UserError:  # missing or damaged
+        return False
+
+
+def _write(out: Path, shard: Shard, ids: list[str], projected: jax.Array) -> None:
+    write_text(out / f"{shard.name}.ids.txt", "".join(f"{user}\n" for user in ids))
+    _save(out / f"{shard.name}.safetensors", {"prefixes": np.asarray(projected)[: shard.users]})
+
+
+def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, temporary)
+    temporary.chmod(0o644)
+    os.replace(temporary, path)
+
+
+def _save_tokenizer(run: Run, path: Path) -> None:
+    encoder = run.inputs.encoder
+    own, encoder.tokenizer.chat_template = encoder.tokenizer.chat_template, encoder.template
+    with replace_directory(path) as temporary:
+        encoder.tokenizer.save_pretrained(temporary)
+    encoder.tokenizer.chat_template = own
+
+
+def _describe(embeddings: str, table: UserTable) -> dict[str, Any]:
+    """Name and version of the vectors, as far as they have any."""
+    meta = Path(embeddings).expanduser() / "meta.json"
+    known = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+    return {"name": known.get("name", Path(embeddings).name), "version": known.get("version"), "source": table.source}
+
+
+def _refuse_foreign(out: Path, fingerprint: str) -> None:
+    known = {MANIFEST, TOKEN_EMBEDDINGS, TOKENIZER, SERVING_TEMPLATE}
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; choose a new directory")
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    foreign = [n for n in names if n not in known and not _SHARD.fullmatch(n) and not _TEMPORARY.fullmatch(n)]
+    if foreign:
+        raise UserError(f"--out {out}: holds other files ({', '.join(foreign[:3])}); choose a new directory")
+    if MANIFEST in names:
+        there = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["backbone"]["fingerprint"]
+        if there != fingerprint:
+            raise UserError(f"--out {out}: holds the table of another backbone ({there[:12]}); choose a new directory")
+
+
+def _remove_unnamed(out: Path, named: set[str]) -> None:
+    """Shards that the manifest no longer names, and what a killed run left half written."""
+    for path in out.iterdir():
+        shard = _SHARD.fullmatch(path.name)
+        if (shard and shard[1] not in named) or _TEMPORARY.fullmatch(path.name):
+            path.unlink()

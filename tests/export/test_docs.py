@@ -1,0 +1,104 @@
+"""The examples in docs/, run as they stand."""
+
+import json
+import re
+import shlex
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import mypy.api
+import numpy as np
+import pytest
+from test_engines import continue_in_torch, load_prompt_embeds
+
+from e2p_jax.cli import main
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
+from e2p_jax.train.run import Run
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+
+
+def commands(name: str) -> list[list[str]]:
+    """The arguments of every `e2p` command of a page."""
+    return [shlex.split(line)[1:] for line in re.findall(r"^e2p .*$", (DOCS / name).read_text(), re.MULTILINE)]
+
+
+@pytest.fixture
+def run(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run at runs/quickstart of the working directory."""
+    run = make_run()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(run.directory)
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def test_library_example(run: Run):
+    seen: dict[str, Any] = {}
+    exec("".join(python_blocks("library.md")), seen)
+    assert seen["prefixes"].shape == (2, 1, 32) and seen["vectors"].shape == (2, 64)
+    assert seen["nats"].shape == (2,) and (seen["nats"] > 0).all() and seen["nats"][0] != seen["nats"][1]
+    assert len(seen["replies"]) == 2 and all(isinstance(reply, str) for reply in seen["replies"])
+    assert len(python_blocks("library.md")[1].strip().splitlines()) == 5
+
+
+def test_examples_are_well_typed(tmp_path: Path):
+    pages = ["library.md", "serving.md"]
+    for page in pages:
+        (tmp_path / page).with_suffix(".py").write_text("\n".join(python_blocks(page)))
+    files = [str((tmp_path / page).with_suffix(".py")) for page in pages]
+    settings = ["--config-file", str(DOCS.parent / "pyproject.toml"), "--cache-dir", str(DOCS.parent / ".mypy_cache")]
+    out, err, code = mypy.api.run([*files, *settings])
+    assert code == 0, out + err
+
+
+@pytest.fixture
+def server(lively_backbone: Path) -> Iterator[str]:
+    """An HTTP server that reads completions as vLLM documents it, and answers with the backbone in torch."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert urllib.parse.urlparse(self.path).path == "/v1/completions" and body["model"] == "my-model"
+            (text,) = continue_in_torch(lively_backbone, [load_prompt_embeds(body["prompt_embeds"], 32)])
+            answer = json.dumps({"choices": [{"text": text}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listening.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.server_port}"
+    listening.shutdown()
+    thread.join()
+    listening.server_close()
+
+
+def test_serving_examples(run: Run, server: str, capsys: pytest.CaptureFixture[str]):
+    for arguments in commands("serving.md"):
+        given = [run.inputs.config.data.embeddings if word == "TABLE" else word for word in arguments]
+        assert main([str(word) for word in given]) == 0
+    assert len(json.loads(Path("body.json").read_text())["input_embeds"][0]) == 32
+    lookup, request = python_blocks("serving.md")
+    seen: dict[str, Any] = {}
+    exec(lookup, seen)
+    assert seen["prefix"].shape == (2, 1, 32) and np.isfinite(seen["prefix"].astype(np.float32)).all()
+    capsys.readouterr()
+    exec(request.replace("http://localhost:8000", server), {})
+    asked = Record("user-3", (), ({"role": "user", "content": "do you have any pets?"},))
+    vectors = vectors_for(run, ["user-3"], [""], "e2p")
+    assert capsys.readouterr().out.strip() == generate(run, [asked], vectors, "e2p", Sampling(max_new_tokens=12))[0]

@@ -1,0 +1,119 @@
+"""An exported directory becomes a run again, and training goes on from its weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from e2p_jax.cli import main
+from e2p_jax.data.prepared import load_records
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.table import evaluate
+from e2p_jax.export.import_back import import_transformers
+from e2p_jax.export.transformers import export_transformers
+from e2p_jax.train.run import Run, open_run
+
+
+def same_projector(one: Run, other: Run) -> bool:
+    a, b = (run.model.params["projector"] for run in (one, other))
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
+    )
+
+
+def scores(run: Run) -> np.ndarray:
+    records = load_records(run.inputs.config.data.path, "all")[:6]
+    return evaluate(run, records, "all", ["e2p"]).scores["e2p"].nll
+
+
+@pytest.mark.parametrize("include_backbone", [True, False])
+@pytest.mark.parametrize("way", [("before_bos", 3, "linear"), ("in_chat", 1, "mlp")], ids=str)
+def test_imported_run_is_the_exported_one(make_run: Callable, tmp_path: Path, way: tuple, include_backbone: bool):
+    run = make_run(*way)
+    export_transformers(run, tmp_path / "exported", include_backbone)
+    import_transformers(tmp_path / "exported", tmp_path / "run")
+    again = open_run(tmp_path / "run")
+    assert again.step == 0 and same_projector(run, again)
+    assert again.model.fingerprint == run.model.fingerprint
+    assert again.inputs.encoder.template == run.inputs.encoder.template
+    assert again.inputs.config.train == run.inputs.config.train
+    assert (tmp_path / "run" / "backbone").is_dir() == include_backbone
+    assert np.array_equal(scores(again), scores(run))
+
+
+def test_training_goes_on(make_run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By the command that the import prints, after the steps in config.json were raised."""
+    run = make_run()
+    export_transformers(run, tmp_path / "exported", include_backbone=True)
+    assert main(["import", str(tmp_path / "exported"), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "run")
+    command = said.err.strip().split("e2p ")[1].split()
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["train"]["steps"] == 3
+    config["train"] |= {"steps": 6, "eval_every": 1}
+    path.write_text(json.dumps(config))
+    assert main(command) == 0
+    trained = open_run(tmp_path / "run", "last")
+    assert trained.step == 6 and not same_projector(run, trained)
+    kept, began = (each.model.params["projector"]["token_mean"] for each in (run, trained))
+    assert np.array_equal(kept, began)
+    old, new = (evaluations(each.directory) for each in (run, trained))
+    assert sorted(new) == [1, 2, 3, 4, 5, 6] and sorted(old) == [3]
+    assert new[1] == pytest.approx(old[3], abs=1e-6)  # the first step of a warm-up has learning rate 0
+    assert min(new.values()) < new[1]
+
+
+def evaluations(run: Path) -> dict[int, float]:
+    """Step -> validation NLL."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["eval/validation/nll"] for line in lines if "eval/validation/nll" in line}
+
+
+def test_directory_that_transformers_saved(make_run: Callable, tmp_path: Path):
+    run = make_run()
+    export_transformers(run, tmp_path / "exported", include_backbone=True)
+    options: dict[str, Any] = {"trust_remote_code": True}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32, **options)
+    with torch.no_grad():
+        model.projector.skip.bias += 1
+    model.save_pretrained(tmp_path / "saved")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "exported", **options).save_pretrained(tmp_path / "saved")
+    import_transformers(tmp_path / "saved", tmp_path / "run")
+    again = open_run(tmp_path / "run")
+    before, after = (np.asarray(each.model.params["projector"]["bias"]) for each in (run, again))
+    assert np.array_equal(after, before + 1)
+
+
+def test_what_cannot_be_imported_is_refused(make_run: Callable, lively_backbone: Path, tmp_path: Path):
+    run = make_run()
+    with pytest.raises(UserError, match="not a directory that `e2p export --format transformers` wrote"):
+        import_transformers(lively_backbone, tmp_path / "run")
+    exported = tmp_path / "exported"
+    export_transformers(run, exported, include_backbone=True)
+    settings = json.loads((exported / "config.json").read_text())
+
+    def refused(words: str, **changes: Any) -> None:
+        (exported / "config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(UserError, match=words):
+            import_transformers(exported, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    refused("restore that backbone", run=settings["run"] | {"fingerprint": "f" * 64})
+    wrong = settings["run"]["config"] | {"projector": settings["run"]["config"]["projector"] | {"hidden_size": 8}}
+    refused(r"no tensor projector.down.weight of shape \(32, 8\)", run=settings["run"] | {"config": wrong})
+    refused("unknown config fields", run=settings["run"] | {"config": {"trian": {}}})
+    (exported / "config.json").write_text(json.dumps(settings))
+    shutil.move(exported / "chat_template.jinja", tmp_path / "elsewhere.jinja")
+    with pytest.raises(UserError, match=r"chat_template.jinja: does not exist"):
+        import_transformers(exported, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="choose a new directory"):
+        import_transformers(exported, tmp_path / "run")

@@ -1,0 +1,101 @@
+"""Real launchers start two processes of two devices; their loss curves are those of one process of four."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import meshes
+import numpy as np
+import pytest
+
+from e2p_jax.config import Config
+from e2p_jax.train.metrics import read_metrics
+
+TIMEOUT = 600
+HERE = Path(__file__).parent
+LAUNCH = HERE.parent.parent / "launch"
+WITHOUT = "not installed here; tests/launch/install.sh installs it"
+
+
+@pytest.fixture(scope="module")
+def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four runs in this process."""
+    out = tmp_path_factory.mktemp("reference")
+    meshes.train_all(config, out)
+    return out
+
+
+@pytest.fixture
+def program(environment: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    environment.setenv("E2P", f"{sys.executable} {HERE / 'meshes.py'}")
+    return environment
+
+
+def losses(run: Path) -> list[tuple[int, str, float]]:
+    return [
+        (int(line["step"]), name, value)
+        for line in read_metrics(run / "metrics.jsonl")
+        for name, value in line.items()
+        if name.endswith(("loss", "nll"))
+    ]
+
+
+def check(command: list[str | Path], config: Config, reference: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config.to_json())
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*command, "--", tmp_path / "config.json", out], capture_output=True, text=True, check=False, timeout=TIMEOUT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 process(es) on") == len(meshes.MESHES), done.stderr  # said by process 0 alone
+    for name in meshes.MESHES:
+        ours, theirs = losses(out / name), losses(reference / name)
+        assert [line[:2] for line in ours] == [line[:2] for line in theirs] and len(ours) == 3
+        np.testing.assert_allclose([line[2] for line in ours], [line[2] for line in theirs], rtol=1e-6)
+
+
+def test_local(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path) -> None:
+    check([LAUNCH / "local.sh", "2"], config, reference, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason=f"Open MPI is {WITHOUT}")
+def test_mpirun(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path) -> None:
+    for variable in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        program.setenv(variable, "1")
+    command = ["mpirun", "-n", "2", "--oversubscribe", "--bind-to", "none", LAUNCH / "run.sh"]
+    check(command, config, reference, tmp_path)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, program: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm of one node."""
+    if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "srun")):
+        pytest.skip(f"Slurm is {WITHOUT}")
+    command = [HERE / "slurm_cluster.sh", tmp_path / "slurm"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as cluster:
+        assert cluster.stdout is not None and cluster.stdout.readline() == "ready\n"
+        program.setenv("SLURM_CONF", str(tmp_path / "slurm" / "slurm.conf"))
+        yield
+        cluster.send_signal(signal.SIGTERM)
+
+
+def test_srun(slurm: None, config: Config, reference: Path, tmp_path: Path) -> None:
+    check(["srun", "-n", "2", LAUNCH / "run.sh"], config, reference, tmp_path)
+
+
+def test_sbatch_starts_a_process_a_task_and_gives_errors_on(
+    slurm: None, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An error of the command is the job's, and is not requeued; it is said with the host's name."""
+    environment.setenv("E2P", f"{sys.executable} -m e2p_jax")
+    log = tmp_path / "log"
+    command = ["sbatch", "--wait", "--ntasks", "2", "--output", log, LAUNCH / "slurm.sbatch"]
+    arguments = ["train", "quickstart", "--workdir", tmp_path / "run", "--data.path", "nowhere.jsonl"]
+    done = subprocess.run([*command, "--", *arguments], cwd=LAUNCH.parent, check=False, timeout=TIMEOUT)
+    assert done.returncode == 1, log.read_text()
+    assert f"(host {os.uname().nodename}): " in log.read_text() and "nowhere.jsonl" in log.read_text()
+    assert "restart" not in log.read_text()
