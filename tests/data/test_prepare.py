@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,11 @@ def test_dialogue_corpus_is_what_its_generator_yields(corpus, tmp_path):
     assert len(users[0]) + len(users[1]) == len(spoken) + 60
 
 
+def closed(text: str) -> str:
+    """Without the spaces before punctuation."""
+    return re.sub(r" ([.,!?;])", r"\1", text)
+
+
 def test_generated_personas_show_their_context(corpus):
     directory, _ = corpus
     forms = {"none": 0, "sentences": 0, "words": 0}
@@ -207,10 +213,24 @@ def test_generated_personas_show_their_context(corpus):
             user = int(record.user_id.removeprefix("user-"))
             if record.messages[0]["role"] != "system":
                 forms["none"] += 1
-            elif sorted(record.context) == sorted(synthetic.record(user).context):
+            elif sorted(map(closed, record.context)) == sorted(synthetic.record(user).context):
                 forms["sentences"] += 1
+                assert record.messages[0]["content"] == "\n".join(record.context)
             else:
                 forms["words"] += 1
                 assert record.messages[0]["content"] == " ".join(synthetic.traits(user).values())
-            assert record.messages[-1] == synthetic.record(user).messages[-1]
+            assert closed(record.messages[-1]["content"]) == synthetic.record(user).messages[-1]["content"]
     assert min(forms.values()) > 0
+
+
+def test_some_records_space_their_punctuation_throughout(corpus):
+    directory, _ = corpus
+    spaced = closed_up = 0
+    for record in generate.records(directory, "train"):
+        if record.user_id.startswith("user-"):
+            texts = [message["content"] for message in record.messages]
+            marks = [re.findall(r"( ?)[.,!?]", text) for text in texts]
+            assert len({mark for found in marks for mark in found}) == 1
+            spaced += marks[-1][0] == " "
+            closed_up += marks[-1][0] == ""
+    assert spaced > 0 and closed_up > 0
