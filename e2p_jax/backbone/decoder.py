@@ -40,8 +40,8 @@ class Layers(nnx.Module):
 
     Random ones start like GPT-2's (normal(0.02), residual outputs smaller), and attention starts mimetic
     (Trockman & Kolter, arXiv 2305.09828): W_Q W_K' and W_O W_V are near a multiple of the identity, so a fresh head
-    looks for tokens like the one it expects and copies them. A small decoder then learns to read its context within
-    a few hundred steps, where from plain noise it had not begun after 2 million tokens.
+    looks for tokens like the one it expects and copies them. With `EMBEDDING_SCALE` it decides whether a small decoder
+    learns to read its context at all within a few million tokens (docs/backbone.md).
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):

@@ -22,9 +22,10 @@ from e2p_jax.data.records import write_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.train.checkpoint import Checkpoints
-from e2p_jax.train.loop import train
+from e2p_jax.train.loop import read_data, train
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import open_run
+from e2p_jax.train.setup import read_inputs
 
 USERS = range(24)
 
@@ -153,11 +154,17 @@ def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig):
 
 
 def test_every_split_is_evaluated_with_one_trace_each(config: Config, tmp_path: Path):
-    """The splits differ in their targets a row, and so in the shapes of their batches."""
-    data = dataclasses.replace(config.data, eval_splits=("validation", "train"))
+    """The splits differ in how many segments a row holds, and so in the shapes of their batches."""
+    short = [{"user_id": f"user-{user}", "prompt": "hi", "response": "yes.", "split": "short"} for user in range(6)]
+    lines = Path(config.data.path).read_text() + "".join(json.dumps(record) + "\n" for record in short)
+    (tmp_path / "records.jsonl").write_text(lines)
+    splits = ("validation", "short")
+    data = dataclasses.replace(config.data, path=str(tmp_path / "records.jsonl"), eval_splits=splits)
+    held_out = read_data(read_inputs(dataclasses.replace(config, data=data))).held_out
+    assert len({dataset.budget for dataset, _ in held_out.values()}) == 2
     lines = numbers(train(dataclasses.replace(config, data=data), tmp_path / "run"))
     evaluated = [line for line in lines if "eval/validation/nll" in line]
-    assert len(evaluated) == 2 and all(line["eval/train/nll"] != line["eval/validation/nll"] for line in evaluated)
+    assert len(evaluated) == 2 and all(line["eval/short/nll"] != line["eval/validation/nll"] for line in evaluated)
 
 
 def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path):
