@@ -1,0 +1,54 @@
+"""`e2p generate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import Sampling
+
+GREEDY = Sampling()
+
+
+def generate(
+    run: tyro.conf.Positional[Path],
+    /,
+    user: tuple[str, ...] = (),
+    prompt: str | None = None,
+    input: Path | None = None,
+    embeddings: str | None = None,
+    condition: Literal["e2p", "none"] = "e2p",
+    checkpoint: str = "best",
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Answers prompts as users would.
+
+    Args:
+      run: Run directory.
+      user: User ids of the table, or @vector.npy; several answer the same prompt in one batch.
+      prompt: The user turn to answer.
+      input: JSON Lines of {user_id, prompt} or {user_id, messages} to answer in place of --user and --prompt.
+      embeddings: Table of user vectors to use in place of the run's.
+      condition: e2p, or none: without the soft token.
+      checkpoint: best, last, or a step.
+      sampling: How tokens are chosen.
+      as_json: Print one JSON line per answer: user_id, response.
+    """
+    from e2p_jax.data.records import Record, read_prompts
+    from e2p_jax.evaluate import generate as generation
+    from e2p_jax.train.run import open_run
+
+    if (input is None) == (not user or prompt is None):
+        raise UserError("give --user and --prompt, or --input FILE.jsonl")
+    opened = open_run(run, checkpoint, embeddings)
+    if input is not None:
+        records = read_prompts(input)
+    else:
+        message = {"role": "user", "content": prompt or ""}
+        records = [Record(name, (), (message,), source=f"--user {name}") for name in user]
+    vectors = generation.vectors_for(opened, [r.user_id for r in records], [r.source for r in records], condition)
+    for record, reply in zip(records, generation.generate(opened, records, vectors, condition, sampling), strict=True):
+        print(json.dumps({"user_id": record.user_id, "response": reply}) if as_json else f"{record.user_id}: {reply}")

@@ -1,0 +1,60 @@
+"""`e2p train`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import rich.console
+import tyro
+
+from e2p_jax.commands.common import DETECTED, print_tables, say
+from e2p_jax.config import Config, load_config
+from e2p_jax.parallel.distributed import Processes, is_first, session
+
+
+def train_command(arguments: list[str]) -> Callable[..., None]:
+    """`train` with the named config's values as the defaults of its flags."""
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    name, defaults = load_config(named) if named else ("", Config())
+
+    def command(
+        config: tyro.conf.Positional[str],
+        /,
+        workdir: Path | None = None,
+        processes: Annotated[Processes, tyro.conf.arg(name="")] = DETECTED,
+        overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Trains a projector; rerun the same command to resume.
+
+        Args:
+          config: Name of a shipped config (quickstart, persona_chat, ...) or path of a Python file.
+          workdir: Run directory. Default: runs/CONFIG.
+          processes: Which process this is, where a run has several.
+          overrides: Any field of the config.
+        """
+        with session(processes):
+            _train(overrides, name, workdir)
+
+    return command
+
+
+def _train(config: Config, name: str, workdir: Path | None) -> None:
+    """Trains, then shows the table of conditions, the loss curve and the answers of two held-out users."""
+    from e2p_jax.evaluate.curves import draw_loss
+    from e2p_jax.evaluate.showcase import show_answers
+    from e2p_jax.evaluate.table import evaluate_splits, save
+    from e2p_jax.train.loop import train as run_training
+    from e2p_jax.train.run import open_run
+
+    directory = run_training(config.resolved(), workdir or Path("runs") / name)
+    if is_first():
+        say(f"loss curve: {draw_loss(directory)}")
+    if config.evaluate.conditions or config.evaluate.prompts:
+        run = open_run(directory)
+        evaluations = evaluate_splits(run, config.data.eval_splits, config.evaluate.conditions)
+        if is_first():
+            save(run, evaluations)
+            print_tables(evaluations)
+        show_answers(run, rich.console.Console(quiet=not is_first()))
+    if is_first():
+        say(f"run directory: {directory}")
