@@ -130,10 +130,10 @@ def _shards(directory: Path) -> list[Path]:
         raise UserError(f"{index}: malformed index ({error}); download it again") from error
 
 
-def choose_dtype(name: str) -> jnp.dtype:
-    """`auto` is float32 on CPU and bfloat16 elsewhere."""
+def choose_dtype(name: str, platform: str) -> jnp.dtype:
+    """`auto` is float32 on the platform `cpu` and bfloat16 elsewhere."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 

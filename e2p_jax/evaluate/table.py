@@ -15,11 +15,10 @@ from e2p_jax.data.prepared import load_splits
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.score import Scores, pack_conditions, score
 from e2p_jax.files import write_text
-from e2p_jax.parallel.mesh import replicated
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.partition import split
 from e2p_jax.train.run import Run
-from e2p_jax.train.step import make_eval_step
+from e2p_jax.train.setup import jit_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
     inputs, model = run.inputs, run.model
     packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table)
     trainable, frozen = split(model.params, model.mask)
-    step = jax.jit(make_eval_step(model.graph, model.mask), out_shardings=replicated(model.mesh))
+    step = jit_eval_step(model)
     scores: dict[Condition, Scores] = {}
     progress = Progress(len(conditions), 0, f"evaluate {split_name}")
     with jax.set_mesh(model.mesh):

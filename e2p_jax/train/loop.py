@@ -15,14 +15,12 @@ from e2p_jax.data.prepared import load_records, load_splits
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.score import pack_conditions, score
 from e2p_jax.parallel import distributed
-from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh, replicated
+from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.metrics import Recorder
-from e2p_jax.train.optimizer import make_optimizer, schedule
 from e2p_jax.train.partition import describe
 from e2p_jax.train.run import claim_run, lock_run
-from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
-from e2p_jax.train.step import make_eval_step, make_train_step
+from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, jit_eval_step, jit_train_step, read_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +90,8 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
         iterator.set_state(position)
     first = int(state.step)
 
-    optimizer, rate = make_optimizer(settings, model.mask), schedule(settings)
-    step_function = make_train_step(model.graph, model.mask, optimizer, rate, settings.accumulation)
-    train_step = jax.jit(chex.assert_max_traces(step_function, n=1), donate_argnums=0)
-    # Splits differ in their targets a row: one trace each.
-    eval_function = chex.assert_max_traces(make_eval_step(model.graph, model.mask), n=len(data.held_out))
-    eval_step = jax.jit(eval_function, out_shardings=replicated(mesh))
+    train_step = jit_train_step(model, settings, max_traces=1)
+    eval_step = jit_eval_step(model, max_traces=len(data.held_out))  # splits differ in their targets a row
     recorder = Recorder(
         run,
         steps=settings.steps,

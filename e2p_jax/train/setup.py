@@ -1,10 +1,12 @@
-"""From a config to what every command works with: mesh, encoder, table, and the sharded, partitioned model."""
+"""From a config to what every command works with: mesh, encoder, table, the sharded, partitioned model, its steps."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +16,16 @@ from jax.sharding import Mesh
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, read_config
-from e2p_jax.config import BackboneConfig, Config, TrainConfig
+from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.encode import Encoder, load_tokenizer
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
-from e2p_jax.train.optimizer import make_optimizer
+from e2p_jax.train.optimizer import make_optimizer, schedule
 from e2p_jax.train.partition import path_name, split, trainable_mask
-from e2p_jax.train.step import TrainState
+from e2p_jax.train.step import TrainState, make_eval_step, make_train_step
 
 PyTree = Any
 
@@ -63,9 +65,41 @@ class Model:
 
     mesh: Mesh
     graph: nnx.GraphDef
-    params: PyTree  # pure dict of arrays
+    params: PyTree  # pure dict of arrays, or of their shapes
     mask: PyTree  # pure dict of booleans
-    fingerprint: str  # of the backbone's weights, "random" for random ones
+    fingerprint: str  # of the backbone's weights, "random" for random ones, "none" where there are only shapes
+
+
+def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int, mesh: Mesh) -> Model:
+    """The model that `build_model` fills in: shapes, dtypes and shardings in place of parameters.
+
+    Raises:
+      UserError: `train.trainable` does not fit.
+    """
+    dtype = weights.choose_dtype(config.backbone.dtype, mesh.devices.flat[0].platform)
+    backbone = weights.abstract(decoder, dtype=dtype, remat=config.backbone.remat)
+    projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))
+    model = PrefixModel(backbone, projector)
+    mask = trainable_mask(model, config.train.trainable)
+    graph, state = nnx.split(model)
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(sharding=param_sharding(mesh, path_name(path), leaf.shape))
+
+    params = jax.tree_util.tree_map_with_path(place, nnx.to_pure_dict(state))
+    return Model(mesh, graph, params, mask, fingerprint="none")
+
+
+def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> Projector:
+    return Projector(
+        embedding_width=embedding_width,
+        model_width=decoder.hidden_size,
+        num_tokens=config.projector.num_tokens,
+        kind=config.projector.kind,
+        hidden_size=config.projector.hidden_size,
+        dropout=config.projector.dropout,
+        rngs=nnx.Rngs(config.train.seed),
+    )
 
 
 def build_model(inputs: Inputs, training_vectors: np.ndarray) -> Model:
@@ -77,54 +111,36 @@ def build_model(inputs: Inputs, training_vectors: np.ndarray) -> Model:
     Raises:
       UserError: the backbone's weights cannot be read or `train.trainable` does not fit.
     """
-    config, mesh = inputs.config, make_mesh(inputs.config.mesh)
-    decoder, fingerprint = _backbone(config.backbone, inputs, mesh)
+    config, width = inputs.config, training_vectors.shape[1]
+    model = abstract_model(config, inputs.decoder, width, make_mesh(config.mesh))
+    backbone, fingerprint = _backbone(inputs, model)
 
-    def make_projector() -> Projector:
-        return Projector(
-            embedding_width=training_vectors.shape[1],
-            model_width=inputs.decoder.hidden_size,
-            num_tokens=config.projector.num_tokens,
-            kind=config.projector.kind,
-            hidden_size=config.projector.hidden_size,
-            dropout=config.projector.dropout,
-            rngs=nnx.Rngs(config.train.seed),
-        )
-
-    def initialise(embedding: jax.Array, vectors: jax.Array) -> nnx.State:
-        projector = make_projector()
+    def initialise(embedding: jax.Array, vectors: jax.Array) -> PyTree:
+        projector = _projector(config, inputs.decoder, width)
         projector.calibrate(vectors, embedding, config.projector.init_scale * inputs.decoder.embedding_scale)
-        return nnx.state(projector)
+        return nnx.to_pure_dict(nnx.state(projector))
 
-    projector = nnx.eval_shape(make_projector)
-    with jax.set_mesh(mesh):
-        state = jax.jit(initialise, out_shardings=replicated(mesh))(decoder.embedding[...], training_vectors)
-    nnx.update(projector, state)
-    model = PrefixModel(decoder, projector)
-    mask = trainable_mask(model, config.train.trainable)
-    graph, state = nnx.split(model)
-    return Model(mesh, graph, nnx.to_pure_dict(state), mask, fingerprint)
+    with jax.set_mesh(model.mesh):
+        projector = jax.jit(initialise, out_shardings=replicated(model.mesh))(backbone["embedding"], training_vectors)
+    params = {"backbone": backbone, "projector": projector}
+    return dataclasses.replace(model, params=params, fingerprint=fingerprint)
 
 
-def _backbone(config: BackboneConfig, inputs: Inputs, mesh: Mesh) -> tuple[Decoder, str]:
-    dtype = weights.choose_dtype(config.dtype)
-    sharding = functools.partial(param_sharding, mesh)
+def _backbone(inputs: Inputs, model: Model) -> tuple[PyTree, str]:
+    """Its parameters in the places that the abstract `model` names, and their fingerprint."""
+    config, shapes = inputs.config.backbone, model.params["backbone"]
+    dtype = shapes["embedding"].dtype
     if config.weights == "pretrained":
         fingerprint = weights.Checkpoint(inputs.directory).fingerprint()
-        return weights.load(inputs.directory, dtype=dtype, remat=config.remat, sharding=sharding), fingerprint
-    decoder = weights.abstract(inputs.decoder, dtype=dtype, remat=config.remat)
-    state = nnx.state(decoder)
-    flat = nnx.to_flat_state(state)
-    shardings = nnx.from_flat_state(
-        [(path, v.replace(sharding("backbone/" + "/".join(map(str, path)), v.get_value().shape))) for path, v in flat]
-    )
+        sharding = functools.partial(param_sharding, model.mesh)
+        decoder = weights.load(inputs.directory, dtype=dtype, remat=config.remat, sharding=sharding)
+        return nnx.to_pure_dict(nnx.state(decoder)), fingerprint
 
-    def initialise() -> nnx.State:
+    def initialise() -> PyTree:
         rngs = nnx.Rngs(inputs.config.train.seed + 1)
-        return nnx.state(Decoder(inputs.decoder, dtype=dtype, remat=config.remat, rngs=rngs))
+        return nnx.to_pure_dict(nnx.state(Decoder(inputs.decoder, dtype=dtype, remat=config.remat, rngs=rngs)))
 
-    nnx.update(decoder, jax.jit(initialise, out_shardings=shardings)())
-    return decoder, "random"
+    return jax.jit(initialise, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(), "random"
 
 
 def state_shardings(model: Model, state: PyTree) -> PyTree:
@@ -139,14 +155,34 @@ def state_shardings(model: Model, state: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def abstract_state(model: Model, config: TrainConfig) -> TrainState:
+    """What `initial_state` makes: shapes, dtypes and shardings, of a model with or without values."""
+    trainable, _ = split(model.params, model.mask)
+    state = jax.eval_shape(functools.partial(_fresh_state, model, config), trainable)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, state_shardings(model, state))
+
+
+def _fresh_state(model: Model, config: TrainConfig, trainable: PyTree) -> TrainState:
+    optimizer = make_optimizer(config, model.mask)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(config.seed))
+
+
 def initial_state(model: Model, config: TrainConfig) -> tuple[TrainState, PyTree]:
     """A fresh state on the mesh, and the frozen parameters."""
     trainable, frozen = split(model.params, model.mask)
-    optimizer = make_optimizer(config, model.mask)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config))
+    return jax.jit(functools.partial(_fresh_state, model, config), out_shardings=places)(trainable), frozen
 
-    def build(trainable: PyTree) -> TrainState:
-        key = jax.random.key(config.seed)
-        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
-    shardings = state_shardings(model, jax.eval_shape(build, trainable))
-    return jax.jit(build, out_shardings=shardings)(trainable), frozen
+def jit_train_step(model: Model, config: TrainConfig, max_traces: int | None = None) -> Callable[..., Any]:
+    """(state, frozen, batch) -> (state, metrics), the state donated; more than `max_traces` traces are an error."""
+    optimizer, rate = make_optimizer(config, model.mask), schedule(config)
+    step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation)
+    return jax.jit(chex.assert_max_traces(step, n=max_traces) if max_traces else step, donate_argnums=0)
+
+
+def jit_eval_step(model: Model, max_traces: int | None = None) -> Callable[..., Any]:
+    """(trainable, frozen, batch) -> [B, S], the same on every device."""
+    step = make_eval_step(model.graph, model.mask)
+    step = chex.assert_max_traces(step, n=max_traces) if max_traces else step
+    return jax.jit(step, out_shardings=replicated(model.mesh))
