@@ -15,6 +15,7 @@ from e2p_jax.errors import UserError
 
 Condition = Literal["none", "e2p", "shuffled", "text"]
 Placement = Literal["before_bos", "after_bos", "in_chat"]
+OnBadRecord = Literal["error", "skip"]
 
 
 @dataclasses.dataclass(frozen=True)

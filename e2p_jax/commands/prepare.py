@@ -1,18 +1,33 @@
 """`e2p prepare`."""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from e2p_jax.config import OnBadRecord
 
-def prepare(dataset: tyro.conf.Positional[str], /, manual_dir: Path, data_dir: Path) -> None:
+
+def prepare(
+    dataset: tyro.conf.Positional[str],
+    /,
+    manual_dir: Path,
+    data_dir: Path,
+    options: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
+    on_bad_record: OnBadRecord = "error",
+    max_bad_share: float = 0.01,
+) -> None:
     """Writes a dataset in TFDS form, and prints its directory.
 
     Args:
-      dataset: persona_chat, persona_chat/self_revised, or dialogue_corpus.
+      dataset: persona_chat, interactions or dialogue_corpus, or a configuration: persona_chat/self_revised.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
+      options: Options of the dataset to change, as name=value: interactions has candidates, seed and others.
+      on_bad_record: error: a record that breaks its format ends it; skip: it is left out and counted.
+      max_bad_share: With skip: a larger share of bad records in a file is an error.
     """
+    from e2p_jax.data.bad_records import BadRecords
     from e2p_jax.data.prepare import prepare as run
 
-    print(run(dataset, manual_dir, data_dir))
+    print(run(dataset, manual_dir, data_dir, options, BadRecords(on_bad_record, max_bad_share)))

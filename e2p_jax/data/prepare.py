@@ -1,42 +1,56 @@
 """Original files -> a prepared dataset: TFDS, array_record."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
+import json
 import sys
+import typing
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.errors import UserError
 
-DATASETS = ("persona_chat", "persona_chat/self_revised", "dialogue_corpus")  # a package beside this file [/config]
+if TYPE_CHECKING:
+    from e2p_jax.data.builder import RecordBuilder, RecordConfig
+
+DATASETS = ("persona_chat", "interactions", "dialogue_corpus")  # a package beside this file each
 
 
-def prepare(dataset: str, manual_dir: Path, data_dir: Path) -> Path:
+def prepare(
+    dataset: str, manual_dir: Path, data_dir: Path, options: Sequence[str] = (), bad: BadRecords | None = None
+) -> Path:
     """Writes a dataset under `data_dir`, unless it is there already. It appears whole or not at all.
 
     Args:
-      dataset: One of `DATASETS`.
+      dataset: One of `DATASETS`, or one of its configurations: `persona_chat/self_revised`.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
+      options: `name=value` each: what to change in the configuration's options.
+      bad: The policy for malformed records; the first one is an error by default.
 
     Returns:
       The directory that `load_records` reads.
 
     Raises:
-      UserError: an unknown dataset, a missing or malformed original file, or a directory prepared from other files.
+      UserError: an unknown dataset or option, a missing or malformed original file, or a directory prepared from other
+        files.
     """
-    if dataset not in DATASETS:
+    name, _, config = dataset.partition("/")
+    if name not in DATASETS:
         raise UserError(f"dataset {dataset!r}: unknown; there are {', '.join(DATASETS)}")
     manual_dir, data_dir = manual_dir.expanduser(), data_dir.expanduser()
     if not manual_dir.is_dir():
         raise UserError(f"--manual-dir {manual_dir}: not a directory; it must hold the dataset's original files")
     import tensorflow_datasets as tfds
 
-    name, _, config = dataset.partition("/")
-    module = importlib.import_module(f"e2p_jax.data.{name}.{name}_dataset_builder")
-    builder = module.Builder(config=config or None, data_dir=data_dir)
+    builder_class = importlib.import_module(f"e2p_jax.data.{name}.{name}_dataset_builder").Builder
+    builder = builder_class(config=_configuration(builder_class, name, config, options), data_dir=data_dir, bad=bad)
     directory = Path(builder.data_dir)
-    sources = {path.name: _digest(path) for path in module.sources(manual_dir, builder.builder_config)}
+    sources = {path.name: _digest(path) for path in builder.sources(manual_dir)}
     if directory.exists():
         before = builder.info.metadata.get("sources", {})
         if changed := sorted(file for file in before | sources if before.get(file) != sources.get(file)):
@@ -49,7 +63,64 @@ def prepare(dataset: str, manual_dir: Path, data_dir: Path) -> Path:
     download_config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells its progress on stdout, which is for results
         builder.download_and_prepare(download_config=download_config, file_format="array_record")
+        for line in _report(builder):
+            print(line)
     return directory
+
+
+def _configuration(
+    builder: "type[RecordBuilder]", dataset: str, name: str, options: Sequence[str]
+) -> "RecordConfig | None":
+    """The named configuration; with options it has a name of its own, which tells them apart.
+
+    Raises:
+      UserError: no such configuration, option or value.
+    """
+    known: Any = builder.builder_configs
+    if name not in known and (name or options):
+        offered = ", ".join(f"{dataset}/{other}" for other in known) or "none"
+        if name or not known:
+            raise UserError(f"dataset {dataset}: no configuration {name!r}; there are: {offered}")
+    if not known:
+        return None
+    config = known[name] if name else builder.BUILDER_CONFIGS[0]
+    changes = _parse_options(config, [other.options for other in known.values()], dataset, options)
+    if not changes:
+        return config
+    changed = dataclasses.replace(config.options, **changes)
+    changed.validate()
+    digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
+    return dataclasses.replace(config, name=f"{config.name}-{digest}", options=changed)
+
+
+def _parse_options(config: Any, every: Sequence[Any], dataset: str, options: Sequence[str]) -> dict[str, Any]:
+    """Name -> value, of the option's type, where it is not what the configuration has anyway."""
+    kinds = typing.get_type_hints(type(config.options)) if config.options is not None else {}
+    named = {option for option in kinds if len({getattr(each, option) for each in every}) > 1}
+    changes = {}
+    for text in options:
+        option, equals, given = text.partition("=")
+        if not equals or option not in kinds or option in named:
+            settable = ", ".join(sorted(kinds.keys() - named)) or "no options"
+            raise UserError(f"--set {text}: give name=value; {dataset}/{config.name} has {settable}")
+        choices = typing.get_args(kinds[option])
+        try:
+            value: Any = given if choices else kinds[option](given)
+        except ValueError as error:
+            raise UserError(f"--set {text}: {option} must be of type {kinds[option].__name__}") from error
+        if choices and given not in choices:
+            raise UserError(f"--set {text}: choose from {', '.join(choices)}")
+        if value != getattr(config.options, option):
+            changes[option] = value
+    return changes
+
+
+def _report(builder: "RecordBuilder") -> list[str]:
+    """What was written, left out and skipped."""
+    sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
+    left_out = [f"left out {count} {what}" for what, count in builder.left_out.items() if count]
+    skipped = builder.bad.report()
+    return [f"records: {sizes}", *left_out, *([skipped] if skipped else [])]
 
 
 def _digest(path: Path) -> str:

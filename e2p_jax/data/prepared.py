@@ -5,55 +5,19 @@ TensorFlow Datasets is slow to import, so it is imported only where a prepared d
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from e2p_jax.data import synthetic
-from e2p_jax.data.records import Record, check, read_jsonl
+from e2p_jax.data.records import Record, read_jsonl
 from e2p_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record) if field.name != "source")
 
 
 class AbsentSplit(UserError):
     """The data has no such split."""
-
-
-def dataset_info(builder: "tfds.core.DatasetBuilder", **about: Any) -> "tfds.core.DatasetInfo":
-    """What all our builders share: the features of a record, rows in the order they were made, room for metadata.
-
-    Args:
-      builder: Whose `_info` this is.
-      about: `description`, `citation` and the like.
-    """
-    import tensorflow_datasets as tfds
-
-    text = tfds.features.Text
-    features = tfds.features.FeaturesDict(
-        {
-            "user_id": text(),
-            "context": tfds.features.Sequence(text()),
-            "messages": tfds.features.Sequence({"role": text(), "content": text()}),
-            "candidates": tfds.features.Sequence(text()),
-            "references": tfds.features.Sequence(text()),
-        }
-    )
-    metadata = tfds.core.MetadataDict()
-    return tfds.core.DatasetInfo(builder=builder, features=features, disable_shuffling=True, metadata=metadata, **about)
-
-
-def to_examples(records: Iterable[Record]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row number and TFDS example of every record.
-
-    Raises:
-      UserError: a record is not fit to learn from.
-    """
-    for row, record in enumerate(map(check, records)):
-        yield row, {name: getattr(record, name) for name in FIELDS}
 
 
 def load_records(path: str, split: str) -> list[Record]:

@@ -60,9 +60,9 @@ def test_a_killed_run_is_not_in_the_way(manual, tmp_path):
     """The first run dies, with no chance to clean up, at the second dialogue."""
     dies = """if True:
         import os, sys, pathlib
-        from e2p_jax.data import prepare, prepared
-        check, manual, data = prepared.check, *map(pathlib.Path, sys.argv[1:])
-        prepared.check = lambda record: os._exit(9) if "original.txt:3" in record.source else check(record)
+        from e2p_jax.data import builder, prepare
+        check, manual, data = builder.check, *map(pathlib.Path, sys.argv[1:])
+        builder.check = lambda record: os._exit(9) if "original.txt:3" in record.source else check(record)
         prepare.prepare("persona_chat", manual, data)
     """
     repository = Path(__file__).parents[2]
@@ -77,7 +77,13 @@ def test_a_killed_run_is_not_in_the_way(manual, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "folder", "message"),
     [
-        ("pens2", "manual", r"dataset 'pens2': unknown; there are persona_chat, persona_chat/self_revised, dialogue_c"),
+        ("pens2", "manual", r"dataset 'pens2': unknown; there are persona_chat, .*dialogue_corpus$"),
+        (
+            "persona_chat/mine",
+            "manual",
+            r"dataset persona_chat: no configuration 'mine'; there are: persona_chat/self_",
+        ),
+        ("dialogue_corpus/x", "manual", r"dataset dialogue_corpus: no configuration 'x'; there are: none"),
         ("persona_chat", "nowhere", r"--manual-dir .*nowhere: not a directory"),
         ("dialogue_corpus", "manual", r"self_dialogue.jsonl.gz, .*schema_guided.jsonl.gz: not found"),
     ],

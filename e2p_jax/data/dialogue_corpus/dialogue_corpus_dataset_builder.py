@@ -6,36 +6,27 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from e2p_jax.data.builder import RecordBuilder
 from e2p_jax.data.dialogue_corpus import generate
-from e2p_jax.data.prepared import dataset_info, to_examples
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(RecordBuilder):
     """Splits: `train`, and `validation`: one dialogue in a hundred."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"{' and '.join(generate.SOURCES)}: JSON Lines, each line with a list `turns`."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return dataset_info(
-            self,
+        return self._record_info(
             description="Real and generated dialogues, many with a context in front that the replies draw on.",
             citation="Fainberg et al. (2018), Edina self-dialogues; Rastogi et al. (2020), Schema-Guided Dialogue.",
             license="BSD 3-Clause (self-dialogues), CC BY-SA 4.0 (schema-guided)",
         )
 
+    def sources(self, directory: Path) -> list[Path]:
+        return generate.sources(directory)
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
         directory = Path(dl_manager.manual_dir)
-        return {split: self._generate_examples(directory, split) for split in ("train", "validation")}
-
-    def _generate_examples(self, directory: Path, split: str) -> Iterator[tuple[int, Any]]:
-        return to_examples(generate.records(directory, split))
-
-
-def sources(directory: Path, config: None) -> list[Path]:
-    """The original files.
-
-    Raises:
-      UserError: naming the file that is missing.
-    """
-    return generate.sources(directory)
+        splits = ("train", "validation")
+        return {split: self._generate_examples(generate.records(directory, split)) for split in splits}

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from e2p_jax.data.builder import RecordBuilder, RecordConfig
 from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.persona_chat.parlai import read_dialogues
-from e2p_jax.data.prepared import dataset_info, to_examples
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 
@@ -18,21 +18,20 @@ _PARTS = ("train", "valid")
 _WHERE = "part of the ConvAI2 (Persona-Chat) release, which ParlAI downloads"
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(RecordBuilder):
     """Splits: `train`; `validation`, whose users the release keeps out of its training file; `validation_seen`, the
     last dialogue of every user with two or more in that file, taken out of `train` (absent where no user has two).
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = (
-        tfds.core.BuilderConfig(name="self_original", description="The persona as its owner wrote it."),
-        tfds.core.BuilderConfig(name="self_revised", description="The persona in other words than the dialogue's."),
+        RecordConfig(name="self_original", description="The persona as its owner wrote it."),
+        RecordConfig(name="self_revised", description="The persona in other words than the dialogue's."),
     )
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"train_CONFIG.txt and valid_CONFIG.txt, {_WHERE}."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return dataset_info(
-            self,
+        return self._record_info(
             description="Dialogues of crowd workers who play a given persona, in 3 to 5 sentences.",
             homepage="https://aclanthology.org/P18-1205",
             citation="Zhang et al. (2018). Personalizing Dialogue Agents: I have a dog, do you have pets too? ACL.",
@@ -49,8 +48,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         splits = {"train": train, "validation": dialogues["valid"], "validation_seen": seen}
         return {name: self._generate_examples(records) for name, records in splits.items() if records}
 
-    def _generate_examples(self, records: Sequence[Record]) -> Iterator[tuple[int, Any]]:
-        return to_examples(records)
+    def sources(self, directory: Path) -> list[Path]:
+        return sources(directory, self.builder_config)
 
 
 def sources(directory: Path, config: tfds.core.BuilderConfig) -> list[Path]:

@@ -1,0 +1,61 @@
+"""What happens to records that break their format: the first one ends the reading, or they are skipped and counted."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from e2p_jax.config import OnBadRecord
+from e2p_jax.errors import UserError
+
+Row = TypeVar("Row")
+Parsed = TypeVar("Parsed")
+
+
+class BadRecords:
+    """The policy of one reading of a dataset, and what it met so far."""
+
+    def __init__(self, policy: OnBadRecord = "error", max_share: float = 0.01) -> None:
+        """
+        Args:
+          policy: error: the first bad record is an error; skip: it is left out and counted.
+          max_share: skipping more than this share of a file's records is an error.
+        """
+        self.policy, self.max_share = policy, max_share
+        self.skipped, self.total = 0, 0
+        self.first = ""  # what was wrong with the first one
+
+    def parse(self, rows: Iterable[Row], parse: Callable[[Row], Parsed], source: Any) -> Iterator[Parsed]:
+        """Parses the rows of one file, and leaves out those that `parse` refuses with a `UserError`.
+
+        Args:
+          rows: What `parse` takes; where the rows themselves cannot be told apart any more, they raise.
+          parse: Of one row.
+          source: The file, for errors.
+
+        Raises:
+          UserError: a bad row under the policy `error`, or, after the last row, too many of them.
+        """
+        skipped, total = 0, 0
+        for row in rows:
+            total += 1
+            try:
+                parsed = parse(row)
+            except UserError as error:
+                if self.policy == "error":
+                    raise
+                skipped += 1
+                self.first = self.first or str(error)
+            else:
+                yield parsed
+        self.skipped += skipped
+        self.total += total
+        if skipped > self.max_share * total:
+            raise UserError(
+                f"{source}: {skipped} of {total} records are bad, more than max_bad_share={self.max_share}; "
+                f"repair the file or raise it (the first: {self.first})"
+            )
+
+    def report(self) -> str | None:
+        """One line on what was skipped, if anything was."""
+        if not self.skipped:
+            return None
+        return f"skipped {self.skipped} of {self.total} records as bad; the first: {self.first}"
