@@ -42,6 +42,8 @@ class DataConfig:
     """A prepared dataset's directory, a JSON Lines file, or `synthetic`: the generated personas."""
     embeddings: str | None = None
     """Table of user vectors: a table directory, .npz, .parquet, or .npy with ids beside it."""
+    missing_user: Literal["error", "null"] = "error"
+    """A user who is not in the table is an error, or the null user (needs `train.null_user_rate`)."""
     train_split: str = "train"
     """Split to train on. In a JSON Lines file every record without a `split` key is `train`."""
     eval_splits: tuple[str, ...] = ("validation",)
@@ -99,6 +101,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     """AdamW decay of matrices; vectors are not decayed."""
     beta2: float = 0.98
+    null_user_rate: float = 0.0
+    """Share of training conversations whose user vector gives way to the null user's, a learned vector that then
+    stands for users who have none; 0 learns no null user."""
     clip_norm: float = 1.0
     """Global norm of the trainable gradient."""
     seed: int = 0
@@ -156,6 +161,11 @@ class Config:
             (self.train.learning_rate > 0, "train.learning_rate must be positive"),
             (self.train.clip_norm > 0, "train.clip_norm must be positive"),
             (0 <= self.train.beta2 < 1, "train.beta2 must be in [0, 1)"),
+            (0 <= self.train.null_user_rate < 1, "train.null_user_rate must be in [0, 1)"),
+            (
+                self.data.missing_user != "null" or self.train.null_user_rate > 0,
+                "data.missing_user=null needs a null user: set train.null_user_rate, to 0.1 say",
+            ),
             (self.train.eval_every > 0, "train.eval_every must be positive"),
             (self.train.checkpoint_every > 0, "train.checkpoint_every must be positive"),
             (self.train.log_every > 0, "train.log_every must be positive"),

@@ -1,32 +1,42 @@
 """Tables of user vectors, keyed by user id.
 
-A table is a directory: `embeddings.npy` [N, E] float16 or float32, `ids.txt` (one id a line, in row order) and
-`meta.json` (`name`, `version`, `width`, `dtype`). Files are imported on the fly: `.npz` (arrays `embeddings` and
-`ids`), `.parquet` (columns `user_id` and `embedding`), `.npy` with its ids beside it (`NAME.ids.txt`).
+A table is a directory: `embeddings.npy` [N, E] float16 or float32, `ids.txt` (one id a line, in row order), `meta.json`
+(`name`, `version`, `width`, `dtype`), and `index.npy`, which finds an id's row without reading the others; a directory
+without it is indexed when it is opened. Files in other forms are read by `import_table.py`.
 """
 
 import json
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
 
 from e2p_jax.data import synthetic
+from e2p_jax.data.import_table import read_arrays, read_file
+from e2p_jax.data.user_index import UserIndex, give_back
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
 
+_BLOCK = 1 << 12  # rows gathered at once: they stay in the processor's cache until they are float32
+
 
 class UserTable:
-    """User id -> vector. The vectors stay where they are: a memory map when read from a directory."""
+    """User id -> vector. Vectors and ids stay where they are: memory maps when read from a directory."""
 
-    def __init__(self, ids: Sequence[str], vectors: np.ndarray, source: str):
+    def __init__(
+        self,
+        ids: Sequence[str] | UserIndex,
+        vectors: np.ndarray,
+        source: str,
+        missing: Literal["error", "null"] = "error",
+    ):
         """
         Args:
-          ids: N texts.
+          ids: N texts, or an index over them.
           vectors: [N, E], floating point.
           source: for errors, where they come from.
+          missing: what a user who is not here gets: an error, or NaN, the null user's mark.
 
         Raises:
           UserError: counts differ, the array is not [N, E] numbers, or an id stands twice with different vectors.
@@ -36,13 +46,14 @@ class UserTable:
                 f"{source}: vectors have shape {vectors.shape} and dtype {vectors.dtype}; "
                 "save them as [users, width] in float16 or float32"
             )
-        if len(ids) != len(vectors):
-            raise UserError(f"{source}: {len(ids)} ids for {len(vectors)} vectors; they must match row by row")
-        self.vectors, self.source = vectors, source
-        self._rows: dict[str, int] = {}
-        for row, user in enumerate(ids):
-            first = self._rows.setdefault(user, row)
-            if first != row and not np.allclose(vectors[first], vectors[row], atol=1e-3):
+        index = ids if isinstance(ids, UserIndex) else UserIndex.of(ids, source)
+        if index.rows != len(vectors):
+            raise UserError(f"{source}: {index.rows} ids for {len(vectors)} vectors; they must match row by row")
+        self.index, self.vectors, self.source, self.missing = index, vectors, source, missing
+        for row in index.repeats().tolist():
+            (user,) = index.ids([row])
+            first = int(index.find([user])[0])
+            if not np.allclose(vectors[first], vectors[row], atol=1e-3):
                 raise UserError(f"{source}: user {user!r} has different vectors in rows {first} and {row}; keep one")
 
     @property
@@ -50,61 +61,103 @@ class UserTable:
         return int(self.vectors.shape[1])
 
     @property
-    def ids(self) -> list[str]:
-        return list(self._rows)
+    def ids(self) -> Sequence[str]:
+        """In row order, each once; a table's directory is read as they are asked for."""
+        return Ids(self.index)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.index)
 
-    def lookup(self, users: Sequence[str], where: Sequence[str]) -> np.ndarray:
-        """[N, E] float32.
+    def rows(self, users: Sequence[str], where: Sequence[str]) -> np.ndarray:
+        """[N] int64, for `gather`: each user's row; -1 for the null user.
 
         Args:
           users: N user ids.
           where: for errors, the record that each stands in.
 
         Raises:
+          UserError: naming the first user who is not here.
+        """
+        rows = self.index.find(users)
+        if self.missing == "error" and len(absent := np.flatnonzero(rows < 0)):
+            user, place = users[int(absent[0])], where[int(absent[0])]
+            raise UserError(f"{place}: user {user!r} has no vector in {self.source}; add it or drop the record")
+        return rows
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """[N, E] float32: the vectors of rows, NaN for -1.
+
+        Raises:
+          UserError: naming the user and row whose vector is not finite.
+        """
+        out = np.empty((len(rows), self.width), np.float32)
+        vectors = np.asarray(self.vectors)
+        for first in range(0, len(rows), _BLOCK):
+            part = rows[first : first + _BLOCK]
+            block = out[first : first + _BLOCK]
+            block[...] = vectors[part] if len(vectors) else np.nan
+            finite = np.isfinite(block)
+            block[part < 0] = np.nan
+            if not finite.all() and len(bad := part[~finite.all(axis=1) & (part >= 0)]):
+                (user,) = self.index.ids(bad[:1])
+                raise UserError(f"{self.source}: row {bad[0]} (user {user!r}) holds NaN or infinity; repair or drop it")
+        give_back(self.vectors)
+        return out
+
+    def lookup(self, users: Sequence[str], where: Sequence[str]) -> np.ndarray:
+        """[N, E] float32: `gather` of `rows`.
+
+        Raises:
           UserError: naming the user and row whose vector is missing or not finite.
         """
-        for user, place in zip(users, where, strict=True):
-            if user not in self._rows:
-                raise UserError(f"{place}: user {user!r} has no vector in {self.source}; add it or drop the record")
-        rows = [self._rows[user] for user in users]
-        vectors = np.asarray(self.vectors[rows], np.float32)
-        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(bad):
-            user, row = users[int(bad[0])], rows[int(bad[0])]
-            raise UserError(f"{self.source}: row {row} (user {user!r}) holds NaN or infinity; repair or drop it")
-        return vectors
+        return self.gather(self.rows(users, where))
 
 
-def load_table(path: str) -> UserTable:
+class Ids(Sequence[str]):
+    """The user ids of a table in row order, each once, read as they are asked for."""
+
+    def __init__(self, index: UserIndex):
+        repeats = index.repeats()
+        self._index = index
+        self._rows = np.setdiff1d(np.arange(index.rows), repeats) if len(repeats) else range(index.rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return self._index.ids(self._rows[place])
+        return self._index.ids([self._rows[place]])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for first in range(0, len(self), _BLOCK):
+            yield from self[first : first + _BLOCK]
+
+
+def load_table(path: str, missing: Literal["error", "null"] = "error") -> UserTable:
     """Opens a table, or any importable file; `synthetic` is the generated users'.
+
+    Args:
+      missing: what a user who is not in it gets: an error, or NaN, the null user's mark.
 
     Raises:
       UserError: unknown form, missing parts, wrong shapes.
     """
     if path == "synthetic":
         users = [*synthetic.TRAIN, *synthetic.VALIDATION]
-        return UserTable([f"user-{u}" for u in users], np.stack([synthetic.vector(u) for u in users]), path)
+        vectors = np.stack([synthetic.vector(u) for u in users])
+        return UserTable([f"user-{u}" for u in users], vectors, path, missing)
     place = Path(path).expanduser()
     if place.is_dir():
-        return _read_directory(place)
+        return _open_directory(place, missing)
     if not place.is_file():
         raise UserError(f"data.embeddings: {place} does not exist")
-    if place.suffix == ".npz":
-        arrays = _read_arrays(place)
-        if not isinstance(arrays, dict) or not {"embeddings", "ids"} <= arrays.keys():
-            raise UserError(f"{place}: needs the arrays `embeddings` and `ids`, has {sorted(arrays)}")
-        return UserTable([str(i) for i in arrays["ids"]], arrays["embeddings"], str(place))
-    if place.suffix == ".parquet":
-        return _read_parquet(place)
-    if place.suffix == ".npy":
-        ids = place.with_suffix(".ids.txt")
-        if not ids.is_file():
-            raise UserError(f"{place}: needs the user ids beside it, one a line in row order, in {ids.name}")
-        return UserTable(_read_ids(ids), _read_arrays(place), str(place))
-    raise UserError(f"{place}: not a table; give a table directory, .npz, .parquet, or .npy with ids beside it")
+    ids, vectors = read_file(place)
+    return UserTable(ids, vectors, str(place), missing)
 
 
 def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str, version: str) -> None:
@@ -113,67 +166,28 @@ def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str
     Raises:
       UserError: what `UserTable` refuses, or an id that does not fit on a line of `ids.txt`.
     """
-    UserTable(ids, vectors, str(path))
     if broken := [user for user in ids if not user or "\n" in user or "\r" in user]:
         raise UserError(f"{path}: user id {broken[0]!r} is empty or holds a line break; rename that user")
-    meta = {"name": name, "version": version, "width": int(vectors.shape[1]), "dtype": vectors.dtype.name}
+    table = UserTable(ids, vectors, str(path))
+    meta = {"name": name, "version": version, "width": table.width, "dtype": vectors.dtype.name}
     with replace_directory(path) as temporary:
         np.save(temporary / "embeddings.npy", vectors, allow_pickle=False)
-        (temporary / "ids.txt").write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
+        with (temporary / "ids.txt").open("wb") as file:
+            file.write(table.index.text.tobytes() + b"\n" * (len(vectors) > 0))
+        UserIndex.open(temporary / "ids.txt").save(temporary / "index.npy")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_directory(place: Path) -> UserTable:
-    missing = [name for name in ("embeddings.npy", "ids.txt", "meta.json") if not (place / name).is_file()]
-    if missing:
-        raise UserError(f"{place}: not a table of user vectors; missing {', '.join(missing)}")
-    vectors = _read_arrays(place / "embeddings.npy")
+def _open_directory(place: Path, missing: Literal["error", "null"]) -> UserTable:
+    absent = [name for name in ("embeddings.npy", "ids.txt", "meta.json") if not (place / name).is_file()]
+    if absent:
+        raise UserError(f"{place}: not a table of user vectors; missing {', '.join(absent)}")
+    vectors = read_arrays(place / "embeddings.npy")
     try:
         width = json.loads((place / "meta.json").read_text(encoding="utf-8"))["width"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place / 'meta.json'}: must be a JSON object with a width ({error!r})") from error
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise UserError(f"{place}: embeddings.npy has shape {vectors.shape}, but meta.json says width {width}")
-    return UserTable(_read_ids(place / "ids.txt"), vectors, str(place))
-
-
-def _read_arrays(path: Path) -> Any:
-    """The array of a .npy, as a memory map, or the arrays of a .npz by name. Nothing is ever unpickled."""
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: unreadable ({error}); save plain arrays of numbers and text, not objects") from error
-
-
-def _read_ids(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; save the ids as UTF-8") from error
-
-
-def _read_parquet(place: Path) -> UserTable:
-    import pyarrow
-    import pyarrow.compute
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(place)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{place}: unreadable ({error}); give a Parquet file") from error
-    if not {"user_id", "embedding"} <= set(table.column_names):
-        raise UserError(f"{place}: needs the columns `user_id` and `embedding`, has {table.column_names}")
-    ids, lists = table.column("user_id"), table.column("embedding")
-    if ids.null_count or lists.null_count:
-        raise UserError(f"{place}: a user_id or embedding is null; drop that row")
-    try:
-        widths = pyarrow.compute.unique(pyarrow.compute.list_value_length(lists)).to_pylist()
-        numbers = pyarrow.compute.list_flatten(lists).cast(pyarrow.float32()).to_numpy()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{place}: the column `embedding` has type {lists.type}; make it lists of numbers") from error
-    if len(widths) != 1:
-        raise UserError(f"{place}: vectors have different widths {sorted(widths)}; give all users the same")
-    return UserTable([str(i) for i in ids.to_pylist()], numbers.reshape(-1, widths[0]), str(place))
+    index = UserIndex.open(place / "ids.txt", place / "index.npy")
+    return UserTable(index, vectors, str(place), missing)

@@ -59,7 +59,7 @@ class PackedDataset:
 
 
 def user_vectors(records: Sequence[Record], condition: Condition, table: UserTable | None, seed: int = 0) -> np.ndarray:
-    """[N, E] float32, one vector per record; `shuffled` gives every user another user's.
+    """[N, E] float32, one vector per record; `shuffled` gives every user another user's. The null user stays it.
 
     Raises:
       UserError: a user without a vector.
@@ -69,9 +69,12 @@ def user_vectors(records: Sequence[Record], condition: Condition, table: UserTab
     if table is None:
         raise UserError(f"data.embeddings is not set; condition {condition!r} needs a table of user vectors")
     users = [record.user_id for record in records]
+    where = [record.source for record in records]
+    rows = table.rows(users, where)
     if condition == "shuffled":
-        users = other_users(users, seed)
-    return table.lookup(users, [record.source for record in records])
+        known = np.flatnonzero(rows >= 0)
+        rows[known] = table.rows(other_users([users[n] for n in known], seed), where)
+    return table.gather(rows)
 
 
 def other_users(users: Sequence[str], seed: int) -> list[str]:

@@ -162,7 +162,7 @@ def _shards(
     """Each shard with its ids and vectors ([n, E] float32)."""
     made_by, ids = f"{projector_hash(projector)} {dtype}\n", table.ids
     for first in range(0, len(ids), rows):
-        part = ids[first : first + rows]
+        part = list(ids[first : first + rows])
         names = "\n".join(part)
         if names.count("\n") >= len(part):
             broken = next(user for user in part if "\n" in user)

@@ -83,6 +83,7 @@ def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
         "embedding_size": int(run.model.params["projector"]["input_mean"].shape[0]),
         "projector_kind": config.projector.kind,
         "projector_hidden_size": config.projector.hidden_size,
+        "null_user": config.train.null_user_rate > 0,
         "run": {
             "config": dataclasses.asdict(config),
             "step": run.step,

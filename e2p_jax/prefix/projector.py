@@ -19,6 +19,9 @@ class Projector(nnx.Module):
     `linear` is the residual alone. Vectors are standardised first, so a fresh network's output has about unit
     variance a dimension; it is then moved to the mean and scaled to the spread of the backbone's own token embeddings
     (`calibrate`), so the frozen layers see an ordinary-looking token from the first step. Computed in float32.
+
+    With `null_user_rate` there is a null user: a learned vector, at first the mean user's, in place of vectors that are
+    NaN (users who have none) and, in training, of that share of all others.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Projector(nnx.Module):
         kind: Literal["mlp", "linear"],
         hidden_size: int,
         dropout: float,
+        null_user_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
         e, d, k = embedding_width, model_width, num_tokens
@@ -37,7 +41,7 @@ class Projector(nnx.Module):
         def matrix(rows: int, columns: int, gain: float) -> nnx.Param:
             return nnx.Param(gain * rows**-0.5 * jax.random.normal(rngs.params(), (rows, columns)))
 
-        self.kind, self.num_tokens, self.dropout = kind, num_tokens, dropout
+        self.kind, self.num_tokens, self.dropout, self.null_user_rate = kind, num_tokens, dropout, null_user_rate
         # Of unit output variance, the residual gets one half and the MLP (SiLU of a unit normal has second
         # moment 0.356) the other.
         share = 0.5**0.5 if kind == "mlp" else 1.0
@@ -47,6 +51,8 @@ class Projector(nnx.Module):
             self.up = matrix(e, hidden_size, 1.0)
             self.up_bias = nnx.Param(jnp.zeros((hidden_size,)))
             self.down = matrix(hidden_size, k * d, share * 0.356**-0.5)
+        if null_user_rate:
+            self.null_user = nnx.Param(jnp.zeros((e,)))  # standardised
         self.input_mean = Statistic(jnp.zeros((e,)))
         self.input_std = Statistic(jnp.ones((e,)))
         self.token_mean = Statistic(jnp.zeros((d,)))
@@ -56,8 +62,8 @@ class Projector(nnx.Module):
         """Projects user vectors.
 
         Args:
-          vectors: [..., E] float32, as they stand in the table.
-          dropout_key: turns dropout on.
+          vectors: [..., E] float32, as they stand in the table; NaN for the null user, where there is one.
+          dropout_key: turns dropout, and dropping users, on.
 
         Returns:
           [..., K, D] float32.
@@ -69,6 +75,12 @@ class Projector(nnx.Module):
             return variable[...].reshape(*lead, -1)
 
         x = (vectors - row(self.input_mean)) / row(self.input_std)
+        if self.null_user_rate:
+            is_null = jnp.isnan(vectors[..., :1])
+            if dropout_key is not None:
+                dropped = jax.random.bernoulli(jax.random.fold_in(dropout_key, 1), self.null_user_rate, is_null.shape)
+                is_null = is_null | dropped
+            x = jnp.where(is_null, row(self.null_user), x)
         y = x @ self.skip[...] + row(self.bias)
         if self.kind == "mlp":
             h = jax.nn.silu(x @ self.up[...] + row(self.up_bias))

@@ -13,6 +13,7 @@ from e2p_jax.config import Config
 from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator, user_vectors
 from e2p_jax.data.prepared import load_records, load_splits
 from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
 from e2p_jax.evaluate.score import pack_conditions, score
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
@@ -57,7 +58,11 @@ def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarra
     if inputs.table is None:
         return np.zeros((1, 1), np.float32)
     places = {record.user_id: record.source for record in records}
-    return inputs.table.lookup(list(places), list(places.values()))
+    vectors = inputs.table.lookup(list(places), list(places.values()))
+    known = vectors[~np.isnan(vectors[:, 0])]  # the null user has no part in the statistics
+    if not len(known):
+        raise UserError(f"{inputs.table.source}: holds none of the {len(places)} training users; give their table")
+    return known
 
 
 def train(config: Config, run: Path) -> Path:

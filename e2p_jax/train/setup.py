@@ -55,7 +55,7 @@ def read_inputs(config: Config) -> Inputs:
             f"data.seq_len={config.data.seq_len} is beyond the backbone's {decoder.max_positions} positions; lower it"
         )
     encoder = Encoder.from_config(config, load_tokenizer(directory, decoder.vocab_size))
-    table = load_table(config.data.embeddings) if config.data.embeddings else None
+    table = load_table(config.data.embeddings, config.data.missing_user) if config.data.embeddings else None
     return Inputs(config, directory, decoder, encoder, table)
 
 
@@ -98,6 +98,7 @@ def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> 
         kind=config.projector.kind,
         hidden_size=config.projector.hidden_size,
         dropout=config.projector.dropout,
+        null_user_rate=config.train.null_user_rate,
         rngs=nnx.Rngs(config.train.seed),
     )
 

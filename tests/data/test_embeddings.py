@@ -41,7 +41,7 @@ FORMS = ["directory", "npz", "npy", "parquet", "parquet, fixed size"]
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_reads_the_same(tmp_path: Path, form: str) -> None:
     table = load_table(str(write(form, tmp_path)))
-    assert (table.width, len(table), table.ids) == (5, 4, IDS)
+    assert (table.width, len(table), list(table.ids)) == (5, 4, IDS)
     vectors = table.lookup(["17", "ann", "17"], ["a", "b", "c"])
     np.testing.assert_array_equal(vectors, VECTORS[[3, 0, 3]])
     assert vectors.dtype == np.float32
@@ -56,7 +56,7 @@ def test_arrays_are_memory_mapped(tmp_path: Path, form: str) -> None:
 
 def test_directory_is_what_the_contract_says(tmp_path: Path) -> None:
     place = write("directory", tmp_path, vectors=VECTORS.astype(np.float16))
-    assert sorted(p.name for p in place.iterdir()) == ["embeddings.npy", "ids.txt", "meta.json"]
+    assert sorted(p.name for p in place.iterdir()) == ["embeddings.npy", "ids.txt", "index.npy", "meta.json"]
     meta = json.loads((place / "meta.json").read_text())
     assert meta == {"name": "made", "version": "1", "width": 5, "dtype": "float16"}
     assert (place / "ids.txt").read_text(encoding="utf-8").splitlines() == IDS
@@ -148,7 +148,7 @@ FAULTS = {
     "not an npy": (lambda p: _text(p, "t.npy"), "unreadable"),
     "not an npz": (lambda p: _text(p, "t.npz"), "unreadable"),
     "not a parquet": (lambda p: _text(p, "t.parquet"), "unreadable.*give a Parquet file"),
-    "csv": (lambda p: _text(p, "t.csv"), "not a table; give a table directory, .npz, .parquet"),
+    "text file": (lambda p: _text(p, "t.txt"), "not a table; give a table directory, .npz, .parquet"),
     "columns": (lambda p: _parquet(p, user=IDS), r"needs the columns `user_id` and `embedding`, has \['user'\]"),
     "ragged": (lambda p: _parquet(p, user_id=["a", "b"], embedding=[[1.0], [1.0, 2.0]]), r"different widths \[1, 2\]"),
     "null": (lambda p: _parquet(p, user_id=["a", "b"], embedding=[[1.0], None]), "is null; drop that row"),
@@ -171,7 +171,7 @@ def test_fault_is_one_line_that_names_the_file(tmp_path: Path, fault: str) -> No
 def test_npy_needs_its_ids_beside_it(tmp_path: Path) -> None:
     path = write("npy", tmp_path)
     (tmp_path / "t.ids.txt").write_bytes(b"Zo\xeb\n")
-    with pytest.raises(UserError, match=r"t\.ids\.txt: not UTF-8"):
+    with pytest.raises(UserError, match=r"t\.ids\.txt:1: not UTF-8"):
         load_table(str(path))
     (tmp_path / "t.ids.txt").unlink()
     with pytest.raises(UserError, match=r"t\.npy: needs the user ids beside it, .* in t\.ids\.txt"):
@@ -187,7 +187,7 @@ def test_id_that_fits_on_no_line_is_refused_before_writing(tmp_path: Path, user:
 
 def test_odd_ids_survive_the_directory(tmp_path: Path) -> None:
     ids = ["a\u2028b", " padded ", "tab\there", "x\x0by"]
-    assert load_table(str(write("directory", tmp_path, ids=ids))).ids == ids
+    assert list(load_table(str(write("directory", tmp_path, ids=ids))).ids) == ids
 
 
 def test_synthetic_table_has_a_vector_for_every_record() -> None:

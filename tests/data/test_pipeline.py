@@ -162,6 +162,9 @@ def test_vectors_by_condition() -> None:
     shuffled = pipeline.user_vectors(records, "shuffled", table)[:, 0].tolist()
     assert sorted(shuffled[:3]) == [1, 2, 3] and shuffled[3] == shuffled[0]
     assert all(mine != other for mine, other in zip([1, 2, 3], shuffled, strict=False))
+    known = UserTable(["c", "a"], np.array([[3.0, 3], [1, 1]], np.float32), "table", "null")
+    assert np.nan_to_num(pipeline.user_vectors(records, "e2p", known)[:, 0], nan=-1).tolist() == [1, -1, 3, 1]
+    assert np.nan_to_num(pipeline.user_vectors(records, "shuffled", known)[:, 0], nan=-1).tolist() == [3, -1, 1, 3]
     assert not pipeline.user_vectors(records, "text", table).any()
     assert pipeline.user_vectors(records, "none", None).shape == (4, 1)
     with pytest.raises(UserError, match=r"data\.embeddings is not set; condition 'e2p' needs a table"):

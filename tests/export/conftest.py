@@ -42,15 +42,17 @@ def lively_backbone(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """(placement, num_tokens, kind, chat template) -> a run of three steps, trained once a session."""
+    """(placement, num_tokens, kind, chat template, null user rate) -> a run of three steps, trained once a session."""
     folder = tmp_path_factory.mktemp("export")
     write_jsonl([synthetic.record(user) for user in USERS], folder / "records.jsonl")
     vectors = np.stack([synthetic.vector(user) for user in USERS])
     save_table(folder / "table", [f"user-{user}" for user in USERS], vectors, name="synthetic", version="1")
     made: dict[tuple, Run] = {}
 
-    def make(placement: str = "before_bos", num_tokens: int = 1, kind: str = "mlp", template: str = "auto") -> Run:
-        key = (placement, num_tokens, kind, template)
+    def make(
+        placement: str = "before_bos", num_tokens: int = 1, kind: str = "mlp", template: str = "auto", null: float = 0.0
+    ) -> Run:
+        key = (placement, num_tokens, kind, template, null)
         if key not in made:
             config = Config(
                 backbone=BackboneConfig(path=str(lively_backbone)),
@@ -62,7 +64,7 @@ def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 ),
                 prefix=PrefixConfig(placement),
                 projector=ProjectorConfig(kind=kind, num_tokens=num_tokens, hidden_size=16),
-                train=TrainConfig(steps=3, rows=4, warmup_steps=1, learning_rate=0.01),
+                train=TrainConfig(steps=3, rows=4, warmup_steps=1, learning_rate=0.01, null_user_rate=null),
                 evaluate=EvaluateConfig(conditions=("none", "e2p")),
             )
             made[key] = open_run(train(config, folder / f"run-{len(made)}"), "last")

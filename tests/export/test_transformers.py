@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from flax import nnx
 
 from e2p_jax.config import Config
 from e2p_jax.data.prepared import load_records
@@ -233,6 +234,22 @@ def test_mistakes_are_named(exported: tuple[Run, Path]):
         model(ids, user_embedding=torch.full((2, width), float("nan")))
     with pytest.raises(ValueError, match="user_embeddings"):
         model.generate(ids, user_embedding=torch.zeros(2, width), user_embeddings=torch.zeros(2, width))
+
+
+def test_null_user_goes_along(make_run: Callable, tmp_path: Path):
+    run = make_run(null=0.3)
+    export_transformers(run, tmp_path / "out", include_backbone=True)
+    model, _ = load(tmp_path / "out")
+    vectors = vectors_of(run, ["user-1", "user-2"])
+    vectors[1] = torch.nan
+    ours = nnx.merge(run.model.graph, run.model.params).projector(np.asarray(vectors))
+    assert np.isfinite(ours).all()
+    with torch.no_grad():
+        theirs = model.soft_tokens(vectors, torch.zeros(2, 3, dtype=torch.long)).numpy()
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+    vectors[1, 0] = 0.0
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        model.soft_tokens(vectors, torch.zeros(2, 3, dtype=torch.long))
 
 
 def test_runs_that_cannot_be_exported(make_run: Callable, tmp_path: Path):

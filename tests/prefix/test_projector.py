@@ -11,9 +11,11 @@ from flax import nnx
 from e2p_jax.prefix.projector import Projector, Statistic
 
 
-def make(kind: Any = "mlp", *, e: int = 6, d: int = 5, k: int = 1, dropout: float = 0.0, seed: int = 0) -> Projector:
+def make(
+    kind: Any = "mlp", *, e: int = 6, d: int = 5, k: int = 1, dropout: float = 0.0, null: float = 0.0, seed: int = 0
+) -> Projector:
     sizes = {"embedding_width": e, "model_width": d, "num_tokens": k, "hidden_size": 4 * e}
-    return Projector(**sizes, kind=kind, dropout=dropout, rngs=nnx.Rngs(seed))
+    return Projector(**sizes, kind=kind, dropout=dropout, null_user_rate=null, rngs=nnx.Rngs(seed))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -105,7 +107,39 @@ def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
         np.testing.assert_array_equal(other(vectors, jax.random.key(0)), other(vectors))
 
 
+def test_null_user_stands_for_vectors_of_nan() -> None:
+    projector, vectors = make(null=0.25), normal(8, 6)
+    projector.calibrate(jnp.asarray(3.0 + normal(50, 6)), jnp.asarray(normal(20, 5)), 1.0)
+    mean = projector(projector.input_mean[...][None])
+    absent = vectors.copy()
+    absent[[2, 5]] = np.nan
+    soft = projector(jnp.asarray(absent))
+    np.testing.assert_allclose(soft[2:3], mean, atol=1e-5)  # before training: the mean user
+    projector.null_user[...] = jnp.asarray(normal(6, seed=3))
+    learned = projector(jnp.asarray(absent))
+    np.testing.assert_array_equal(learned[2], learned[5])
+    assert np.abs(np.asarray(learned[2] - soft[2])).max() > 0.1
+    rest = np.array([0, 1, 3, 4, 6, 7])
+    np.testing.assert_array_equal(learned[rest], projector(jnp.asarray(vectors))[rest])
+
+
+def test_training_drops_users_at_the_rate() -> None:
+    projector, vectors = make(null=0.25), jnp.asarray(normal(4000, 6))
+    null = np.asarray(projector(jnp.full((1, 6), jnp.nan)))
+    dropped = (np.asarray(projector(vectors, jax.random.key(0))) == null).all(axis=(1, 2))
+    assert pytest.approx(float(dropped.mean()), abs=5 * (0.25 * 0.75 / 4000) ** 0.5) == 0.25
+    assert not (np.asarray(projector(vectors)) == null).all(axis=(1, 2)).any()
+
+    def total(projector: Projector) -> jax.Array:
+        return jnp.sum(projector(jnp.where(jnp.asarray(dropped)[:, None], jnp.nan, vectors)))
+
+    gradient = nnx.grad(total)(projector)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert np.abs(np.asarray(gradient["null_user"][...])).max() > 0
+
+
 def test_statistics_are_no_parameters() -> None:
+    assert "null_user" in nnx.state(make(null=0.1), nnx.Param)
     projector = make()
     assert set(nnx.state(projector, nnx.Param)) == {"skip", "bias", "up", "up_bias", "down"}
     assert set(nnx.state(projector, Statistic)) == {"input_mean", "input_std", "token_mean", "token_std"}

@@ -200,6 +200,7 @@ def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path
         {"train": {"weight_decay": 50.0}},
         {"train": {"beta2": 0.5}},
         {"train": {"clip_norm": 1e-3}},
+        {"train": {"null_user_rate": 0.5}},
         {"train": {"seed": 1}},
         {"train": {"rows": 8}},
         {"train": {"log_every": 2}},
@@ -260,3 +261,26 @@ def test_remat_is_invisible(config: Config, tmp_path: Path, reference: list):
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, remat=True))
     for a, b in zip(numbers(train(config, tmp_path / "run")), reference, strict=True):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
+
+
+def test_users_without_a_vector_are_refused_or_the_null_user(config: Config, tmp_path: Path, reference: list):
+    """Four training and two held-out users have no vector: they stay in, and in nobody's statistics."""
+    known = [user for user in USERS if user % 4]
+    vectors = np.stack([synthetic.vector(user) for user in known])
+    save_table(tmp_path / "table", [f"user-{user}" for user in known], vectors, name="some", version="1")
+    data = dataclasses.replace(config.data, embeddings=str(tmp_path / "table"))
+    with pytest.raises(UserError, match=r"user 'user-8' has no vector in .*table; add it or drop the record"):
+        train(dataclasses.replace(config, data=data), tmp_path / "refused")
+    data = dataclasses.replace(data, missing_user="null")
+    settings = dataclasses.replace(config.train, null_user_rate=0.2)
+    run = train(dataclasses.replace(config, data=data, train=settings), tmp_path / "run")
+    assert [len(line) for line in numbers(run)] == [len(line) for line in reference]
+    projector = open_run(run, "last").model.params["projector"]
+    assert np.abs(projector["null_user"]).max() > 0  # it learned
+    trained = np.stack([synthetic.vector(user) for user in known if user >= 6])
+    np.testing.assert_allclose(projector["input_mean"], trained.mean(0), atol=1e-5)
+
+    nobody = dataclasses.replace(data, path=str(tmp_path / "others.jsonl"))
+    write_jsonl([synthetic.record(user) for user in range(100, 110)], tmp_path / "others.jsonl")
+    with pytest.raises(UserError, match=r"table: holds none of the 8 training users"):
+        train(dataclasses.replace(config, data=nobody, train=settings), tmp_path / "nobody")

@@ -15,6 +15,7 @@ class E2PConfig(PretrainedConfig):
       embedding_size: width of a user vector.
       projector_kind: `mlp` or `linear`.
       projector_hidden_size: width of the MLP's hidden layer.
+      null_user: whether the projector has a learned vector for users without one.
     """
 
     model_type = "e2p"
@@ -30,6 +31,7 @@ class E2PConfig(PretrainedConfig):
         embedding_size=1,
         projector_kind="mlp",
         projector_hidden_size=1,
+        null_user=False,
         **kwargs,
     ):
         if isinstance(backbone_config, dict):
@@ -43,6 +45,7 @@ class E2PConfig(PretrainedConfig):
         self.embedding_size = embedding_size
         self.projector_kind = projector_kind
         self.projector_hidden_size = projector_hidden_size
+        self.null_user = null_user
         super().__init__(**kwargs)
 
     def get_text_config(self, *args, **kwargs):

@@ -22,7 +22,7 @@ from .configuration_e2p import E2PConfig
 
 
 class E2PProjector(nn.Module):
-    """User vectors [B, E] -> soft tokens [B, K, D], in float32."""
+    """User vectors [B, E] -> soft tokens [B, K, D], in float32; a vector of NaN is the null user's."""
 
     def __init__(self, config: E2PConfig):
         super().__init__()
@@ -33,11 +33,15 @@ class E2PProjector(nn.Module):
         if config.projector_kind == "mlp":
             self.up = nn.Linear(e, config.projector_hidden_size)
             self.down = nn.Linear(config.projector_hidden_size, width, bias=False)
+        if config.null_user:
+            self.null_user = nn.Parameter(torch.zeros(e))
         for name, size in [("input_mean", e), ("input_std", e), ("token_mean", d), ("token_std", d)]:
             self.register_buffer(name, torch.zeros(size))
 
     def forward(self, vectors):
         x = (vectors.float() - self.input_mean) / self.input_std
+        if hasattr(self, "null_user"):
+            x = torch.where(x[..., :1].isnan(), self.null_user, x)
         y = self.skip(x)
         if hasattr(self, "up"):
             y = y + self.down(nn.functional.silu(self.up(x)))
@@ -112,7 +116,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
           input_ids: [B, T].
           attention_mask: [B, T]; padding may stand on either side.
-          user_embedding: [B, E], or [E] for all rows.
+          user_embedding: [B, E], or [E] for all rows; NaN for a user without a vector, if `config.null_user`.
           labels: [B, T]; soft tokens are never labels.
 
         Raises:
@@ -170,7 +174,10 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
             vectors = vectors.expand(rows, -1)
         if vectors.shape != (rows, width):
             raise ValueError(f"user_embedding has shape {tuple(vectors.shape)}; needs [{rows}, {width}]")
-        if not torch.isfinite(vectors).all():
+        unusable = ~torch.isfinite(vectors)
+        if self.config.null_user:
+            unusable &= ~vectors.isnan().all(dim=1, keepdim=True)
+        if unusable.any():
             raise ValueError("user_embedding holds NaN or infinity")
         return self.projector(vectors)
 

@@ -1,0 +1,223 @@
+"""User id -> row, for millions of users.
+
+The ids are UTF-8 text, one after the other with a byte between them; the index over them is one array of uint64: a
+header, then `starts` [2^bits + 1], `entries` [users], `ends` [rows]. An id's hash (XXH3, 64 bits) names a bucket by its
+highest `bits`; `entries[starts[b]:starts[b + 1]]` are those of bucket b, each the lower half of an id's hash and the
+id's row; `ends[row]` is where the id ends in the text. Whether a row is the one asked for is decided by the text. Text
+and array may be memory-mapped: what a look-up touches stays in the system's cache, not with this process.
+"""
+
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from e2p_jax.errors import UserError
+
+_VERSION = 1
+_HEADER = 5  # version, checksum of the text, rows, users, bits
+_LOWER = np.uint64(0xFFFFFFFF)
+_BLOCK = 1 << 16  # ids made into Python objects at once
+
+
+class UserIndex:
+    """Rows by user id, and user ids by row. An id that stands twice has the first of its rows."""
+
+    def __init__(self, text: np.ndarray, words: np.ndarray, source: str):
+        """
+        Args:
+          text: [bytes] uint8.
+          words: as `build` makes them of this text.
+          source: for errors, where they come from.
+        """
+        self.text, self.source = text, source
+        rows, users, bits = map(int, words[2:_HEADER])
+        self._bits = bits
+        self._starts, self._entries, self._ends = np.split(words[_HEADER:], np.cumsum([(1 << bits) + 1, users]))
+        self.rows, self.words = rows, words
+
+    @classmethod
+    def of(cls, ids: Sequence[str], source: str) -> "UserIndex":
+        """In memory, over ids that may hold anything."""
+        encoded = list(map(_encode, ids))
+        text = np.frombuffer(b"\n".join(encoded), np.uint8)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return cls(text, build(text, np.cumsum(lengths + 1) - 1), source)
+
+    @classmethod
+    def open(cls, ids: Path, index: Path | None = None) -> "UserIndex":
+        """Over a file of one id a line; `index` is used if it was made for this file, else one is made in memory.
+
+        Raises:
+          UserError: the file is not UTF-8 text with line feeds.
+        """
+        text = np.memmap(ids, np.uint8, "r") if ids.stat().st_size else np.zeros(0, np.uint8)
+        if index is not None and index.is_file():
+            words = _read(index, ids)
+            if words is not None:
+                return cls(text, words, str(ids))
+        return cls(text, build(text, _line_ends(text, ids)), str(ids))
+
+    def save(self, path: Path) -> None:
+        np.save(path, self.words, allow_pickle=False)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of rows that lie near one another."""
+        texts = _texts(self.text, self._ends, np.asarray(rows, np.int64))
+        return [text.decode("utf-8", "surrogatepass") for text in texts]
+
+    def repeats(self) -> np.ndarray:
+        """Ascending rows whose id stands in an earlier row, too."""
+        if len(self) == self.rows:
+            return np.zeros(0, np.int64)
+        return np.setdiff1d(np.arange(self.rows), (self._entries & _LOWER).astype(np.int64))
+
+    def find(self, users: Sequence[str]) -> np.ndarray:
+        """[N] int64: the row of each user, -1 for one who is not here."""
+        encoded = list(map(_encode, users))
+        hashes = _hash(encoded, len(encoded))
+        bucket = _bucket(hashes, self._bits)
+        place, end = self._starts[bucket].astype(np.int64), self._starts[bucket + 1].astype(np.int64)
+        rows = np.full(len(encoded), -1, np.int64)
+        unsettled = np.flatnonzero(place < end)
+        while len(unsettled):  # as often as the fullest of these buckets has entries
+            entries = self._entries[place[unsettled]]
+            hit = entries >> np.uint64(32) == hashes[unsettled] & _LOWER
+            rows[unsettled[hit]] = entries[hit] & _LOWER
+            place[unsettled] += 1
+            unsettled = unsettled[~hit & (place[unsettled] < end[unsettled])]
+        if len(rows) and rows.max() >= self.rows:
+            raise UserError(f"{self.source}: its index is damaged; delete the index file")
+        hits = np.flatnonzero(rows >= 0)
+        found = encoded if len(hits) == len(encoded) else [encoded[i] for i in hits]
+        for wrong in hits[~self._same(rows[hits], found)]:  # another id with the same half of a hash
+            rows[wrong] = self._scan(encoded[wrong], int(bucket[wrong]))
+        give_back(self.text, self.words)
+        return rows
+
+    def _same(self, rows: np.ndarray, encoded: list[bytes]) -> np.ndarray:
+        """[N] bool: whether the row's id is this text."""
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        first, last = _spans(self._ends, rows)
+        after = np.cumsum(lengths)
+        places = np.arange(after[-1] if len(after) else 0) + np.repeat(first - (after - lengths), lengths)
+        same = last - first == lengths
+        if not same.all():
+            places = np.minimum(places, len(self.text) - 1)
+        differs = self.text[places] != np.frombuffer(b"".join(encoded), np.uint8)
+        if differs.any():
+            same[np.unique(np.repeat(np.arange(len(encoded)), lengths)[differs])] = False
+        return same
+
+    def _scan(self, encoded: bytes, bucket: int) -> int:
+        for entry in self._entries[int(self._starts[bucket]) : int(self._starts[bucket + 1])]:
+            row = int(entry & _LOWER)
+            if next(_texts(self.text, self._ends, np.array([row]))) == encoded:
+                return row
+        return -1
+
+
+def build(text: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The index's words.
+
+    Args:
+      text: [bytes] uint8.
+      ends: [rows] int64, where each id ends; one byte lies between an id and the next.
+    """
+    ends = ends.astype(np.uint64)
+    hashes = np.empty(len(ends), np.uint64)
+    for first in range(0, len(ends), _BLOCK):
+        rows = np.arange(first, min(first + _BLOCK, len(ends)))
+        hashes[rows] = _hash(_texts(text, ends, rows), len(rows))
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    kept = np.ones(len(order), bool)
+    seen: set[bytes] = set()
+    twins = np.flatnonzero(hashes[1:] == hashes[:-1])
+    for place in np.union1d(twins, twins + 1):  # in order of rows where hashes are equal
+        row = int(order[place])
+        user = next(_texts(text, ends, np.array([row])))
+        kept[place] = user not in seen
+        seen.add(user)
+    order, hashes = order[kept], hashes[kept]
+    bits = max(len(order).bit_length() - 2, 1)  # two to four users a bucket
+    starts = np.zeros((1 << bits) + 1, np.uint64)
+    starts[1:] = np.cumsum(np.bincount(_bucket(hashes, bits), minlength=1 << bits))
+    entries = hashes << np.uint64(32) | order.astype(np.uint64)
+    header = np.array([_VERSION, xxhash.xxh3_64_intdigest(text.data), len(ends), len(order), bits], np.uint64)
+    return np.concatenate([header, starts, entries, ends])
+
+
+def give_back(*arrays: np.ndarray) -> None:
+    """Takes memory-mapped pages out of this process; they stay in the system's cache."""
+    for array in arrays:
+        if isinstance(array.base, mmap.mmap) and not array.flags.writeable:
+            array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def _read(index: Path, ids: Path) -> np.ndarray | None:
+    """The words of an index file; none if it was made for other ids, or by another version of this code."""
+    try:
+        words = np.load(index, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        return None
+    if words.ndim != 1 or words.dtype != np.uint64 or len(words) < _HEADER or words[0] != _VERSION:
+        return None
+    checksum, rows, users, bits = map(int, words[1:_HEADER])
+    if bits > 40 or len(words) != _HEADER + (1 << bits) + 1 + users + rows:
+        return None
+    digest = xxhash.xxh3_64()
+    with ids.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return words if digest.intdigest() == checksum else None
+
+
+def _line_ends(text: np.ndarray, path: Path) -> np.ndarray:
+    ends = np.flatnonzero(text == ord("\n"))
+    if len(text) and text[-1] != ord("\n"):
+        ends = np.append(ends, len(text))
+    for first in range(0, len(ends), _BLOCK):
+        rows = np.arange(first, min(first + _BLOCK, len(ends)))
+        for number, line in enumerate(_texts(text, ends, rows), first + 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: not UTF-8 text; save the ids as UTF-8") from error
+            if line.endswith(b"\r"):
+                raise UserError(f"{path}:{number}: ends with a carriage return; save the ids with line feeds alone")
+    return ends
+
+
+def _texts(text: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> Iterator[bytes]:
+    """The ids of rows that lie near one another, as they stand in the text."""
+    if not len(rows):
+        return
+    first, last = _spans(ends, rows)
+    start = int(first.min())
+    block = text[start : int(last.max())].tobytes()
+    for a, b in zip((first - start).tolist(), (last - start).tolist(), strict=True):
+        yield block[a:b]
+
+
+def _spans(ends: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last (exclusive) byte of the rows' ids."""
+    first = np.where(rows > 0, ends[rows - 1].astype(np.int64) + 1, 0)
+    return first, ends[rows].astype(np.int64)
+
+
+def _bucket(hashes: np.ndarray, bits: int) -> np.ndarray:
+    return (hashes >> np.uint64(64 - bits)).astype(np.int64)
+
+
+def _encode(user: str) -> bytes:
+    return user.encode("utf-8", "surrogatepass")
+
+
+def _hash(ids: Iterable[bytes], count: int) -> np.ndarray:
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, ids), np.uint64, count)
