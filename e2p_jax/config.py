@@ -32,6 +32,8 @@ class BackboneConfig:
     """random: only config.json and the tokenizer are read, to train a small backbone from nothing."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Training's kernel: auto is splash on TPU, XLA elsewhere; cudnn, on NVIDIA, has not been measured yet."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, parse_config
+from e2p_jax.backbone.layout import PLAIN, Execution
 from e2p_jax.backbone.weights import abstract, load
 from e2p_jax.config import MeshConfig
 from e2p_jax.parallel.mesh import AXES, make_mesh, param_sharding
@@ -81,7 +82,7 @@ def hf_logits(model: torch.nn.Module, **inputs: Any) -> np.ndarray:
 def load_backbone(directory: Path, mesh: Mesh | None = None) -> Decoder:
     """Reads a model directory in float32, onto one device unless a mesh is given."""
     mesh = mesh or mesh_of()
-    return load(directory, dtype=jnp.dtype("float32"), remat=False, sharding=lambda p, s: param_sharding(mesh, p, s))
+    return load(directory, dtype=jnp.dtype("float32"), sharding=lambda p, s: param_sharding(mesh, p, s))
 
 
 def mesh_of(**axes: int) -> Mesh:
@@ -116,11 +117,13 @@ def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
     assert difference <= tolerance * scale, f"differs by {difference:.3g} at a scale of {scale:.3g}"
 
 
-def prefix_model(*, num_tokens: int = 1, dropout: float = 0.0, remat: bool = False, **changes: Any) -> PrefixModel:
+def prefix_model(
+    *, num_tokens: int = 1, dropout: float = 0.0, execution: Execution = PLAIN, **changes: Any
+) -> PrefixModel:
     """A random backbone with large weights and a calibrated projector."""
     values = {**SIZES, "model_type": "llama", "rms_norm_eps": 1e-5, **changes}
     config: DecoderConfig = parse_config(values, Path("config.json"))
-    backbone = abstract(config, dtype=jnp.dtype("float32"), remat=remat)
+    backbone = abstract(config, dtype=jnp.dtype("float32"), execution=execution)
     rng = np.random.default_rng(1)
     for path, variable in nnx.to_flat_state(nnx.state(backbone)):
         values = 0.2 * rng.normal(size=variable.get_value().shape) + ("norm" in path[-1])

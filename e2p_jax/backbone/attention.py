@@ -1,8 +1,56 @@
 """Masked attention over packed rows."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
+
+from e2p_jax.backbone.layout import DecoderConfig
+from e2p_jax.errors import UserError
+
+Kind = Literal["xla", "splash", "cudnn"]
+
+
+def choose(kind: Literal["auto", "xla", "splash", "cudnn"], platform: str, config: DecoderConfig) -> Kind:
+    """What `backbone.attention` means on devices of a platform; auto is splash on TPU and XLA elsewhere.
+
+    Raises:
+      UserError: the platform has no such kernel, or the kernel cannot do what the backbone needs.
+    """
+    if kind == "auto":
+        return "splash" if platform == "tpu" else "xla"
+    needed = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}.get(kind, (platform,))
+    if platform not in needed:
+        raise UserError(f"backbone.attention={kind} needs a {needed[0].upper()}, here is {platform}; set it to auto")
+    if kind == "cudnn" and config.attention_cap:
+        raise UserError("backbone.attention=cudnn has no soft cap, which this backbone's scores need; set it to auto")
+    return kind
+
+
+def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig) -> Callable[..., jax.Array]:
+    """Attention of rows to themselves: (q [B, T, H, C], k and v [B, T, G, C], window=[]) -> [B, T, H, C].
+
+    Args:
+      kind: of `choose`.
+      segment_ids: [B, T] int32.
+      config: gives the scale and the cap of the scores, and the windows that occur.
+    """
+    scale, cap = config.attention_scale, config.attention_cap
+    if kind == "splash":
+        from e2p_jax.backbone.kernels import splash_attention  # Pallas takes long to import
+
+        return lambda q, k, v, window: splash_attention(
+            q, k, v, segment_ids, window, config.windows, scale=scale, cap=cap
+        )
+    index = jnp.arange(segment_ids.shape[1])
+    visible = visibility(segment_ids, segment_ids, index, index)
+    if kind == "cudnn":
+        from e2p_jax.backbone.kernels import cudnn_attention
+
+        return lambda q, k, v, window: cudnn_attention(q, k, v, within(visible, window), scale=scale)
+    return lambda q, k, v, window: attention(q, k, v, visible, window, scale=scale, cap=cap)
 
 
 def visibility(
@@ -22,6 +70,11 @@ def visibility(
     distance = query_index[:, None] - key_index[None, :]  # [T, S]
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return jnp.where(same & (distance >= 0)[None], distance[None] + 1, 0)
+
+
+def within(visible: jax.Array, window: jax.Array | int) -> jax.Array:
+    """The positions of `visibility` that a window (0 is unlimited) leaves visible, as booleans."""
+    return (visible > 0) & ((visible <= window) | (jnp.asarray(window) == 0))
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
@@ -64,9 +117,8 @@ def attention(
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, S, C]
     scores = jnp.einsum("bgtc,bgsc->bgts", q, k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores, cap).reshape(batch, groups, repeats, length, -1)
-    mask = (visible > 0) & ((visible <= window) | (jnp.asarray(window) == 0))
     # Added, not selected: XLA on CPU fuses a select into both softmax reductions and runs 2x slower.
-    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
+    bias = jnp.where(within(visible, window), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bgts,bgsc->bgtc", weights.reshape(batch, groups, repeats * length, -1), v)
     mixed = mixed.reshape(batch, groups, repeats, length, width)

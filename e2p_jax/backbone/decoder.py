@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.attention import attention, soft_cap, visibility
-from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
+from e2p_jax.backbone.attention import attention, soft_cap, visibility, whole_rows
+from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
 
@@ -77,8 +77,8 @@ def first_value(config: DecoderConfig, name: str) -> float:
 class Decoder(nnx.Module):
     """Embed -> layers -> final norm -> logits, as separate methods, so that each caller pays for what it uses."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, remat: bool = False, rngs: nnx.Rngs):
-        self.config, self.remat = config, remat
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, execution: Execution = PLAIN, rngs: nnx.Rngs):
+        self.config, self.execution = config, execution
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(EMBEDDING_SCALE * jax.random.normal(rngs.params(), shape, dtype))
         self.layers = Layers(config, dtype=dtype, rngs=rngs)
@@ -130,16 +130,20 @@ class Decoder(nnx.Module):
         batch, length, _ = x.shape
         chex.assert_shape([positions, segment_ids], (batch, length))
         c = self.config
-        index = jnp.arange(length)
         if cache is None:
             kv: tuple[Any, Any] = (None, None)
-            filled, segments, key_index = jnp.zeros((), jnp.int32), segment_ids, index
+            filled, segments = jnp.zeros((), jnp.int32), segment_ids
+            attend = whole_rows(self.execution.attention, segment_ids, c)
         else:
-            filled = cache.filled
+            filled, kv = cache.filled, (cache.keys, cache.values)
             segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, filled))
-            key_index = jnp.arange(segments.shape[1])
-            kv = (cache.keys, cache.values)
-        visible = visibility(segment_ids, segments, index + filled, key_index)
+            index, key_index = jnp.arange(length) + filled, jnp.arange(segments.shape[1])
+            attend = functools.partial(
+                attention,
+                visible=visibility(segment_ids, segments, index, key_index),
+                scale=c.attention_scale,
+                cap=c.attention_cap,
+            )
         if c.learned_positions:
             x = x + jnp.take(self.position_embedding[...], positions, axis=0)
         ropes = [rope_tables(rope, positions) for rope in c.ropes]
@@ -164,7 +168,7 @@ class Decoder(nnx.Module):
             if cached_k is not None:
                 k = cached_k = jax.lax.dynamic_update_slice(cached_k, k, (0, filled, 0, 0))
                 v = cached_v = jax.lax.dynamic_update_slice(cached_v, v, (0, filled, 0, 0))
-            mixed = attention(q, k, v, visible, window, scale=c.attention_scale, cap=c.attention_cap)
+            mixed = attend(q, k, v, window=window)
             mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
             x = x + norm(mixed, p, "attention_post_norm", c)
             h = norm(x, p, "mlp_norm", c)
@@ -175,7 +179,7 @@ class Decoder(nnx.Module):
             x = x + norm(linear(h, p, "down"), p, "mlp_post_norm", c)
             return shard_rows(x), (cached_k, cached_v)
 
-        if self.remat:
+        if self.execution.remat:
             body = jax.checkpoint(body)
         params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
         windows = jnp.asarray(c.windows, jnp.int32)

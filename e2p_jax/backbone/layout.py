@@ -54,6 +54,19 @@ class DecoderConfig:
     """Layer matrices are stored [in, out], as GPT-2's Conv1D keeps them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How the decoder runs: nothing here changes what it computes."""
+
+    remat: bool = False
+    """Recompute each layer in the backward pass."""
+    attention: Literal["xla", "splash", "cudnn"] = "xla"
+    """Whose attention: plain XLA, the TPU's splash kernel, or cuDNN's; see `attention.choose`."""
+
+
+PLAIN = Execution()
+
+
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Parameters of one layer -> shape: matrices [out, in], norms and biases [out]."""
     c = config

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import read_config
-from e2p_jax.backbone.layout import DecoderConfig, tensor_names
+from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, tensor_names
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
 
@@ -207,7 +207,6 @@ def load(
     directory: Path,
     *,
     dtype: jnp.dtype,
-    remat: bool,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
 ) -> Decoder:
     """Reads a backbone straight onto its devices; each host reads only the slices that its devices hold.
@@ -215,14 +214,13 @@ def load(
     Args:
       directory: of a Hugging Face model.
       dtype: of the loaded parameters.
-      remat: recompute each layer in the backward pass.
       sharding: parameter path under `backbone/` and stacked shape -> sharding.
 
     Raises:
       UserError: unreadable or mismatched files.
     """
     config = read_config(directory)
-    decoder = abstract(config, dtype=dtype, remat=remat)
+    decoder = abstract(config, dtype=dtype)
     checkpoint = Checkpoint(directory)
     graph, state = nnx.split(decoder)
     flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
@@ -255,9 +253,9 @@ def _reader(
     return read
 
 
-def abstract(config: DecoderConfig, *, dtype: jnp.dtype, remat: bool) -> Decoder:
+def abstract(config: DecoderConfig, *, dtype: jnp.dtype, execution: Execution = PLAIN) -> Decoder:
     """The decoder with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, execution=execution, rngs=nnx.Rngs(0)))
 
 
 def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:

@@ -14,8 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from e2p_jax.backbone import weights
+from e2p_jax.backbone.attention import choose
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, read_config
+from e2p_jax.backbone.layout import Execution
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.encode import Encoder, load_tokenizer
@@ -74,10 +76,12 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
     """The model that `build_model` fills in: shapes, dtypes and shardings in place of parameters.
 
     Raises:
-      UserError: `train.trainable` does not fit.
+      UserError: `train.trainable` or `backbone.attention` does not fit.
     """
-    dtype = weights.choose_dtype(config.backbone.dtype, mesh.devices.flat[0].platform)
-    backbone = weights.abstract(decoder, dtype=dtype, remat=config.backbone.remat)
+    platform = mesh.devices.flat[0].platform
+    dtype = weights.choose_dtype(config.backbone.dtype, platform)
+    execution = Execution(config.backbone.remat, choose(config.backbone.attention, platform, decoder))
+    backbone = weights.abstract(decoder, dtype=dtype, execution=execution)
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))
     model = PrefixModel(backbone, projector)
     mask = trainable_mask(model, config.train.trainable)
@@ -134,12 +138,12 @@ def _backbone(inputs: Inputs, model: Model) -> tuple[PyTree, str]:
     if config.weights == "pretrained":
         fingerprint = weights.Checkpoint(inputs.directory).fingerprint()
         sharding = functools.partial(param_sharding, model.mesh)
-        decoder = weights.load(inputs.directory, dtype=dtype, remat=config.remat, sharding=sharding)
+        decoder = weights.load(inputs.directory, dtype=dtype, sharding=sharding)
         return nnx.to_pure_dict(nnx.state(decoder)), fingerprint
 
     def initialise() -> PyTree:
         rngs = nnx.Rngs(inputs.config.train.seed + 1)
-        return nnx.to_pure_dict(nnx.state(Decoder(inputs.decoder, dtype=dtype, remat=config.remat, rngs=rngs)))
+        return nnx.to_pure_dict(nnx.state(Decoder(inputs.decoder, dtype=dtype, rngs=rngs)))
 
     return jax.jit(initialise, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(), "random"
 

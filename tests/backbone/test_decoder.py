@@ -67,7 +67,7 @@ def test_fresh_attention_is_mimetic(changes: dict[str, int]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shapes_and_dtypes_of_a_fresh_decoder_are_the_abstract_ones(dtype: str) -> None:
     changes: dict[str, int | bool] = {"attention_bias": True, "mlp_bias": True, "head_dim": 12}
-    template = nnx.state(abstract(config(**changes), dtype=jnp.dtype(dtype), remat=False))
+    template = nnx.state(abstract(config(**changes), dtype=jnp.dtype(dtype)))
     values = nnx.state(fresh(dtype, **changes))
     assert jax.tree.structure(template) == jax.tree.structure(values)
     assert [x.shape for x in jax.tree.leaves(template)] == [x.shape for x in jax.tree.leaves(values)]

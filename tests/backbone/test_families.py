@@ -184,7 +184,7 @@ def config_json(family: str, changes: dict[str, Any] | None = None) -> dict[str,
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor name -> shape, as our decoder expects them."""
-    state = nnx.to_flat_state(nnx.state(abstract(config, dtype=jnp.dtype("float32"), remat=False)))
+    state = nnx.to_flat_state(nnx.state(abstract(config, dtype=jnp.dtype("float32"))))
     ours = {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in state}
     names = tensor_names(config)
     assert ours.keys() == names.keys()

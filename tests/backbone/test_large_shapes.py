@@ -191,7 +191,7 @@ MESHES = {
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
     config = parse_config(CONFIGS[name], Path(f"{name}/config.json"))
-    state = nnx.to_flat_state(nnx.state(abstract(config, dtype=jnp.dtype("bfloat16"), remat=True)))
+    state = nnx.to_flat_state(nnx.state(abstract(config, dtype=jnp.dtype("bfloat16"))))
     return {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in state}
 
 

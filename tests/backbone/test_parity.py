@@ -181,7 +181,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, name:
     theirs.save_pretrained(tmp_path)
     tokens = random_tokens(4, 24)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    ours = load(tmp_path, dtype=jnp.dtype("bfloat16"), remat=False, sharding=lambda path, shape: place)
+    ours = load(tmp_path, dtype=jnp.dtype("bfloat16"), sharding=lambda path, shape: place)
     half = hf_logits(theirs, input_ids=tokens.astype(np.int64))
     exact = hf_logits(theirs.float(), input_ids=tokens.astype(np.int64))
 

@@ -70,7 +70,7 @@ def test_dtypes_of_the_file(model: torch.nn.Module, tmp_path: Path, dtype: torch
 
 def test_dtype_of_the_parameters(model: torch.nn.Module, directory: Path) -> None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    decoder = load(directory, dtype=jnp.dtype("bfloat16"), remat=False, sharding=lambda path, shape: sharding)
+    decoder = load(directory, dtype=jnp.dtype("bfloat16"), sharding=lambda path, shape: sharding)
     assert {value.dtype for value in parameters(decoder).values()} == {jnp.dtype("bfloat16")}
     rounded = model.get_input_embeddings().weight.detach().to(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(np.asarray(decoder.embedding[...], np.float32), rounded)
@@ -243,7 +243,7 @@ def test_save_gives_the_same_bytes_back(tmp_path: Path, dtype: str, tied: bool) 
     hf_model(hf_config(tie_word_embeddings=tied)).to(getattr(torch, dtype)).save_pretrained(source)
     (source / "tokenizer_config.json").write_text("{}")
     sharding = jax.sharding.NamedSharding(mesh_of(fsdp=4), P())
-    save(load(source, dtype=jnp.dtype(dtype), remat=False, sharding=lambda *_: sharding), source, out, jnp.dtype(dtype))
+    save(load(source, dtype=jnp.dtype(dtype), sharding=lambda *_: sharding), source, out, jnp.dtype(dtype))
     before, after = tensors(source), tensors(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():

@@ -25,7 +25,7 @@ WIDTH = 6
 
 def load_model(directory: Path, num_tokens: int = 1) -> PrefixModel:
     sharding = functools.partial(param_sharding, make_mesh(MeshConfig()))
-    decoder = weights.load(directory, dtype=jnp.dtype("float32"), remat=False, sharding=sharding)
+    decoder = weights.load(directory, dtype=jnp.dtype("float32"), sharding=sharding)
     projector = Projector(
         embedding_width=WIDTH,
         model_width=decoder.config.hidden_size,

@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 from helpers import SIZES, Segment, make_batch, prefix_model, random_batch, random_segment
 
+from e2p_jax.backbone.layout import Execution
 from e2p_jax.prefix import model as model_lib
 from e2p_jax.prefix.model import Batch, PrefixModel, cross_entropy
 
@@ -116,7 +117,7 @@ def test_remat_changes_nothing_but_memory() -> None:
     batch = random_batch(rows=1)
 
     def value_and_grad(remat: bool) -> Any:
-        graph, state = nnx.split(prefix_model(remat=remat, num_hidden_layers=6))
+        graph, state = nnx.split(prefix_model(execution=Execution(remat), num_hidden_layers=6))
         step = jax.jit(jax.value_and_grad(lambda s: jnp.sum(nnx.merge(graph, s).target_nll(batch))))
         compiled = step.lower(state).compile()
         return *compiled(state), compiled.memory_analysis().temp_size_in_bytes

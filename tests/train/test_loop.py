@@ -284,3 +284,9 @@ def test_users_without_a_vector_are_refused_or_the_null_user(config: Config, tmp
     write_jsonl([synthetic.record(user) for user in range(100, 110)], tmp_path / "others.jsonl")
     with pytest.raises(UserError, match=r"table: holds none of the 8 training users"):
         train(dataclasses.replace(config, data=nobody, train=settings), tmp_path / "nobody")
+
+
+def test_attention_of_another_device_is_refused(config: Config, tmp_path: Path):
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention="splash"))
+    with pytest.raises(UserError, match="backbone.attention=splash needs a TPU"):
+        train(config, tmp_path / "run")

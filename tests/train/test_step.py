@@ -13,6 +13,7 @@ from flax import nnx
 from helpers import SIZES, assert_close, mesh_of, prefix_model, random_batch
 from jax.sharding import Mesh
 
+from e2p_jax.backbone.layout import Execution
 from e2p_jax.config import TrainConfig
 from e2p_jax.parallel.mesh import param_sharding, row_sharding
 from e2p_jax.prefix.model import Batch, PrefixModel
@@ -43,7 +44,7 @@ def prepare(
     """State and step as `train` builds them, around random weights and AdamW without a warm-up."""
     mesh = mesh or mesh_of()
     config = TrainConfig(**{"warmup_steps": 0, "learning_rate": 1e-2, "steps": 10, **fields})
-    whole = prefix_model(num_hidden_layers=2, remat=True, dropout=dropout)
+    whole = prefix_model(num_hidden_layers=2, execution=Execution(remat=True), dropout=dropout)
     graph, state = nnx.split(whole)
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.device_put(x, param_sharding(mesh, path_name(path), x.shape)), nnx.to_pure_dict(state)
