@@ -288,5 +288,5 @@ def test_users_without_a_vector_are_refused_or_the_null_user(config: Config, tmp
 
 def test_attention_of_another_device_is_refused(config: Config, tmp_path: Path):
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention="splash"))
-    with pytest.raises(UserError, match="backbone.attention=splash needs a TPU"):
+    with pytest.raises(UserError, match=r"backbone\.attention=splash needs a TPU"):
         train(config, tmp_path / "run")
