@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from e2p_jax.errors import UserError
 
-Condition = Literal["none", "e2p", "shuffled", "text"]
+Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
 Placement = Literal["before_bos", "after_bos", "in_chat"]
 OnBadRecord = Literal["error", "skip"]
 
@@ -34,6 +34,8 @@ class BackboneConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Training's kernel: auto is splash on TPU, XLA elsewhere; cudnn, on NVIDIA, has not been measured yet."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters beside every layer matrix, parameters `lora/**`; 0 is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,14 @@ class DataConfig:
     train_split: str = "train"
     """Split to train on. In a JSON Lines file every record without a `split` key is `train`."""
     eval_splits: tuple[str, ...] = ("validation",)
-    """Splits to evaluate, reported apart; the first one picks the best checkpoint."""
+    """Splits to evaluate, reported apart."""
+    dev_split: str = "auto"
+    """Split that picks the best checkpoint and is not reported; auto: one training user in twenty, kept out of
+    training, of those whom no reported split has."""
     seq_len: int = 512
     """T: tokens a row, slots included; a multiple of 128."""
     condition: Condition = "e2p"
-    """What training puts in front of the conversation; `none` when a backbone is trained by itself."""
+    """What training puts in front of the conversation; `none` when backbone or adapters are trained by themselves."""
     targets: Literal["assistant", "all"] = "assistant"
     """assistant: the template's generation spans; all: every token of the conversation."""
     too_long: Literal["drop_oldest", "refuse"] = "drop_oldest"
@@ -177,6 +182,15 @@ class Config:
             (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
             ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
             (bool(self.data.eval_splits), "data.eval_splits is empty: name at least one split"),
+            (
+                self.data.dev_split not in ("dev", *self.data.eval_splits, self.data.train_split),
+                "data.dev_split must be auto, or a split that is neither trained on nor reported, and not called dev",
+            ),
+            (self.backbone.lora_rank >= 0, "backbone.lora_rank must not be negative"),
+            (
+                not self.backbone.lora_rank or any(p.startswith(("lora/", "**")) for p in self.train.trainable),
+                "backbone.lora_rank is set, but train.trainable names no lora/**: adapters would stay at zero",
+            ),
             (self.evaluate.bootstrap_samples > 0, "evaluate.bootstrap_samples must be positive"),
         ]
         for axis, size in dataclasses.asdict(self.mesh).items():

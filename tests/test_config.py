@@ -84,7 +84,7 @@ REFUSED: list[tuple[Any, str]] = [
     (DataConfig(seq_len=0), "data.seq_len must be a multiple of 128"),
     (DataConfig(eval_splits=()), "data.eval_splits is empty"),
     (DataConfig(context_prompt="persona"), "data.context_prompt must contain {context}"),
-    (DataConfig(condition="prefix"), "data.condition is 'prefix'; choose from none, e2p, shuffled, text"),
+    (DataConfig(condition="prefix"), "data.condition is 'prefix'; choose from none, e2p, text, e2p+text, static"),
     (DataConfig(too_long="cut"), "data.too_long is 'cut'; choose from drop_oldest, refuse"),
     (DataConfig(targets="user"), "data.targets is 'user'"),
     (PrefixConfig(placement="in_caht"), "prefix.placement is 'in_caht'; choose from before_bos, after_bos, in_chat"),
@@ -112,7 +112,11 @@ REFUSED: list[tuple[Any, str]] = [
     (TrainConfig(trainable=()), "train.trainable is empty"),
     (MeshConfig(fsdp=0), "mesh.fsdp must be positive, or -1"),
     (MeshConfig(tensor=-2), "mesh.tensor must be positive, or -1"),
-    (EvaluateConfig(conditions=("e2p", "mean")), "evaluate.conditions is ('e2p', 'mean'); choose from none, e2p"),
+    (DataConfig(dev_split="validation"), "data.dev_split must be auto, or a split that is neither trained on"),
+    (DataConfig(dev_split="train"), "data.dev_split must be auto, or a split that is neither trained on"),
+    (BackboneConfig(lora_rank=-1), "backbone.lora_rank must not be negative"),
+    (BackboneConfig(lora_rank=4), "backbone.lora_rank is set, but train.trainable names no lora/**"),
+    (EvaluateConfig(conditions=("e2p", "own")), "evaluate.conditions is ('e2p', 'own'); choose from none, e2p"),
     (EvaluateConfig(bootstrap_samples=0), "evaluate.bootstrap_samples must be positive"),
 ]
 

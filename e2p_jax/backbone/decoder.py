@@ -75,10 +75,13 @@ def first_value(config: DecoderConfig, name: str) -> float:
 
 
 class Decoder(nnx.Module):
-    """Embed -> layers -> final norm -> logits, as separate methods, so that each caller pays for what it uses."""
+    """Embed -> layers -> final norm -> logits, as separate methods, so that each caller pays for what it uses.
+
+    Activations are in `dtype`, whatever the parameters are kept in: what trains is kept in float32.
+    """
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, execution: Execution = PLAIN, rngs: nnx.Rngs):
-        self.config, self.execution = config, execution
+        self.config, self.dtype, self.execution = config, dtype, execution
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(EMBEDDING_SCALE * jax.random.normal(rngs.params(), shape, dtype))
         self.layers = Layers(config, dtype=dtype, rngs=rngs)
@@ -94,11 +97,11 @@ class Decoder(nnx.Module):
     @property
     def output_embedding(self) -> jax.Array:
         """[V, D]: the head's rows."""
-        return (self.embedding if self.config.tie_head else self.head)[...]
+        return (self.embedding if self.config.tie_head else self.head)[...].astype(self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, D]: what the layers read; a slot's vector takes the place of this, as it is."""
-        x = jnp.take(self.embedding[...], tokens, axis=0)
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
         scale = self.config.embedding_scale
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
@@ -110,11 +113,16 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, length: int) -> Cache:
         c = self.config
         shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-        keys = jnp.zeros(shape, self.embedding[...].dtype)
+        keys = jnp.zeros(shape, self.dtype)
         return Cache(keys, jnp.zeros_like(keys), jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+        adapters: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the layers and the final norm.
 
@@ -123,6 +131,7 @@ class Decoder(nnx.Module):
           positions: [B, T] int32, place inside the own segment (the rotary angle, or which learned vector).
           segment_ids: [B, T] int32; attention stays inside a segment.
           cache: keys and values so far; the T new positions are appended to it.
+          adapters: stacked parameters beside the layers' own, of `backbone/lora.py`.
 
         Returns:
           [B, T, D] hidden states, and the cache with the new positions (None without a cache).
@@ -145,7 +154,7 @@ class Decoder(nnx.Module):
                 cap=c.attention_cap,
             )
         if c.learned_positions:
-            x = x + jnp.take(self.position_embedding[...], positions, axis=0)
+            x = x + jnp.take(self.position_embedding[...], positions, axis=0).astype(x.dtype)
         ropes = [rope_tables(rope, positions) for rope in c.ropes]
         # One rope for all layers is a constant of the scan; of several, each layer takes its own.
         stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes) if len(ropes) > 1 else None
@@ -181,7 +190,7 @@ class Decoder(nnx.Module):
 
         if self.execution.remat:
             body = jax.checkpoint(body)
-        params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)) | (adapters or {})
         windows = jnp.asarray(c.windows, jnp.int32)
         x, (keys, values) = jax.lax.scan(body, shard_rows(x), (params, windows, layer_ropes, *kv))
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
@@ -197,10 +206,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:
-    """Returns x @ W.T + b with W [out, in] and, where the family has one, the bias `<name>_bias`."""
-    y = jnp.einsum("...i,oi->...o", x, params[name])
+    """Returns x @ W.T + b with W [out, in] and, where there are such, the bias `<name>_bias` and a low-rank adapter."""
+    y = jnp.einsum("...i,oi->...o", x, params[name].astype(x.dtype))
+    if f"{name}_lora_out" in params:
+        low = jnp.einsum("...i,ri->...r", x, params[f"{name}_lora_in"].astype(x.dtype))
+        y = y + jnp.einsum("...r,or->...o", low, params[f"{name}_lora_out"].astype(x.dtype))
     bias = params.get(f"{name}_bias")
-    return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
+    return y if bias is None else y + jnp.expand_dims(bias.astype(x.dtype), tuple(range(y.ndim - 1)))
 
 
 def norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: DecoderConfig) -> jax.Array:
@@ -220,7 +232,7 @@ def norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: DecoderC
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
     if config.norm == "rms":
-        return y.astype(x.dtype) * row(name)
+        return y.astype(x.dtype) * row(name).astype(x.dtype)
     y = y * (row(name).astype(jnp.float32) + (1.0 if config.norm == "rms_one_plus" else 0.0))
     if config.norm == "layer":
         y = y + row(f"{name}_bias").astype(jnp.float32)

@@ -10,12 +10,10 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from e2p_jax.config import Condition, Config, Placement
+from e2p_jax.data.conditions import FRONTS
 from e2p_jax.data.records import Record
 from e2p_jax.data.template import choose_template
 from e2p_jax.errors import UserError
-
-WITH_PREFIX: tuple[Condition, ...] = ("e2p", "shuffled")
-WITH_CONTEXT: tuple[Condition, ...] = ("text",)
 
 
 class Example(NamedTuple):
@@ -145,7 +143,7 @@ class Encoder:
             raise UserError(f"{record.source}: the chat template marks no assistant text in this conversation")
         is_target[0] = False  # nothing but a slot can stand before it to predict it from
         start = -1
-        if condition in WITH_PREFIX:
+        if FRONTS[condition].vector is not None:
             start = self.slot_start(messages, encoded)
             slots = np.full(self.num_tokens, self.pad_id, np.int32)
             tokens = np.concatenate([tokens[:start], slots, tokens[start:]])
@@ -157,7 +155,7 @@ class Encoder:
         messages = self.messages(record, condition)
         encoded = self._render(messages, record.source, add_generation_prompt=True)
         tokens, start = np.asarray(encoded["input_ids"], np.int32), -1
-        if condition in WITH_PREFIX:
+        if FRONTS[condition].vector is not None:
             start = self.slot_start(messages, encoded)
             tokens = np.insert(tokens, start, [self.pad_id] * self.num_tokens)
         return Example(tokens, np.zeros(len(tokens), bool), start, record.user_id)
@@ -165,7 +163,7 @@ class Encoder:
     def messages(self, record: Record, condition: Condition) -> list[dict[str, str]]:
         """The record's messages, with its context in the system message where the condition asks for it."""
         messages = [dict(message) for message in record.messages]
-        if condition not in WITH_CONTEXT or not record.context:
+        if not FRONTS[condition].context or not record.context:
             return messages
         context = self.context_prompt.replace("{context}", "\n".join(record.context))
         if messages[0]["role"] == "system":

@@ -14,11 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from e2p_jax.config import Condition
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.encode import WITH_PREFIX, Encoder, Example
+from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
-from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import row_sharding
 from e2p_jax.prefix.model import Batch
@@ -56,35 +53,6 @@ class PackedDataset:
     def efficiency(self) -> float:
         """Share of the rows' tokens that are not padding."""
         return sum(len(e.tokens) for e in self.examples) / (len(self.rows) * self.budget.tokens)
-
-
-def user_vectors(records: Sequence[Record], condition: Condition, table: UserTable | None, seed: int = 0) -> np.ndarray:
-    """[N, E] float32, one vector per record; `shuffled` gives every user another user's. The null user stays it.
-
-    Raises:
-      UserError: a user without a vector.
-    """
-    if condition not in WITH_PREFIX:
-        return np.zeros((len(records), table.width if table else 1), np.float32)
-    if table is None:
-        raise UserError(f"data.embeddings is not set; condition {condition!r} needs a table of user vectors")
-    users = [record.user_id for record in records]
-    where = [record.source for record in records]
-    rows = table.rows(users, where)
-    if condition == "shuffled":
-        known = np.flatnonzero(rows >= 0)
-        rows[known] = table.rows(other_users([users[n] for n in known], seed), where)
-    return table.gather(rows)
-
-
-def other_users(users: Sequence[str], seed: int) -> list[str]:
-    """For every user the next one around a random circle: never oneself, and every user as often as a user."""
-    circle = sorted(set(users))
-    if len(circle) < 2:
-        raise UserError("condition 'shuffled' needs at least two users in the split")
-    order = np.random.default_rng([seed, 1]).permutation(len(circle))
-    following = {circle[a]: circle[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
-    return [following[user] for user in users]
 
 
 def pack(

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from e2p_jax.config import DataConfig
 from e2p_jax.data import synthetic
-from e2p_jax.data.records import Record, read_jsonl
+from e2p_jax.data.records import Record, held_out_users, read_jsonl
 from e2p_jax.errors import UserError
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record) if field.name != "source")
@@ -55,6 +56,28 @@ def load_splits(path: str, names: Sequence[str]) -> dict[str, list[Record]]:
         with contextlib.suppress(AbsentSplit):
             found[name] = load_records(path, name)
     return found
+
+
+def load_training(data: DataConfig, reported: dict[str, list[Record]]) -> tuple[list[Record], list[Record]]:
+    """What is trained on, and what picks the best checkpoint.
+
+    Args:
+      data: Names the split to train on and where the other comes from: a split, or `auto`, one user in twenty (two
+        at least) by a hash of the user id, of those whom no reported split has.
+      reported: Records by split.
+
+    Returns:
+      Two lists of records of different users; the second is empty where there are too few users to spare.
+
+    Raises:
+      UserError: a split is not there, or a record is malformed.
+    """
+    records = load_records(data.path, data.train_split)
+    if data.dev_split != "auto":
+        return records, load_records(data.path, data.dev_split)
+    shown = {record.user_id for others in reported.values() for record in others}
+    dev = held_out_users({record.user_id for record in records} - shown)
+    return [r for r in records if r.user_id not in dev], [r for r in records if r.user_id in dev]
 
 
 def _read_prepared(place: Path, split: str) -> list[Record]:

@@ -73,11 +73,12 @@ def read_jsonl(path: Path, split: str) -> list[Record]:
         return records
     if any(splits):
         return [record for record, name in zip(records, splits, strict=True) if (name or "train") == split]
-    held_out = _held_out_users({record.user_id for record in records})
+    held_out = held_out_users({record.user_id for record in records})
     return [record for record in records if split == ("validation" if record.user_id in held_out else "train")]
 
 
-def _held_out_users(users: set[str]) -> set[str]:
+def held_out_users(users: set[str]) -> set[str]:
+    """One in twenty, two at least, by a hash of the id; none of three or fewer."""
     ordered = sorted(users, key=lambda user: hashlib.sha256(user.encode()).digest())
     return set(ordered[: max(2, len(users) // 20)]) if len(users) > 3 else set()
 

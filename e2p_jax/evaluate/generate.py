@@ -88,7 +88,7 @@ def _decode(
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     lengths = jnp.sum(segment_ids, axis=1)
     x = model.embed(tokens, slots, user_embeddings)
-    hidden, cache = model.backbone(x, positions, segment_ids, cache)
+    hidden, cache = model.hidden(x, positions, segment_ids, cache)
     key = jax.random.key(sampling.seed)
     ones = jnp.ones((batch, 1), jnp.int32)
 
@@ -100,7 +100,7 @@ def _decode(
 
     def body(state: tuple) -> tuple:
         step, token, done, cache, out = state
-        hidden, cache = model.backbone(model.backbone.embed(token[:, None]), (lengths + step)[:, None], ones, cache)
+        hidden, cache = model.hidden(model.backbone.embed(token[:, None]), (lengths + step)[:, None], ones, cache)
         token, done = pick(hidden, step + 1, done)
         return step + 1, token, done, cache, out.at[:, step + 1].set(token)
 

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Condition
+from e2p_jax.data.conditions import Population, user_vectors
 from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.packing import Budget, choose_budget
-from e2p_jax.data.pipeline import PackedDataset, eval_batches, pack, user_vectors
+from e2p_jax.data.pipeline import PackedDataset, eval_batches, pack
 from e2p_jax.data.records import Record
 from e2p_jax.prefix.model import Batch
 
@@ -34,7 +35,11 @@ class Scores:
 
 
 def pack_conditions(
-    records: Sequence[Record], conditions: Sequence[Condition], encoder: Encoder, table: UserTable | None
+    records: Sequence[Record],
+    conditions: Sequence[Condition],
+    encoder: Encoder,
+    table: UserTable | None,
+    population: Population,
 ) -> tuple[dict[Condition, PackedDataset], list[Record], int]:
     """The same records under several conditions, in rows of one shape.
 
@@ -48,7 +53,7 @@ def pack_conditions(
     examples = {c: [fit.examples[c] for fit in fitted] for c in conditions}
     budgets = [choose_budget(examples[c], encoder.max_length) for c in conditions]
     budget = Budget(*(max(sizes) for sizes in zip(*budgets, strict=True)))
-    packed = {c: pack(examples[c], user_vectors(kept, c, table), encoder, budget) for c in conditions}
+    packed = {c: pack(examples[c], user_vectors(kept, c, table, population), encoder, budget) for c in conditions}
     return packed, kept, sum(fit.dropped_messages for fit in fitted)
 
 

@@ -100,7 +100,7 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
       UserError: a user without a vector, or a record that cannot fit.
     """
     inputs, model = run.inputs, run.model
-    packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table)
+    packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table, run.population)
     trainable, frozen = split(model.params, model.mask)
     step = jit_eval_step(model)
     scores: dict[Condition, Scores] = {}

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e2p_jax.backbone.attention import soft_cap
-from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.decoder import Cache, Decoder
+from e2p_jax.backbone.lora import Lora
 from e2p_jax.parallel.mesh import row_shards
 from e2p_jax.prefix.projector import Projector
 
@@ -30,10 +31,10 @@ class Batch(TypedDict):
 
 
 class PrefixModel(nnx.Module):
-    """Backbone and projector; parameter paths begin with `backbone/` and `projector/`."""
+    """Backbone, projector and perhaps adapters; parameter paths begin with `backbone/`, `projector/` and `lora/`."""
 
-    def __init__(self, backbone: Decoder, projector: Projector):
-        self.backbone, self.projector = backbone, projector
+    def __init__(self, backbone: Decoder, projector: Projector, lora: Lora | None = None):
+        self.backbone, self.projector, self.lora = backbone, projector, lora
 
     def embed(
         self, tokens: jax.Array, slots: jax.Array, user_embeddings: jax.Array, dropout_key: jax.Array | None = None
@@ -57,6 +58,13 @@ class PrefixModel(nnx.Module):
         at_slots = jnp.take_along_axis(soft, jnp.maximum(slots, 0)[..., None], axis=1)
         return jnp.where(slots[..., None] >= 0, at_slots, x)
 
+    def hidden(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """The backbone's layers with the adapters, where there are any; see `Decoder.__call__`."""
+        adapters = None if self.lora is None else nnx.to_pure_dict(nnx.state(self.lora, nnx.Param))
+        return self.backbone(x, positions, segment_ids, cache, adapters)
+
     def target_nll(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Negative log-likelihood of every target, in nats, 0 where the weight is 0.
 
@@ -66,7 +74,7 @@ class PrefixModel(nnx.Module):
         chex.assert_equal_shape([batch["tokens"], batch["positions"], batch["segment_ids"], batch["slots"]])
         chex.assert_equal_shape([batch["target_positions"], batch["target_ids"], batch["target_weights"]])
         x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
-        hidden, _ = self.backbone(x, batch["positions"], batch["segment_ids"])
+        hidden, _ = self.hidden(x, batch["positions"], batch["segment_ids"])
         hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
         head, cap = self.backbone.output_embedding, self.backbone.config.logit_cap
         return cross_entropy(hidden, head, batch["target_ids"], cap) * batch["target_weights"]

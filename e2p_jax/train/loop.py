@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Config
-from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator, user_vectors
-from e2p_jax.data.prepared import load_records, load_splits
+from e2p_jax.data.conditions import Population, user_vectors
+from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator
+from e2p_jax.data.prepared import load_splits, load_training
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.score import pack_conditions, score
@@ -29,7 +30,7 @@ class Data:
     """What a run trains and is evaluated on, packed."""
 
     train: PackedDataset
-    held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; the first picks the best checkpoint
+    held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; `dev` picks the best checkpoint
     user_vectors: np.ndarray  # [U, E] float32, one per training user
     dropped_messages: int
 
@@ -41,17 +42,19 @@ def read_data(inputs: Inputs) -> Data:
       UserError: naming the record, user or split at fault.
     """
     config, condition = inputs.config, inputs.config.data.condition
-    fitted = [
-        inputs.encoder.fit(record, [condition]) for record in load_records(config.data.path, config.data.train_split)
-    ]
+    reported = load_splits(config.data.path, config.data.eval_splits)
+    learned, dev = load_training(config.data, reported)
+    fitted = [inputs.encoder.fit(record, [condition]) for record in learned]
     records = [fit.record for fit in fitted]
     examples = [fit.examples[condition] for fit in fitted]
-    train = pack(examples, user_vectors(records, condition, inputs.table), inputs.encoder)
+    everyone = _one_vector_per_user(inputs, records)
+    population = Population.of(everyone)
+    train = pack(examples, user_vectors(records, condition, inputs.table, population), inputs.encoder)
     held_out = {}
-    for name, others in load_splits(config.data.path, config.data.eval_splits).items():
-        packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table)
+    for name, others in ({"dev": dev} | reported if dev else reported).items():
+        packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
         held_out[name] = (packed[condition], kept)
-    return Data(train, held_out, _one_vector_per_user(inputs, records), sum(fit.dropped_messages for fit in fitted))
+    return Data(train, held_out, everyone, sum(fit.dropped_messages for fit in fitted))
 
 
 def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarray:
@@ -124,15 +127,16 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
                 state, metrics = train_step(state, frozen, batch)
             recorder.step(number, metrics)
             last, nll = number == settings.steps, None
-            if number % settings.eval_every == 0 or last:
+            evaluated = number % settings.eval_every == 0 or last
+            if evaluated:
                 by_split = {}
                 for name, (dataset, records) in data.held_out.items():
                     evaluate = functools.partial(eval_step, state.trainable, frozen)
                     by_split[name] = score(dataset, records, evaluate, mesh, settings.rows).per_target
-                nll = by_split[config.data.eval_splits[0]]
+                nll = by_split.get("dev")  # without one, the last checkpoint is the best
                 recorder.evaluation(number, by_split)
             stop = stop_here(number) and not last
-            if nll is not None or number % settings.checkpoint_every == 0 or stop:
+            if evaluated or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()
                 checkpoints.save(state, frozen["projector"], iterator.get_state(), nll)
             if stop:

@@ -59,9 +59,9 @@ def refuse_trained_backbone(mask: PyTree) -> None:
     """For exports that name the frozen backbone, or copy its files.
 
     Raises:
-      UserError: the run changed the backbone.
+      UserError: the run changed the backbone, or put adapters beside its matrices.
     """
-    if any(jax.tree.leaves(mask["backbone"])):
+    if any(jax.tree.leaves(mask["backbone"])) or "lora" in mask:
         raise UserError("this run trained the backbone itself; write it with --format backbone")
 
 

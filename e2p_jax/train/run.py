@@ -18,6 +18,7 @@ import numpy as np
 
 from e2p_jax import config as config_lib
 from e2p_jax.config import Config
+from e2p_jax.data.conditions import Population
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
 from e2p_jax.parallel import distributed
@@ -114,6 +115,12 @@ class Run:
     step: int
     inputs: Inputs
     model: Model  # with the checkpoint's parameters
+
+    @property
+    def population(self) -> Population:
+        """Statistics of the vectors that the projector was trained on."""
+        projector = self.model.params["projector"]
+        return Population(*(np.asarray(projector[name]) for name in ("input_mean", "input_std")))
 
 
 def open_run(directory: Path, checkpoint: str = "best", embeddings: str | None = None) -> Run:

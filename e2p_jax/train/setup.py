@@ -18,6 +18,7 @@ from e2p_jax.backbone.attention import choose
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, read_config
 from e2p_jax.backbone.layout import Execution
+from e2p_jax.backbone.lora import Lora
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.encode import Encoder, load_tokenizer
@@ -67,7 +68,7 @@ class Model:
 
     mesh: Mesh
     graph: nnx.GraphDef
-    params: PyTree  # pure dict of arrays, or of their shapes
+    params: PyTree  # pure dict of arrays, or of their shapes; what trains in float32
     mask: PyTree  # pure dict of booleans
     fingerprint: str  # of the backbone's weights, "random" for random ones, "none" where there are only shapes
 
@@ -83,14 +84,16 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
     execution = Execution(config.backbone.remat, choose(config.backbone.attention, platform, decoder))
     backbone = weights.abstract(decoder, dtype=dtype, execution=execution)
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))
-    model = PrefixModel(backbone, projector)
+    lora = nnx.eval_shape(lambda: _lora(config, decoder)) if config.backbone.lora_rank else None
+    model = PrefixModel(backbone, projector, lora)
     mask = trainable_mask(model, config.train.trainable)
     graph, state = nnx.split(model)
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return leaf.update(sharding=param_sharding(mesh, path_name(path), leaf.shape))
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct, trains: bool) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if trains else leaf.dtype
+        return leaf.update(dtype=dtype, sharding=param_sharding(mesh, path_name(path), leaf.shape))
 
-    params = jax.tree_util.tree_map_with_path(place, nnx.to_pure_dict(state))
+    params = jax.tree_util.tree_map_with_path(place, nnx.to_pure_dict(state), mask)
     return Model(mesh, graph, params, mask, fingerprint="none")
 
 
@@ -105,6 +108,10 @@ def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> 
         null_user_rate=config.train.null_user_rate,
         rngs=nnx.Rngs(config.train.seed),
     )
+
+
+def _lora(config: Config, decoder: DecoderConfig) -> Lora:
+    return Lora(decoder, config.backbone.lora_rank, rngs=nnx.Rngs(config.train.seed + 2))
 
 
 def build_model(inputs: Inputs, training_vectors: np.ndarray) -> Model:
@@ -128,13 +135,23 @@ def build_model(inputs: Inputs, training_vectors: np.ndarray) -> Model:
     with jax.set_mesh(model.mesh):
         projector = jax.jit(initialise, out_shardings=replicated(model.mesh))(backbone["embedding"], training_vectors)
     params = {"backbone": backbone, "projector": projector}
+    if config.backbone.lora_rank:
+        params["lora"] = _adapters(inputs, model)
+    params = jax.tree.map(lambda value, shape: value.astype(shape.dtype), params, model.params)
     return dataclasses.replace(model, params=params, fingerprint=fingerprint)
+
+
+def _adapters(inputs: Inputs, model: Model) -> PyTree:
+    def initialise() -> PyTree:
+        return nnx.to_pure_dict(nnx.state(_lora(inputs.config, inputs.decoder)))
+
+    return jax.jit(initialise, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model.params["lora"]))()
 
 
 def _backbone(inputs: Inputs, model: Model) -> tuple[PyTree, str]:
     """Its parameters in the places that the abstract `model` names, and their fingerprint."""
     config, shapes = inputs.config.backbone, model.params["backbone"]
-    dtype = shapes["embedding"].dtype
+    dtype = weights.choose_dtype(config.dtype, model.mesh.devices.flat[0].platform)
     if config.weights == "pretrained":
         fingerprint = weights.Checkpoint(inputs.directory).fingerprint()
         sharding = functools.partial(param_sharding, model.mesh)
@@ -153,7 +170,7 @@ def state_shardings(model: Model, state: PyTree) -> PyTree:
 
     def sharding(path: tuple, leaf: Any) -> jax.sharding.Sharding:
         name = path_name(path)
-        cuts = [name.find(part) for part in ("backbone/", "projector/")]
+        cuts = [name.find(part) for part in ("backbone/", "projector/", "lora/")]
         start = min((cut for cut in cuts if cut >= 0), default=-1)
         return replicated(model.mesh) if start < 0 else param_sharding(model.mesh, name[start:], leaf.shape)
 

@@ -1,23 +1,18 @@
 """Batches: a pure function of (seed, step), every row once an epoch, the same on every mesh."""
 
-import collections
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from e2p_jax.config import MeshConfig
 from e2p_jax.data import pipeline, synthetic
-from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.encode import Example
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset
-from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh
 
@@ -133,44 +128,6 @@ def test_evaluation_sees_every_row_once_and_pads_the_last_batch(dataset: PackedD
 
 def test_efficiency_is_the_share_of_tokens(dataset: PackedDataset) -> None:
     assert dataset.efficiency == 6 / 8
-
-
-@given(
-    users=st.lists(st.integers(0, 12).map(str), min_size=2).filter(lambda u: len(set(u)) > 1), seed=st.integers(0, 99)
-)
-def test_others_are_a_derangement_by_user(users: list[str], seed: int) -> None:
-    others = pipeline.other_users(users, seed)
-    assert len(others) == len(users)
-    assert all(user != other for user, other in zip(users, others, strict=True))
-    by_user = collections.defaultdict(set)
-    for user, other in zip(users, others, strict=True):
-        by_user[user].add(other)
-    assert all(len(given_to) == 1 for given_to in by_user.values())  # the same stranger in every record of a user
-    assert {other for (other,) in by_user.values()} == set(users)  # everyone is a stranger to one user
-    assert others == pipeline.other_users(users, seed)
-
-
-def test_a_single_user_has_no_stranger() -> None:
-    with pytest.raises(UserError, match="'shuffled' needs at least two users"):
-        pipeline.other_users(["ann", "ann"], 0)
-
-
-def test_vectors_by_condition() -> None:
-    records = [Record(user, (), (), source=f"r:{n}") for n, user in enumerate(["a", "b", "c", "a"])]
-    table = UserTable(["c", "a", "b"], np.array([[3.0, 3], [1, 1], [2, 2]], np.float32), "table")
-    assert pipeline.user_vectors(records, "e2p", table)[:, 0].tolist() == [1, 2, 3, 1]
-    shuffled = pipeline.user_vectors(records, "shuffled", table)[:, 0].tolist()
-    assert sorted(shuffled[:3]) == [1, 2, 3] and shuffled[3] == shuffled[0]
-    assert all(mine != other for mine, other in zip([1, 2, 3], shuffled, strict=False))
-    known = UserTable(["c", "a"], np.array([[3.0, 3], [1, 1]], np.float32), "table", "null")
-    assert np.nan_to_num(pipeline.user_vectors(records, "e2p", known)[:, 0], nan=-1).tolist() == [1, -1, 3, 1]
-    assert np.nan_to_num(pipeline.user_vectors(records, "shuffled", known)[:, 0], nan=-1).tolist() == [3, -1, 1, 3]
-    assert not pipeline.user_vectors(records, "text", table).any()
-    assert pipeline.user_vectors(records, "none", None).shape == (4, 1)
-    with pytest.raises(UserError, match=r"data\.embeddings is not set; condition 'e2p' needs a table"):
-        pipeline.user_vectors(records, "e2p", None)
-    with pytest.raises(UserError, match="r:1: user 'b' has no vector in table"):
-        pipeline.user_vectors(records, "e2p", UserTable(["a", "c"], np.eye(2, dtype=np.float32), "table"))
 
 
 def test_packed_rows_give_every_example_its_own_vector(make_tokenizer: Any) -> None:

@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data import synthetic
@@ -25,7 +27,7 @@ from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.loop import read_data, train
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import open_run
-from e2p_jax.train.setup import read_inputs
+from e2p_jax.train.setup import build_model, read_inputs
 
 USERS = range(24)
 
@@ -39,6 +41,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         write_jsonl([synthetic.record(user)], folder / "one.jsonl")
         values = json.loads((folder / "one.jsonl").read_text())
         lines.append(json.dumps({**values, "split": "validation" if user < 6 else "train"}))
+        if user == 5:
+            lines.append(json.dumps({**values, "split": "other"}))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     vectors = np.stack([synthetic.vector(user) for user in USERS])
     save_table(folder / "table", [f"user-{user}" for user in USERS], vectors, name="synthetic", version="1")
@@ -131,12 +135,46 @@ def test_rerun_with_other_settings_is_refused(config: Config, tmp_path: Path):
         train(other, tmp_path / "run")
 
 
+def test_best_checkpoint_is_picked_by_users_who_are_not_reported(config: Config, tmp_path: Path):
+    """One in twenty of the training users, two at least, leave the training data and pick the best checkpoint."""
+    inputs = read_inputs(config)
+    data = read_data(inputs)
+    dev, reported = ({r.user_id for r in data.held_out[name][1]} for name in ("dev", "validation"))
+    trained = {example.user_id for example in data.train.examples}
+    assert (len(dev), len(reported), len(trained)) == (2, 6, 16)
+    assert not dev & reported and not dev & trained and not reported & trained
+    seen_again = dataclasses.replace(config.data, eval_splits=("validation", "train"))
+    inputs = dataclasses.replace(inputs, config=dataclasses.replace(config, data=seen_again))
+    assert "dev" not in read_data(inputs).held_out  # nobody is left whom no reported split has
+    lines = numbers(train(config, tmp_path / "run"))
+    assert all("eval/dev/nll" in line for line in lines if "eval/validation/nll" in line)
+
+
+@pytest.mark.parametrize("trainable", ["backbone/**", "lora/**"])
+def test_what_trains_of_a_bfloat16_backbone_is_kept_in_float32(config: Config, tmp_path: Path, trainable: str):
+    """Steps far below bfloat16's resolution add up; activations stay in bfloat16."""
+    backbone = dataclasses.replace(config.backbone, dtype="bfloat16", lora_rank=2 * (trainable == "lora/**"))
+    settings = dataclasses.replace(config.train, trainable=(trainable,), learning_rate=1e-5)
+    data = dataclasses.replace(config.data, condition="none")
+    run = train(dataclasses.replace(config, backbone=backbone, train=settings, data=data), tmp_path / "run")
+    opened = open_run(run, "last")
+    start = build_model(opened.inputs, np.zeros((1, 64), np.float32))
+    part = trainable.split("/")[0]
+    for now, before in zip(
+        jax.tree.leaves(opened.model.params[part]), jax.tree.leaves(start.params[part]), strict=True
+    ):
+        assert now.dtype == np.float32
+        moved = np.abs(np.asarray(now) - np.asarray(before))
+        assert 0 < moved.max() < 1e-4
+    assert nnx.merge(opened.model.graph, opened.model.params).backbone.embed(np.zeros((1, 4), int)).dtype == "bfloat16"
+
+
 def test_best_checkpoint_is_kept(config: Config, tmp_path: Path):
     """A learning rate that ruins the model: the best checkpoint is an early one, and is still there at the end."""
     ruinous = {"trainable": ("projector/**", "backbone/**"), "learning_rate": 1.0, "warmup_steps": 11}
     settings = dataclasses.replace(config.train, steps=12, eval_every=1, **ruinous)
     run = train(dataclasses.replace(config, train=settings), tmp_path / "run")
-    nll = {line["step"]: line["eval/validation/nll"] for line in numbers(run) if "eval/validation/nll" in line}
+    nll = {line["step"]: line["eval/dev/nll"] for line in numbers(run) if "eval/dev/nll" in line}
     checkpoints = Checkpoints(run)
     best = checkpoints.step_of("best")
     assert best == min(nll, key=nll.get) < 12
@@ -209,6 +247,8 @@ def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path
         {"train": {"steps": 7}},
         {"train": {"trainable": ("projector/**", "backbone/final_norm")}},
         {"backbone": {"weights": "random"}},
+        {"backbone": {"lora_rank": 2}, "train": {"trainable": ("projector/**", "lora/**")}},
+        {"data": {"dev_split": "other"}},
     ],
     ids=str,
 )

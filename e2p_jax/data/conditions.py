@@ -1,0 +1,94 @@
+"""What a condition puts in front of a conversation: which vector in the slots, and whether the context is spelled out.
+
+A run is what was trained (`data.condition` and `train.trainable`); a condition is only what stands in front, in
+training or in evaluation. So `static` and `mean` are the same front: the former is a run trained on it (prompt
+tuning), the latter asks a run trained on `e2p` what its token is worth without a user.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from e2p_jax.config import Condition
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+
+
+class Front(NamedTuple):
+    """What stands in front."""
+
+    vector: Literal["own", "other", "mean", "zero", "noise"] | None  # None: no slots
+    context: bool  # the record's context, in the system message
+
+
+FRONTS: dict[Condition, Front] = {
+    "none": Front(None, False),
+    "e2p": Front("own", False),
+    "text": Front(None, True),
+    "e2p+text": Front("own", True),
+    "static": Front("mean", False),
+    "shuffled": Front("other", False),
+    "mean": Front("mean", False),
+    "zero": Front("zero", False),
+    "noise": Front("noise", False),
+}
+
+
+class Population(NamedTuple):
+    """Statistics of the training users' vectors."""
+
+    mean: np.ndarray  # [E] float32
+    std: np.ndarray  # [E] float32
+
+    @classmethod
+    def of(cls, vectors: np.ndarray) -> "Population":
+        """Of [N, E] vectors, one per user."""
+        return cls(np.mean(vectors, axis=0), np.std(vectors, axis=0))
+
+
+def user_vectors(
+    records: Sequence[Record],
+    condition: Condition,
+    table: UserTable | None,
+    population: Population,
+    seed: int = 0,
+) -> np.ndarray:
+    """[N, E] float32, one vector per record.
+
+    `shuffled` gives every user another user's, and leaves the null user what it is; `noise` draws one per user from a normal distribution with the
+    training users' mean and spread.
+
+    Raises:
+      UserError: a user without a vector.
+    """
+    kind = FRONTS[condition].vector
+    users = [record.user_id for record in records]
+    if kind in ("own", "other"):
+        if table is None:
+            raise UserError(f"data.embeddings is not set; condition {condition!r} needs a table of user vectors")
+        where = [record.source for record in records]
+        rows = table.rows(users, where)
+        if kind == "other":
+            known = np.flatnonzero(rows >= 0)
+            rows[known] = table.rows(other_users([users[n] for n in known], seed), where)
+        return table.gather(rows)
+    width = population.mean.shape[0]
+    if kind == "mean":
+        return np.broadcast_to(population.mean, (len(records), width))
+    if kind == "noise":
+        names, row = np.unique(np.asarray(users, str), return_inverse=True)
+        drawn = np.random.default_rng([seed, 2]).normal(population.mean, population.std, (len(names), width))
+        return drawn[row].astype(np.float32)
+    return np.zeros((len(records), width), np.float32)
+
+
+def other_users(users: Sequence[str], seed: int) -> list[str]:
+    """For every user the next one around a random circle: never oneself, and every user as often as a user."""
+    circle = sorted(set(users))
+    if len(circle) < 2:
+        raise UserError("condition 'shuffled' needs at least two users in the split")
+    order = np.random.default_rng([seed, 1]).permutation(len(circle))
+    following = {circle[a]: circle[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+    return [following[user] for user in users]

@@ -1,0 +1,59 @@
+"""Low-rank adapters against PEFT's, and merged into the weights."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from helpers import assert_close, hf_config, hf_logits, hf_model, load_backbone, random_tokens, whole_rows
+from peft import LoraConfig, get_peft_model
+
+from e2p_jax.backbone.lora import Lora, merge
+
+RANK = 3
+MODULES = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"} | {
+    name: f"self_attn.{name}_proj" for name in "qkvo"
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    hf_model(hf_config("llama")).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_equals_peft(folder: Path) -> None:
+    """Every matrix adapted, A and B random: the same logits, from adapters beside the weights and merged into them."""
+    decoder = load_backbone(folder)
+    lora = Lora(decoder.config, RANK, rngs=nnx.Rngs(0))
+    tokens, positions, segments = whole_rows(random_tokens(2, 24))
+
+    @nnx.jit
+    def logits(decoder, adapters):
+        hidden, _ = decoder(decoder.embed(tokens), positions, segments, adapters=adapters)
+        return decoder.logits(hidden)
+
+    adapters = nnx.to_pure_dict(nnx.state(lora))
+    plain = hf_model(hf_config("llama"))
+    assert_close(logits(decoder, adapters), hf_logits(plain, input_ids=np.asarray(tokens)))  # B is zero
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), jnp.float32), adapters)
+    names = [module.split(".")[1] for module in MODULES.values()]
+    theirs = get_peft_model(plain, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names)).eval()
+    with torch.no_grad():
+        for layer, block in enumerate(theirs.base_model.model.model.layers):
+            for name, module in MODULES.items():
+                matrix = block.get_submodule(module)
+                matrix.lora_A["default"].weight.copy_(torch.tensor(np.array(adapters[f"{name}_lora_in"][layer])))
+                matrix.lora_B["default"].weight.copy_(torch.tensor(np.array(adapters[f"{name}_lora_out"][layer])))
+    expected = hf_logits(theirs, input_ids=np.asarray(tokens))
+    assert np.abs(expected - np.asarray(logits(decoder, None))).max() > 1
+    assert_close(logits(decoder, adapters), expected)
+    layers = merge(nnx.to_pure_dict(nnx.state(decoder.layers)), adapters)
+    nnx.update(decoder.layers, layers)
+    assert_close(logits(decoder, None), expected)

@@ -1,0 +1,80 @@
+"""What every condition puts in front."""
+
+import collections
+import typing
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e2p_jax.config import Condition
+from e2p_jax.data.conditions import FRONTS, Population, other_users, user_vectors
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+
+
+@given(
+    users=st.lists(st.integers(0, 12).map(str), min_size=2).filter(lambda u: len(set(u)) > 1), seed=st.integers(0, 99)
+)
+def test_others_are_a_derangement_by_user(users: list[str], seed: int) -> None:
+    others = other_users(users, seed)
+    assert len(others) == len(users)
+    assert all(user != other for user, other in zip(users, others, strict=True))
+    by_user = collections.defaultdict(set)
+    for user, other in zip(users, others, strict=True):
+        by_user[user].add(other)
+    assert all(len(given_to) == 1 for given_to in by_user.values())  # the same stranger in every record of a user
+    assert {other for (other,) in by_user.values()} == set(users)  # everyone is a stranger to one user
+    assert others == other_users(users, seed)
+
+
+def test_a_single_user_has_no_stranger() -> None:
+    with pytest.raises(UserError, match="'shuffled' needs at least two users"):
+        other_users(["ann", "ann"], 0)
+
+
+POPULATION = Population(np.array([2.0, -5.0], np.float32), np.array([0.5, 0.0], np.float32))
+
+
+def test_vectors_by_condition() -> None:
+    records = [Record(user, (), (), source=f"r:{n}") for n, user in enumerate(["a", "b", "c", "a"])]
+    table = UserTable(["c", "a", "b"], np.array([[3.0, 3], [1, 1], [2, 2]], np.float32), "table")
+    assert user_vectors(records, "e2p", table, POPULATION)[:, 0].tolist() == [1, 2, 3, 1]
+    shuffled = user_vectors(records, "shuffled", table, POPULATION)[:, 0].tolist()
+    assert sorted(shuffled[:3]) == [1, 2, 3] and shuffled[3] == shuffled[0]
+    assert all(mine != other for mine, other in zip([1, 2, 3], shuffled, strict=False))
+    known = UserTable(["c", "a"], np.array([[3.0, 3], [1, 1]], np.float32), "table", "null")
+    for condition, firsts in (("e2p", [1, -1, 3, 1]), ("shuffled", [3, -1, 1, 3])):
+        vectors = user_vectors(records, condition, known, POPULATION)
+        assert np.nan_to_num(vectors[:, 0], nan=-1).tolist() == firsts
+    assert not user_vectors(records, "text", table, POPULATION).any()
+    assert user_vectors(records, "none", None, POPULATION).shape == (4, 2)
+    with pytest.raises(UserError, match=r"data\.embeddings is not set; condition 'e2p' needs a table"):
+        user_vectors(records, "e2p", None, POPULATION)
+    with pytest.raises(UserError, match="r:1: user 'b' has no vector in table"):
+        user_vectors(records, "e2p", UserTable(["a", "c"], np.eye(2, dtype=np.float32), "table"), POPULATION)
+
+
+def test_every_condition_is_a_front() -> None:
+    assert set(FRONTS) == set(typing.get_args(Condition))
+
+
+@pytest.mark.parametrize("condition", ["mean", "static", "zero", "noise"])
+def test_controls_need_no_table(condition: Condition) -> None:
+    records = [Record(user, (), (), source="") for user in [*"abcdefghij" * 40, "a"]]
+    vectors = user_vectors(records, condition, None, POPULATION)
+    assert vectors.shape == (401, 2) and vectors.dtype == np.float32
+    assert (vectors[0] == vectors[-1]).all()  # a user keeps its vector
+    if condition == "noise":
+        drawn = vectors[:10, 0]
+        assert len(set(drawn)) == 10 and abs(drawn.mean() - 2) < 0.6 and 0.1 < drawn.std() < 1
+        assert (vectors[:, 1] == -5).all()
+    else:
+        assert (vectors == (0 if condition == "zero" else POPULATION.mean)).all()
+
+
+def test_population_of_the_training_users() -> None:
+    vectors = np.array([[1.0, 5], [3, 5]], np.float32)
+    assert [part.tolist() for part in Population.of(vectors)] == [[2, 5], [1, 0]]
