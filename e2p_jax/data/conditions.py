@@ -57,8 +57,8 @@ def user_vectors(
 ) -> np.ndarray:
     """[N, E] float32, one vector per record.
 
-    `shuffled` gives every user another user's, and leaves the null user what it is; `noise` draws one per user from a normal distribution with the
-    training users' mean and spread.
+    `shuffled` gives every user another user's, and leaves the null user what it is; `noise` draws one per user from a
+    normal distribution with the training users' mean and spread.
 
     Raises:
       UserError: a user without a vector.
