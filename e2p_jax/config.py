@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,13 +209,20 @@ class Config:
             place = Path(path).expanduser()
             return str(place.resolve()) if place.exists() and path not in ("embedded", "synthetic", "auto") else path
 
+        return self._with_paths(absolute)
+
+    def portable(self) -> "Config":
+        """The same config with local paths cut to their last part: what an export says of where things came from."""
+        return self._with_paths(lambda path: Path(path).name if Path(path).is_absolute() else path)
+
+    def _with_paths(self, change: Callable[[str], str]) -> "Config":
         data = dataclasses.replace(
             self.data,
-            path=absolute(self.data.path),
-            embeddings=self.data.embeddings and absolute(self.data.embeddings),
-            chat_template=absolute(self.data.chat_template),
+            path=change(self.data.path),
+            embeddings=self.data.embeddings and change(self.data.embeddings),
+            chat_template=change(self.data.chat_template),
         )
-        backbone = dataclasses.replace(self.backbone, path=absolute(self.backbone.path))
+        backbone = dataclasses.replace(self.backbone, path=change(self.backbone.path))
         return dataclasses.replace(self, backbone=backbone, data=data)
 
     def to_json(self) -> str:

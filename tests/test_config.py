@@ -178,6 +178,14 @@ def test_resolved_paths_are_absolute_and_reserved_names_stay(tmp_path: Path, mon
     assert Config().resolved() == Config()
 
 
+def test_portable_paths_are_names_only() -> None:
+    local = Config(BackboneConfig(path="/a/backbone"), DataConfig(path="/a/b/data.jsonl", embeddings="/a/t.npz"))
+    named = local.portable()
+    assert (named.backbone.path, named.data.path, named.data.embeddings) == ("backbone", "data.jsonl", "t.npz")
+    hub = Config(BackboneConfig(path="org/model"))
+    assert hub.portable() == hub
+
+
 def _reads(section: str) -> set[str]:
     """Attributes read from `...<section>.x`, `config.x` or `settings.x` in the package but for config.py."""
     found = set()

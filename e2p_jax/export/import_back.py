@@ -21,11 +21,18 @@ from e2p_jax.train.run import claim_run
 from e2p_jax.train.setup import Model, build_model, initial_state, read_inputs
 
 
-def import_transformers(directory: Path, out: Path) -> None:
+def import_transformers(directory: Path, out: Path, data: str | None = None, embeddings: str | None = None) -> Config:
     """Writes a run at step 0 whose projector is the exported one: its optimizer and data begin afresh.
 
     The config is the exported run's, less the mesh, which is the machine's matter. A backbone that is in the directory
     goes into the run; one that is named there is named here.
+
+    Args:
+      data: what to train on, where it is not found by the name that the export has for it.
+      embeddings: the table of user vectors, likewise; a run without one takes vectors from files.
+
+    Returns:
+      The run's config.
 
     Raises:
       UserError: not such a directory, weights that do not fit its config, or another backbone than was exported.
@@ -40,6 +47,7 @@ def import_transformers(directory: Path, out: Path) -> None:
         (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
         if settings["backbone"] is None:
             _write_backbone(checkpoint, settings, temporary / "backbone")
+        exported = _with_data(exported, data, embeddings)
         here, there = (_with_paths(exported, settings, place) for place in (temporary, out.resolve()))
         inputs = read_inputs(here)
         model = build_model(inputs, np.zeros((1, settings["embedding_size"]), np.float32))
@@ -55,6 +63,7 @@ def import_transformers(directory: Path, out: Path) -> None:
         checkpoints = Checkpoints(temporary)
         checkpoints.save(state, frozen["projector"], _first_position(model, there), None)
         checkpoints.close()
+    return there
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
@@ -70,6 +79,16 @@ def _chat_template(directory: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: does not exist; copy it from the exported directory")
     return path.read_text(encoding="utf-8")
+
+
+def _with_data(config: Config, data: str | None, embeddings: str | None) -> Config:
+    """The config with the given data; a table that is named only, and not found from here, is none."""
+    named = config.data.embeddings
+    found = named is not None and (named == "synthetic" or Path(named).exists())
+    changed = dataclasses.replace(
+        config.data, path=data or config.data.path, embeddings=embeddings or (named if found else None)
+    )
+    return dataclasses.replace(config, data=changed).resolved()
 
 
 def _with_paths(config: Config, settings: dict[str, Any], run: Path) -> Config:

@@ -21,7 +21,7 @@ on `{data}`.
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".", padding_side="left", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", padding_side="left", trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 messages = [[{{"role": "user", "content": "hi! what do you like?"}}]] * 2
 inputs = tokenizer.apply_chat_template(
@@ -39,7 +39,7 @@ token(s) included. `model.backbone` is the LM without a prefix.
 
 def model_card(run: Run) -> str:
     """What the model is, a runnable example, and what `e2p train` measured."""
-    config = run.inputs.config
+    config = run.inputs.config.portable()
     return _CARD.format(
         backbone=config.backbone.path,
         width=int(run.model.params["projector"]["input_mean"].shape[0]),

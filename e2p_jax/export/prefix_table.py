@@ -30,6 +30,7 @@ from e2p_jax.data.embeddings import UserTable
 from e2p_jax.errors import UserError
 from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, serving_template
 from e2p_jax.export.prefix_reader import MANIFEST, read_tensors
+from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import replace_directory, write_text
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.partition import refuse_trained_backbone
@@ -63,7 +64,8 @@ def export_prefixes(run: Run, out: Path, dtype: str) -> None:
     if not is_update:  # else they are the same backbone's
         tokens = jnp.arange(run.inputs.decoder.vocab_size)
         _save(out / TOKEN_EMBEDDINGS, {"embeddings": np.asarray(model.backbone.embed(tokens[None])[0])})
-    _save_tokenizer(run, out / TOKENIZER)
+    with replace_directory(out / TOKENIZER) as temporary:
+        save_tokenizer(run, temporary)
     chat = can_chat(run.inputs.encoder)
     if chat:
         write_text(out / SERVING_TEMPLATE, serving_template(run.inputs.encoder.template))
@@ -193,14 +195,6 @@ def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, temporary)
     temporary.chmod(0o644)
     os.replace(temporary, path)
-
-
-def _save_tokenizer(run: Run, path: Path) -> None:
-    encoder = run.inputs.encoder
-    own, encoder.tokenizer.chat_template = encoder.tokenizer.chat_template, encoder.template
-    with replace_directory(path) as temporary:
-        encoder.tokenizer.save_pretrained(temporary)
-    encoder.tokenizer.chat_template = own
 
 
 def _describe(embeddings: str, table: UserTable) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import stop_ids
 from e2p_jax.export.model_card import model_card
+from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import replace_directory
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
@@ -51,10 +52,7 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
     with replace_directory(out) as temporary:
         (temporary / "config.json").write_text(json.dumps(_config(run, include_backbone), indent=2) + "\n")
         (temporary / "generation_config.json").write_text(json.dumps(_generation_config(run), indent=2) + "\n")
-        tokenizer = run.inputs.encoder.tokenizer
-        own_template, tokenizer.chat_template = tokenizer.chat_template, run.inputs.encoder.template
-        tokenizer.save_pretrained(temporary)
-        tokenizer.chat_template = own_template
+        save_tokenizer(run, temporary)
         for source in REMOTE_CODE.glob("*_e2p.py"):
             shutil.copyfile(source, temporary / source.name)
         _write_weights(run, temporary, include_backbone)
@@ -85,7 +83,7 @@ def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
         "projector_hidden_size": config.projector.hidden_size,
         "null_user": config.train.null_user_rate > 0,
         "run": {
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(config.portable()),
             "step": run.step,
             "fingerprint": run.model.fingerprint,
             "backbone_prefix": _backbone_prefix(run),

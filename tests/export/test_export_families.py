@@ -1,95 +1,209 @@
-"""Exported models whose input embeddings are more than a table: Gemma's are scaled, GPT-2's have positions added."""
+"""Every family as an exported model, each with another way to make and place the prefix; all ways occur."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 import transformers
-from helpers import hf_config, hf_model
+from helpers import LLAMA3, hf_config, hf_model
 
 from e2p_jax.backbone import weights
-from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
+from e2p_jax.backbone.families import FAMILIES
+from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.prepared import load_records
-from e2p_jax.data.records import write_jsonl
-from e2p_jax.evaluate.generate import vectors_for
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
-from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
+from e2p_jax.train.setup import build_model, read_inputs
+
+WAYS = list(itertools.product(["before_bos", "after_bos", "in_chat"], [1, 3], ["mlp", "linear"]))
+MODELS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in FAMILIES), ("llama", {"rope_parameters": LLAMA3})]
+USERS = ["user-1", "user-2", "user-3"]
+QUESTIONS = ["hi!", "what do you like to eat?", "where do you live, and do you have any pets?"]
+NEW = 8
 
 
-@pytest.fixture(params=["gemma2", "gpt2"], scope="module")
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of three steps in front of a random model of the family with the embedded backbone's tokenizer."""
-    tmp_path = tmp_path_factory.mktemp(request.param)
-    backbone = tmp_path / "backbone"
-    sizes = {"vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
-    hf_model(hf_config(request.param, **sizes)).save_pretrained(backbone)
-    for name in weights.COMPANIONS:
-        if name not in ("config.json", "generation_config.json") and (weights.EMBEDDED / name).is_file():
-            shutil.copyfile(weights.EMBEDDED / name, backbone / name)
-    if request.param == "gpt2":  # as OpenAI's was published
-        path = backbone / "model.safetensors"
-        tensors = {k.removeprefix("transformer."): v for k, v in safetensors.numpy.load_file(path).items()}
-        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    users = range(12)
-    write_jsonl([synthetic.record(user) for user in users], tmp_path / "records.jsonl")
-    vectors = np.stack([synthetic.vector(user) for user in users])
-    save_table(tmp_path / "table", [f"user-{user}" for user in users], vectors, name="synthetic", version="1")
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A run that was never trained, its projector moved off its first values, and its export in torch."""
+
+    family: str
+    run: Run
+    directory: Path
+    model: Any
+    tokenizer: Any
+
+    def vectors(self, users: list[str]) -> torch.Tensor:
+        return torch.tensor(vectors_for(self.run, users, users, "e2p"))
+
+
+@pytest.fixture(params=zip(MODELS, WAYS, strict=True), scope="module", ids=lambda p: f"{p[0][0]}-{p[1]}")
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    (family, changes), (placement, num_tokens, kind) = request.param
+    folder = tmp_path_factory.mktemp(family)
+    backbone = make_backbone(folder / "backbone", family, changes)
+    save_table(folder / "table", USERS, np.stack([synthetic.vector(user) for user in (1, 2, 3)]), name="t", version="1")
     config = Config(
         backbone=BackboneConfig(path=str(backbone)),
-        data=DataConfig(path=str(tmp_path / "records.jsonl"), embeddings=str(tmp_path / "table"), seq_len=256),
-        projector=ProjectorConfig(hidden_size=16),
-        train=TrainConfig(steps=3, rows=4, warmup_steps=1, learning_rate=0.01),
-        evaluate=EvaluateConfig(conditions=("none", "e2p")),
+        data=DataConfig(path="none", embeddings=str(folder / "table"), seq_len=256),
+        prefix=PrefixConfig(placement),
+        projector=ProjectorConfig(kind=kind, num_tokens=num_tokens, hidden_size=16),
+        train=TrainConfig(rows=4),
     )
-    return open_run(train(config, tmp_path / "run"), "last")
+    inputs = read_inputs(config)
+    assert inputs.table is not None
+    model = build_model(inputs, np.asarray(inputs.table.vectors))
+    rng = np.random.default_rng(0)
+    moved = {
+        name: value if name.endswith(("mean", "std")) else value + 0.3 * rng.normal(size=value.shape).astype(np.float32)
+        for name, value in jax.device_get(model.params["projector"]).items()
+    }
+    moved = {name: jax.device_put(moved[name], old.sharding) for name, old in model.params["projector"].items()}
+    model = dataclasses.replace(model, params={**model.params, "projector": moved})
+    run = Run(folder, 0, inputs, model)
+    export_transformers(run, folder / "out", include_backbone=True)
+    return Exported(family, run, folder / "out", *load(folder / "out"))
+
+
+def make_backbone(out: Path, family: str, changes: dict[str, Any]) -> Path:
+    """A random model of the family with the embedded backbone's tokenizer."""
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
+    hf_model(hf_config(family, **sizes, **changes)).save_pretrained(out)
+    for name in weights.COMPANIONS:
+        if name not in ("config.json", "generation_config.json") and (weights.EMBEDDED / name).is_file():
+            shutil.copyfile(weights.EMBEDDED / name, out / name)
+    if family == "gpt2":  # as OpenAI's was published, without its head
+        path = out / "model.safetensors"
+        tensors = {k.removeprefix("transformer."): v for k, v in safetensors.numpy.load_file(path).items()}
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    return out
+
+
+def load(directory: Path) -> tuple[Any, Any]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=False)
+    return model, tokenizer
+
+
+def spoken() -> list[Record]:
+    return [dataclasses.replace(synthetic.record(number), user_id=f"user-{number}") for number in (1, 2, 3)]
+
+
+def asked() -> list[Record]:
+    pairs = zip(USERS, QUESTIONS, strict=True)
+    return [Record(user, (), ({"role": "user", "content": text},), source=user) for user, text in pairs]
+
+
+def encode(tokenizer: Any, records: list[Record], **options: Any) -> Any:
+    return tokenizer.apply_chat_template(
+        [list(record.messages) for record in records], padding=True, return_tensors="pt", return_dict=True, **options
+    )
+
+
+def nats(exported: Exported, model: Any, side: str) -> list[float]:
+    """Summed over each conversation's targets, in one batch of different users with the padding on one side."""
+    exported.tokenizer.padding_side = side
+    encoded = encode(exported.tokenizer, spoken(), return_assistant_tokens_mask=True)
+    exported.tokenizer.padding_side = "left"
+    masks = torch.as_tensor(encoded.pop("assistant_masks"), dtype=torch.bool)
+    labels = encoded["input_ids"].masked_fill(~masks, -100)
+    extra = exported.run.inputs.encoder.num_tokens
+    wanted = torch.cat(
+        [labels.new_full((len(labels), extra), -100), labels], dim=1
+    )  # right where all targets are later
+    with torch.no_grad():
+        logits = model(**encoded, user_embedding=exported.vectors(USERS)).logits
+    scores = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100, reduction="none"
+    )
+    return scores.view(len(labels), -1).sum(dim=1).tolist()
+
+
+def test_nll_of_every_example_is_the_same(exported: Exported):
+    lines = evaluate(exported.run, spoken(), "all", ["e2p"]).per_example().splitlines()
+    ours = [json.loads(line)["nll"] for line in lines]
+    for side in ("left", "right"):
+        assert nats(exported, exported.model, side) == pytest.approx(ours, rel=1e-4), side
+    lines = evaluate(exported.run, spoken(), "all", ["none"]).per_example().splitlines()
+    assert ours != pytest.approx([json.loads(line)["nll"] for line in lines], rel=1e-3)
+
+
+def test_answers_are_the_same(exported: Exported):
+    """Three users in one left-padded batch, the pipeline, and beams, which are one by one what they are together."""
+    vectors = exported.vectors(USERS)
+    ours = generate(exported.run, asked(), vectors.numpy(), "e2p", Sampling(max_new_tokens=NEW))
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    inputs = encode(exported.tokenizer, asked(), add_generation_prompt=True)
+    start = inputs["input_ids"].shape[1]
+    out = exported.model.generate(**inputs, user_embedding=vectors, **options)
+    assert [t.strip() for t in exported.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)] == ours
+    pipe = transformers.pipeline("text-generation", model=exported.model, tokenizer=exported.tokenizer)
+    for record, vector, answer in zip(asked(), vectors, ours, strict=True):
+        (said,) = pipe(list(record.messages), user_embedding=vector, **options)
+        assert said["generated_text"][-1]["content"].strip() == answer
+    beams = exported.model.generate(**inputs, user_embedding=vectors, num_beams=3, **options)
+    for row in range(len(USERS)):
+        alone = {
+            name: value[row : row + 1, -int(inputs["attention_mask"][row].sum()) :] for name, value in inputs.items()
+        }
+        one = exported.model.generate(**alone, user_embedding=vectors[row], num_beams=3, **options)
+        length = alone["input_ids"].shape[1]
+        new = one[0, length:]
+        assert torch.equal(beams[row, start : start + len(new)], new)
+
+
+def test_checkpointed_gradients_are_the_same(exported: Exported):
+    encoded = encode(exported.tokenizer, spoken())
+    model, vectors = exported.model, exported.vectors(USERS)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(**encoded, user_embedding=vectors, labels=encoded["input_ids"], use_cache=False).loss.backward()
+        return model.projector.skip.weight.grad.clone()
+
+    plain = gradient()
+    for part in model.modules():  # only in training is anything checkpointed, and GPT-2 has a dropout there
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    model.train()
+    model.activation_checkpointing_enable()
+    saved = gradient()
+    model.activation_checkpointing_disable()
+    model.eval()
+    assert plain.abs().max() > 0
+    torch.testing.assert_close(saved, plain)
 
 
 @pytest.mark.parametrize("include_backbone", [True, False])
-def test_nll_is_the_same(run: Run, tmp_path: Path, include_backbone: bool) -> None:
-    records = load_records(run.inputs.config.data.path, "all")[:4]
-    ours = evaluate(run, records, "all", ["e2p"]).scores["e2p"]
-    export_transformers(run, tmp_path / "out", include_backbone)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", trust_remote_code=True, dtype=torch.float32
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    for record, nll in zip(records, ours.nll, strict=True):
-        encoded = tokenizer.apply_chat_template(
-            list(record.messages), return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids = torch.tensor([encoded["input_ids"]])
-        labels = ids.masked_fill(~torch.tensor([encoded["assistant_masks"]], dtype=torch.bool), -100)
-        vector = torch.tensor(vectors_for(run, [record.user_id], [record.user_id], "e2p"))
-        with torch.no_grad():
-            loss = model(ids, user_embedding=vector, labels=labels).loss
-        assert float(loss) * int((labels >= 0).sum()) == pytest.approx(nll, rel=1e-4)
-    if run.inputs.decoder.embedding_scale > 1:  # as in versions of transformers that scale `inputs_embeds`
-        model.backbone.set_input_embeddings(torch.nn.Embedding(4096, 32))
-        with pytest.raises(ValueError, match="upgrade transformers"):
-            type(model)(model.config, model.backbone)
-
-
-def test_imported_back_it_is_the_same(run: Run, tmp_path: Path) -> None:
-    """The backbone's tensors get the names back that they had, so its fingerprint is the same."""
-    export_transformers(run, tmp_path / "out", include_backbone=True)
+def test_imported_back_it_is_the_same(exported: Exported, tmp_path: Path, include_backbone: bool):
+    """The backbone's tensors get back the names that they had (GPT-2's without a head), and so its fingerprint."""
+    export_transformers(exported.run, tmp_path / "out", include_backbone)
     import_transformers(tmp_path / "out", tmp_path / "run")
-    again = open_run(tmp_path / "run")
+    again, run = open_run(tmp_path / "run"), exported.run
     assert again.model.fingerprint == run.model.fingerprint
-    assert np.array_equal(again.model.params["projector"]["skip"], run.model.params["projector"]["skip"])
+    assert all(np.array_equal(again.model.params["projector"][n], v) for n, v in run.model.params["projector"].items())
 
 
-def test_fresh_soft_tokens_look_like_what_the_layers_read(run: Run) -> None:
+def test_fresh_soft_tokens_look_like_what_the_layers_read(exported: Exported):
     """The projector is calibrated to token embeddings as they enter the first layer, scaled where the family does."""
+    run = exported.run
     embedded = run.model.params["backbone"]["embedding"] * run.inputs.decoder.embedding_scale
-    settings = json.loads((run.inputs.directory / "config.json").read_text())
-    assert (run.inputs.decoder.embedding_scale > 1) == settings["model_type"].startswith("gemma")
+    assert (run.inputs.decoder.embedding_scale > 1) == exported.family.startswith("gemma")
     np.testing.assert_allclose(run.model.params["projector"]["token_std"], np.std(embedded, axis=0), rtol=1e-4)
+    if exported.family in ("gemma", "gemma2"):  # as in versions of transformers that scale `inputs_embeds`
+        unscaled = transformers.AutoModelForCausalLM.from_config(exported.model.config.backbone_config)
+        unscaled.set_input_embeddings(torch.nn.Embedding(4096, 32))
+        with pytest.raises(ValueError, match="upgrade transformers"):
+            type(exported.model)(exported.model.config, unscaled)

@@ -14,6 +14,7 @@ import transformers
 from e2p_jax.cli import main
 from e2p_jax.data.prepared import load_records
 from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import vectors_for
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
@@ -32,12 +33,18 @@ def scores(run: Run) -> np.ndarray:
     return evaluate(run, records, "all", ["e2p"]).scores["e2p"].nll
 
 
+def places(run: Run) -> dict[str, str]:
+    """Where the data of a run is, which its export does not say."""
+    data = run.inputs.config.data
+    return {"data": data.path, "embeddings": str(data.embeddings)}
+
+
 @pytest.mark.parametrize("include_backbone", [True, False])
 @pytest.mark.parametrize("way", [("before_bos", 3, "linear"), ("in_chat", 1, "mlp")], ids=str)
 def test_imported_run_is_the_exported_one(make_run: Callable, tmp_path: Path, way: tuple, include_backbone: bool):
     run = make_run(*way)
     export_transformers(run, tmp_path / "exported", include_backbone)
-    import_transformers(tmp_path / "exported", tmp_path / "run")
+    import_transformers(tmp_path / "exported", tmp_path / "run", **places(run))
     again = open_run(tmp_path / "run")
     assert again.step == 0 and same_projector(run, again)
     assert again.model.fingerprint == run.model.fingerprint
@@ -51,7 +58,8 @@ def test_training_goes_on(make_run: Callable, tmp_path: Path, capsys: pytest.Cap
     """By the command that the import prints, after the steps in config.json were raised."""
     run = make_run()
     export_transformers(run, tmp_path / "exported", include_backbone=True)
-    assert main(["import", str(tmp_path / "exported"), "--out", str(tmp_path / "run")]) == 0
+    flags = [word for name, place in places(run).items() for word in (f"--{name}", place)]
+    assert main(["import", str(tmp_path / "exported"), "--out", str(tmp_path / "run"), *flags]) == 0
     said = capsys.readouterr()
     assert said.out.strip() == str(tmp_path / "run")
     command = said.err.strip().split("e2p ")[1].split()
@@ -75,6 +83,25 @@ def evaluations(run: Path) -> dict[int, float]:
     """Step -> validation NLL."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["eval/validation/nll"] for line in lines if "eval/validation/nll" in line}
+
+
+def test_without_its_data_it_answers_and_says_what_is_missing(
+    make_run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = make_run()
+    export_transformers(run, Path("exported"), include_backbone=True)
+    assert main(["import", "exported", "--out", "run"]) == 0
+    assert "import again with --embeddings TABLE" in capsys.readouterr().err
+    np.save("vector.npy", vectors_for(run, ["user-1"], [""], "e2p")[0])
+    assert main(["generate", "run", "--user", "@vector.npy", "--prompt", "hi!"]) == 0
+    assert capsys.readouterr().out.startswith("@vector.npy: ")
+    assert main(["train", "run/config.json", "--workdir", "run"]) == 1
+    assert "data.path: records.jsonl does not exist" in capsys.readouterr().err
+    for name in ("records.jsonl", "table"):  # as the export names them
+        Path(name).symlink_to(run.directory.parent / name)
+    assert main(["import", "exported", "--out", "again"]) == 0
+    assert np.array_equal(scores(open_run(Path("again"))), scores(run))
 
 
 def test_directory_that_transformers_saved(make_run: Callable, tmp_path: Path):

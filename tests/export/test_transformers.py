@@ -17,12 +17,13 @@ import torch
 import transformers
 from flax import nnx
 
+from e2p_jax.cli import main
 from e2p_jax.config import Config
 from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
-from e2p_jax.evaluate.table import evaluate
+from e2p_jax.evaluate.table import evaluate, save
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run
 
@@ -34,7 +35,7 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=True, dtype=torch.float32, **options
     )
-    return model, transformers.AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=True)
+    return model, transformers.AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=False)
 
 
 def records_of(run: Run, count: int = 8) -> list[Record]:
@@ -62,6 +63,16 @@ def chat(tokenizer: Any, records: list[Record]) -> Any:
     )
 
 
+def summed_nll(run: Run, model: Any, tokenizer: Any, record: Record) -> tuple[float, int]:
+    """In nats over the targets, and how many these are."""
+    encoded = tokenizer.apply_chat_template(list(record.messages), return_dict=True, return_assistant_tokens_mask=True)
+    ids = torch.tensor([encoded["input_ids"]])
+    wanted = torch.tensor([encoded["assistant_masks"]], dtype=torch.bool)
+    with torch.no_grad():
+        loss = model(ids, user_embedding=vectors_of(run, [record.user_id]), labels=ids.masked_fill(~wanted, -100)).loss
+    return float(loss) * int(wanted.sum()), int(wanted.sum())
+
+
 @pytest.mark.parametrize("include_backbone", [True, False])
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_nll_of_every_example_is_the_same(make_run: Callable, tmp_path: Path, way: tuple, include_backbone: bool):
@@ -71,15 +82,8 @@ def test_nll_of_every_example_is_the_same(make_run: Callable, tmp_path: Path, wa
     export_transformers(run, tmp_path / "out", include_backbone)
     model, tokenizer = load(tmp_path / "out")
     for record, nll, targets in zip(records, ours.nll, ours.targets, strict=True):
-        encoded = tokenizer.apply_chat_template(
-            list(record.messages), return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids = torch.tensor([encoded["input_ids"]])
-        wanted = torch.tensor([encoded["assistant_masks"]], dtype=torch.bool)
-        with torch.no_grad():
-            loss = model(ids, user_embedding=vectors_of(run, [record.user_id]), labels=ids.masked_fill(~wanted, -100))
-        assert int(wanted.sum()) == targets
-        assert float(loss.loss) * targets == pytest.approx(nll, rel=1e-4)
+        theirs, count = summed_nll(run, model, tokenizer, record)
+        assert count == targets and theirs == pytest.approx(nll, rel=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -191,16 +195,6 @@ def test_backbone_bytes_are_the_source_s(exported: tuple[Run, Path], lively_back
         assert copied[f"backbone.{name}"].tobytes() == tensor.tobytes()
 
 
-def test_projector_stays_float32(exported: tuple[Run, Path]):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        exported[1], trust_remote_code=True, dtype=torch.bfloat16, device_map="cpu"
-    )
-    assert model.projector.skip.weight.dtype == torch.float32
-    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
-    out = model(torch.tensor([[1, 40, 50]]), user_embedding=torch.zeros(synthetic_width(exported[0])))
-    assert out.logits.shape[:2] == (1, 4) and out.logits.dtype == torch.bfloat16
-
-
 def synthetic_width(run: Run) -> int:
     return run.inputs.table.width
 
@@ -252,6 +246,71 @@ def test_null_user_goes_along(make_run: Callable, tmp_path: Path):
         model.soft_tokens(vectors, torch.zeros(2, 3, dtype=torch.long))
 
 
+def test_what_the_command_writes_an_example_is_the_same(make_run: Callable, tmp_path: Path):
+    """Line by line of what `--per-example` writes."""
+    run = make_run()
+    arguments = ["evaluate", str(run.directory), "--checkpoint", "last", "--conditions", "e2p"]
+    arguments += ["--data", run.inputs.config.data.path, "--per-example", str(tmp_path / "scores.jsonl")]
+    assert main(arguments) == 0
+    assert main(["export", str(run.directory), "--checkpoint", "last", "--out", str(tmp_path / "out")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    model, tokenizer = load(tmp_path / "out")
+    for record, line in zip(records_of(run), lines, strict=False):
+        loss, targets = summed_nll(run, model, tokenizer, record)
+        assert line["user_id"] == record.user_id and line["target_tokens"] == targets
+        assert loss == pytest.approx(line["nll"], rel=1e-4)
+
+
+def test_nothing_of_this_machine_is_in_an_export(exported: tuple[Run, Path]):
+    run, out = exported
+    for path in out.iterdir():
+        if path.suffix != ".safetensors":
+            assert str(run.directory.parent.parent) not in path.read_text(encoding="utf-8"), path.name
+    config = json.loads((out / "config.json").read_text())["run"]["config"]
+    assert config["data"]["path"] == "records.jsonl" and config["data"]["embeddings"] == "table"
+    assert config["backbone"]["path"] == run.inputs.directory.name
+
+
+def test_tokenizer_needs_no_code_of_ours(exported: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch):
+    """AutoTokenizer reads config.json first, and asks before it runs the configuration's code; no is an answer."""
+    run, out = exported
+    own = run.inputs.encoder.tokenizer
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
+    for options in ({}, {"trust_remote_code": False}):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out, **options)
+        assert tokenizer.get_vocab() == own.get_vocab() and type(tokenizer) is type(own)
+        assert tokenizer.chat_template == run.inputs.encoder.template
+    assert len(asked) == 1
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    source = json.loads((run.inputs.directory / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == source["tokenizer_class"]
+
+
+def test_older_transformers_refuse_what_they_would_overlook(exported: tuple[Run, Path], monkeypatch: Any):
+    config = load(exported[1])[0].config
+    dialects: list[dict[str, Any]] = [{"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4}}]
+    older, newer = ({"model_type": "llama", **each} for each in dialects)
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    assert type(config)(backbone_config=older).backbone_config.model_type == "llama"
+    with pytest.raises(ValueError, match="would overlook its rope_parameters"):
+        type(config)(backbone_config=newer)
+
+
+@pytest.mark.parametrize("include_backbone", [True, False])
+def test_dtype_and_device(make_run: Callable, tmp_path: Path, include_backbone: bool):
+    run = make_run()
+    export_transformers(run, tmp_path / "out", include_backbone)
+    for options, dtype in [({"dtype": torch.bfloat16}, torch.bfloat16), ({"dtype": "auto"}, torch.float32), ({}, None)]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", trust_remote_code=True, device_map="cpu", **options
+        )
+        assert model.projector.skip.weight.dtype == torch.float32 and not model.training
+        assert model.get_input_embeddings().weight.dtype == (dtype or torch.float32)
+        out = model(torch.tensor([[1, 40, 50]]), user_embedding=torch.zeros(run.inputs.table.width))
+        assert out.logits.shape[:2] == (1, 4) and out.logits.dtype == (dtype or torch.float32)
+
+
 def test_runs_that_cannot_be_exported(make_run: Callable, tmp_path: Path):
     run = make_run()
     mask = {**run.model.mask, "backbone": {"final_norm": True}}
@@ -265,11 +324,19 @@ def test_runs_that_cannot_be_exported(make_run: Callable, tmp_path: Path):
         export_transformers(dataclasses.replace(run, inputs=inputs), tmp_path / "out", include_backbone=False)
 
 
-def test_model_card_names_what_was_measured(exported: tuple[Run, Path]):
-    run, out = exported
-    card = (out / "README.md").read_text()
+def test_model_card_names_what_was_measured(make_run: Callable, tmp_path: Path):
+    run = make_run()
+    evaluation = evaluate(run, records_of(run), "validation", ["none", "e2p"])
+    save(run, [evaluation])
+    export_transformers(run, tmp_path / "out", include_backbone=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    (run.directory / "report" / "evaluation.json").unlink()
     assert f"({run.inputs.table.width} numbers)" in card and "`before_bos`" in card
+    scores = evaluation.scores["e2p"]
+    assert f"| validation | e2p | {scores.per_target:.4f} | {scores.word_perplexity:.2f} |" in card
     code = card.split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[")

@@ -1,5 +1,6 @@
 """Configuration of an exported Embedding-to-Prefix model."""
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 
@@ -16,6 +17,9 @@ class E2PConfig(PretrainedConfig):
       projector_kind: `mlp` or `linear`.
       projector_hidden_size: width of the MLP's hidden layer.
       null_user: whether the projector has a learned vector for users without one.
+
+    Raises:
+      ValueError: the LM's config is in a dialect that this version of transformers does not read.
     """
 
     model_type = "e2p"
@@ -36,6 +40,11 @@ class E2PConfig(PretrainedConfig):
     ):
         if isinstance(backbone_config, dict):
             values = dict(backbone_config)
+            if "rope_parameters" in values and int(transformers.__version__.split(".")[0]) < 5:
+                raise ValueError(
+                    "backbone_config was saved by transformers 5, and this version would overlook its rope_parameters; "
+                    "upgrade transformers"
+                )
             backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
         self.backbone_config = backbone_config
         self.backbone = backbone

@@ -123,6 +123,8 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
           ValueError: no vector, or one of the wrong width or number.
         """
         inputs = self.with_prefix(input_ids, attention_mask, user_embedding, labels)
+        # Left to itself, an LM counts the padding on the left as positions; `generate` does not.
+        kwargs.setdefault("position_ids", (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0))
         return self.backbone(**inputs, **kwargs)
 
     @torch.no_grad()
