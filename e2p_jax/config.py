@@ -62,6 +62,10 @@ class DataConfig:
     """What training puts in front of the conversation; `none` when backbone or adapters are trained by themselves."""
     targets: Literal["assistant", "all"] = "assistant"
     """assistant: the template's generation spans; all: every token of the conversation."""
+    on_bad_record: OnBadRecord = "error"
+    """The first malformed record of a JSON Lines file is an error, or such records are skipped and counted."""
+    max_bad_share: float = 0.01
+    """Skipping more than this share of a file's records is an error."""
     too_long: Literal["drop_oldest", "refuse"] = "drop_oldest"
     """A conversation longer than T loses its oldest turns, or is an error."""
     chat_template: str = "auto"
@@ -182,6 +186,7 @@ class Config:
             (self.projector.hidden_size > 0, "projector.hidden_size must be positive"),
             (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
             ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
+            (0 <= self.data.max_bad_share < 1, "data.max_bad_share must be in [0, 1)"),
             (bool(self.data.eval_splits), "data.eval_splits is empty: name at least one split"),
             (
                 self.data.dev_split not in ("dev", *self.data.eval_splits, self.data.train_split),

@@ -20,7 +20,7 @@ class BadRecords:
           max_share: skipping more than this share of a file's records is an error.
         """
         self.policy, self.max_share = policy, max_share
-        self.skipped, self.total = 0, 0
+        self.files: dict[str, tuple[int, int]] = {}  # how many were skipped, of how many; a file may be read again
         self.first = ""  # what was wrong with the first one
 
     def parse(self, rows: Iterable[Row], parse: Callable[[Row], Parsed], source: Any) -> Iterator[Parsed]:
@@ -46,8 +46,7 @@ class BadRecords:
                 self.first = self.first or str(error)
             else:
                 yield parsed
-        self.skipped += skipped
-        self.total += total
+        self.files[str(source)] = (skipped, total)
         if skipped > self.max_share * total:
             raise UserError(
                 f"{source}: {skipped} of {total} records are bad, more than max_bad_share={self.max_share}; "
@@ -56,6 +55,5 @@ class BadRecords:
 
     def report(self) -> str | None:
         """One line on what was skipped, if anything was."""
-        if not self.skipped:
-            return None
-        return f"skipped {self.skipped} of {self.total} records as bad; the first: {self.first}"
+        skipped, total = (sum(column) for column in zip(*self.files.values(), strict=True)) if self.files else (0, 0)
+        return f"skipped {skipped} of {total} records as bad; the first: {self.first}" if skipped else None

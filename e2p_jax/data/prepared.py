@@ -11,6 +11,7 @@ from typing import Any
 
 from e2p_jax.config import DataConfig
 from e2p_jax.data import synthetic
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.records import Record, held_out_users, read_jsonl
 from e2p_jax.errors import UserError
 
@@ -21,12 +22,13 @@ class AbsentSplit(UserError):
     """The data has no such split."""
 
 
-def load_records(path: str, split: str) -> list[Record]:
+def load_records(path: str, split: str, bad: BadRecords | None = None) -> list[Record]:
     """Reads one split of `data.path`, in the order it was written.
 
     Args:
       path: `synthetic`, a prepared dataset's directory, or a JSON Lines file.
       split: Its name.
+      bad: The policy for malformed records of a JSON Lines file; the first one is an error by default.
 
     Raises:
       UserError: no such place, a directory that `e2p prepare` did not write, no such split, or no records in it.
@@ -37,7 +39,7 @@ def load_records(path: str, split: str) -> list[Record]:
     elif place.is_dir():
         records = _read_prepared(place, split)
     elif place.is_file():
-        records = read_jsonl(place, split)
+        records = read_jsonl(place, split, bad)
     else:
         raise UserError(f"data.path: {place} does not exist; give a prepared dataset's directory or a JSON Lines file")
     if not records:
@@ -45,26 +47,29 @@ def load_records(path: str, split: str) -> list[Record]:
     return records
 
 
-def load_splits(path: str, names: Sequence[str]) -> dict[str, list[Record]]:
+def load_splits(path: str, names: Sequence[str], bad: BadRecords | None = None) -> dict[str, list[Record]]:
     """Reads several splits; all but the first are left out where the data does not have them.
 
     Raises:
       UserError: the first split is not there, or a record is malformed.
     """
-    found = {names[0]: load_records(path, names[0])}
+    found = {names[0]: load_records(path, names[0], bad)}
     for name in names[1:]:
         with contextlib.suppress(AbsentSplit):
-            found[name] = load_records(path, name)
+            found[name] = load_records(path, name, bad)
     return found
 
 
-def load_training(data: DataConfig, reported: dict[str, list[Record]]) -> tuple[list[Record], list[Record]]:
+def load_training(
+    data: DataConfig, reported: dict[str, list[Record]], bad: BadRecords | None = None
+) -> tuple[list[Record], list[Record]]:
     """What is trained on, and what picks the best checkpoint.
 
     Args:
       data: Names the split to train on and where the other comes from: a split, or `auto`, one user in twenty (two
         at least) by a hash of the user id, of those whom no reported split has.
       reported: Records by split.
+      bad: The policy for malformed records.
 
     Returns:
       Two lists of records of different users; the second is empty where there are too few users to spare.
@@ -72,9 +77,9 @@ def load_training(data: DataConfig, reported: dict[str, list[Record]]) -> tuple[
     Raises:
       UserError: a split is not there, or a record is malformed.
     """
-    records = load_records(data.path, data.train_split)
+    records = load_records(data.path, data.train_split, bad)
     if data.dev_split != "auto":
-        return records, load_records(data.path, data.dev_split)
+        return records, load_records(data.path, data.dev_split, bad)
     shown = {record.user_id for others in reported.values() for record in others}
     dev = held_out_users({record.user_id for record in records} - shown)
     return [r for r in records if r.user_id not in dev], [r for r in records if r.user_id in dev]

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from e2p_jax.data.bad_records import BadRecords
+from e2p_jax.data.tables import Line, decode, read_lines
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
 
@@ -55,20 +57,20 @@ def from_json(values: Any, source: str) -> Record:
     return check(_parse(values, source))
 
 
-def read_jsonl(path: Path, split: str) -> list[Record]:
+def read_jsonl(path: Path, split: str, bad: BadRecords | None = None) -> list[Record]:
     """Reads the records of one split from JSON Lines.
 
     A record says its split in the key `split` (`train` without one). Where no record does, one user in twenty, two
     at least, is `validation`, chosen by a hash of the user id, and the others are `train`. `all` is every record.
 
     Raises:
-      UserError: a malformed line, named by its number.
+      UserError: a malformed line, named by its number, unless `bad` skips it; or too many of them.
     """
     splits: list[str | None] = []
     records = []
-    for source, values in _read_lines(path):
-        records.append(from_json(values, source))
-        splits.append(values.get("split"))
+    for record, name in (bad or BadRecords()).parse(_lines(path), _record_and_split, path):
+        records.append(record)
+        splits.append(name)
     if split == "all":
         return records
     if any(splits):
@@ -92,7 +94,8 @@ def read_prompts(path: Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"--input {path}: does not exist")
     records = []
-    for source, values in _read_lines(path):
+    for line in _lines(path):
+        source, values = line.place, _decode(line)
         if isinstance(values, dict) and "messages" not in values and "prompt" in values:
             messages = [{"role": "user", "content": values["prompt"]}]
             # A file to train on may be asked again: its response is left out.
@@ -105,21 +108,37 @@ def read_prompts(path: Path) -> list[Record]:
     return records
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each line stands, and what it holds; blank lines are skipped."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            source = f"{path}:{number}"
-            try:
-                yield source, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{source}: malformed JSON ({error.msg} at column {error.colno}); write one object a line"
-                ) from error
-            except UnicodeDecodeError as error:
-                raise UserError(f"{source}: not UTF-8 text; save the file as UTF-8") from error
+def _record_and_split(line: Line) -> tuple[Record, str | None]:
+    values = _decode(line)
+    return from_json(values, line.place), values.get("split")
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The lines that are not blank."""
+    return (line for line in read_lines(path) if line.content.strip())
+
+
+def _decode(line: Line) -> Any:
+    """What the line holds; its texts can be encoded again.
+
+    Raises:
+      UserError: naming the row and column.
+    """
+    text = decode(line)
+    try:
+        values = json.loads(text)
+        json.dumps(values, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{line.place}: malformed JSON ({error.msg} at column {error.colno}); write one object a line"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{line.place}: holds half a surrogate pair ({error.object[error.start]!r}); drop it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{line.place}: malformed JSON ({error}); write one object a line") from error
+    return values
 
 
 def _parse(values: Any, source: str) -> Record:

@@ -6,6 +6,7 @@ import rich.console
 import rich.table
 
 from e2p_jax.config import Condition
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
@@ -18,7 +19,8 @@ def show_answers(run: Run, console: rich.console.Console) -> None:
     if not config.evaluate.prompts:
         return
     people: dict[str, Record] = {}
-    for record in load_records(config.data.path, config.data.eval_splits[0]):
+    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
+    for record in load_records(config.data.path, config.data.eval_splits[0], bad):
         people.setdefault(record.user_id, record)
     # Two users whose contexts share as little as possible, so that their answers can differ.
     first = next(iter(people.values()))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import rich.table
 
 from e2p_jax.config import Condition
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.prepared import load_splits
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.score import Scores, pack_conditions, score
 from e2p_jax.files import write_text
+from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.partition import split
 from e2p_jax.train.run import Run
@@ -122,7 +125,11 @@ def evaluate_splits(run: Run, splits: Sequence[str], conditions: Sequence[Condit
     """
     if not conditions:
         return []
-    found = load_splits(run.inputs.config.data.path, splits)
+    data = run.inputs.config.data
+    bad = BadRecords(data.on_bad_record, data.max_bad_share)
+    found = load_splits(data.path, splits, bad)
+    if (skipped := bad.report()) and is_first():
+        print(skipped, file=sys.stderr)
     return [evaluate(run, records, name, conditions) for name, records in found.items()]
 
 

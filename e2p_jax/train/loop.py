@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Config
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.conditions import Population, user_vectors
 from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator
 from e2p_jax.data.prepared import load_splits, load_training
@@ -33,6 +34,7 @@ class Data:
     held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; `dev` picks the best checkpoint
     user_vectors: np.ndarray  # [U, E] float32, one per training user
     dropped_messages: int
+    skipped: str | None  # what was skipped as bad, if anything was
 
 
 def read_data(inputs: Inputs) -> Data:
@@ -42,8 +44,9 @@ def read_data(inputs: Inputs) -> Data:
       UserError: naming the record, user or split at fault.
     """
     config, condition = inputs.config, inputs.config.data.condition
-    reported = load_splits(config.data.path, config.data.eval_splits)
-    learned, dev = load_training(config.data, reported)
+    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
+    reported = load_splits(config.data.path, config.data.eval_splits, bad)
+    learned, dev = load_training(config.data, reported, bad)
     fitted = [inputs.encoder.fit(record, [condition]) for record in learned]
     records = [fit.record for fit in fitted]
     examples = [fit.examples[condition] for fit in fitted]
@@ -54,7 +57,7 @@ def read_data(inputs: Inputs) -> Data:
     for name, others in ({"dev": dev} | reported if dev else reported).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
         held_out[name] = (packed[condition], kept)
-    return Data(train, held_out, everyone, sum(fit.dropped_messages for fit in fitted))
+    return Data(train, held_out, everyone, sum(fit.dropped_messages for fit in fitted), bad.report())
 
 
 def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarray:
@@ -112,6 +115,7 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
     say(
         f"{len(data.train.examples):,} conversations in {len(data.train.rows):,} rows of {config.data.seq_len} tokens, "
         f"{data.train.efficiency:.1%} full, {data.dropped_messages} old messages dropped"
+        + (f"; {data.skipped}" if data.skipped else "")
     )
     say(
         f"{distributed.hosts()}, {jax.device_count()} {jax.default_backend()} device(s), {describe_mesh(mesh)}, "

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from e2p_jax.data import records
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 
@@ -143,8 +144,36 @@ def test_malformed_line_is_named(tmp_path: Path, message: str) -> None:
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"user_id": "Zo\xeb"}\n')
-    with pytest.raises(UserError, match=r"r\.jsonl:2: not UTF-8"):
+    with pytest.raises(UserError, match=r"r\.jsonl:2: column 16: not utf-8 \(byte 0xeb\)"):
         records.read_jsonl(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"user_id": "\\ud800", "prompt": "hi", "response": "ho"}', r":2: holds half a surrogate pair"),
+        (b"[" * 100_000, r":2: malformed JSON \(maximum recursion"),
+        (b'{"user_id": ' + b"1" * 5000 + b"}", r":2: malformed JSON \(Exceeds the limit"),
+        (b'{"user_id": "' + b"x" * (1 << 24) + b'"}', r":2: 16777231 bytes in one line; a line end is missing"),
+    ],
+)
+def test_what_no_file_should_hold_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=message):
+        records.read_jsonl(path, "train")
+
+
+def test_bad_lines_are_skipped_and_counted_once(tmp_path: Path) -> None:
+    good = [{**GOOD, "user_id": f"u{n}", "split": "train" if n % 2 else "test"} for n in range(18)]
+    path = write(tmp_path / "r.jsonl", *good[:7], "{", *good[7:], {"user_id": "x"})
+    bad = BadRecords("skip", max_share=0.1)
+    for split, users in (("train", range(1, 18, 2)), ("test", range(0, 18, 2))):
+        assert [r.user_id for r in records.read_jsonl(path, split, bad)] == [f"u{n}" for n in users]
+    assert bad.report() == f"skipped 2 of 20 records as bad; the first: {bad.first}"
+    assert bad.first.startswith(f"{path}:8: malformed JSON")
+    with pytest.raises(UserError, match=r"r.jsonl: 2 of 20 records are bad, more than max_bad_share=0.09; .*:8: mal"):
+        records.read_jsonl(path, "train", BadRecords("skip", max_share=0.09))
 
 
 def test_written_records_read_back(tmp_path: Path) -> None:

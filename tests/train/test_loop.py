@@ -182,6 +182,23 @@ def test_best_checkpoint_is_kept(config: Config, tmp_path: Path):
     checkpoints.close()
 
 
+def test_bad_records_are_refused_or_skipped_and_reported(config: Config, tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(Path(config.data.path).read_text() + "{\n")
+
+    def read(**changes: object):
+        data = dataclasses.replace(config.data, path=str(path), **changes)
+        return read_data(read_inputs(dataclasses.replace(config, data=data)))
+
+    with pytest.raises(UserError, match=r"records.jsonl:26: malformed JSON"):
+        read()
+    with pytest.raises(UserError, match=r"1 of 26 records are bad, more than max_bad_share=0.01"):
+        read(on_bad_record="skip")
+    data = read(on_bad_record="skip", max_bad_share=0.05)
+    assert data.skipped.startswith(f"skipped 1 of 26 records as bad; the first: {path}:26: malformed JSON")
+    assert len(data.train.examples) == len(read_data(read_inputs(config)).train.examples)
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(tensor=2), MeshConfig(fsdp=2, tensor=2)])
 def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig):
     plain = numbers(train(config, tmp_path / "data"))

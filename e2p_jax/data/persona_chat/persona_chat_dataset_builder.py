@@ -103,9 +103,8 @@ class Builder(RecordBuilder):
         dialogues: dict[str, list[Dialogue]] = {}
         vectors: list[tuple[Path, int, Sequence[Dialogue]]] = []
         for part, path in config.form.files(directory):
-            before = self.bad.total
             readings = config.form.read(path, part, self.bad)
-            count = self.bad.total - before
+            _, count = list(self.bad.files.values())[-1]  # of the file just read, bad ones included
             for reading in readings:
                 dialogues.setdefault(part, []).extend(reading)
             paths = self._vectors(directory)[part]
