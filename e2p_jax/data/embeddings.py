@@ -5,7 +5,9 @@ A table is a directory: `embeddings.npy` [N, E] float16 or float32, `ids.txt` (o
 without it is indexed when it is opened. Files in other forms are read by `import_table.py`.
 """
 
+import itertools
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, overload
@@ -14,11 +16,12 @@ import numpy as np
 
 from e2p_jax.data import synthetic
 from e2p_jax.data.import_table import read_arrays, read_file
-from e2p_jax.data.user_index import UserIndex, give_back
+from e2p_jax.data.user_index import UserIndex
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
 
 _BLOCK = 1 << 12  # rows gathered at once: they stay in the processor's cache until they are float32
+_WINDOW = 1 << 26  # bytes of a mapped file that are gathered from before they are given back
 
 
 class UserTable:
@@ -92,16 +95,24 @@ class UserTable:
         """
         out = np.empty((len(rows), self.width), np.float32)
         vectors = np.asarray(self.vectors)
-        for first in range(0, len(rows), _BLOCK):
-            part = rows[first : first + _BLOCK]
-            block = out[first : first + _BLOCK]
-            block[...] = vectors[part] if len(vectors) else np.nan
-            finite = np.isfinite(block)
-            block[part < 0] = np.nan
-            if not finite.all() and len(bad := part[~finite.all(axis=1) & (part >= 0)]):
-                (user,) = self.index.ids(bad[:1])
-                raise UserError(f"{self.source}: row {bad[0]} (user {user!r}) holds NaN or infinity; repair or drop it")
-        give_back(self.vectors)
+        order = np.argsort(rows, kind="stable")  # in the order of the file, a window of it at a time
+        ordered = rows[order]
+        window = max(_WINDOW // max(vectors.strides[0], 1), 1)
+        edges = np.searchsorted(ordered, np.arange(0, len(vectors) + window, window))
+        out[order[: edges[0]]] = np.nan
+        for start, stop in itertools.pairwise(edges):
+            for first in range(start, stop, _BLOCK):
+                places = order[first : min(first + _BLOCK, stop)]
+                block = vectors[ordered[first : first + len(places)]].astype(np.float32)
+                if not (finite := np.isfinite(block)).all():
+                    bad = rows[places[~finite.all(axis=1)]]
+                    (user,) = self.index.ids(bad[:1])
+                    raise UserError(
+                        f"{self.source}: row {bad[0]} (user {user!r}) holds NaN or infinity; repair or drop it"
+                    )
+                out[places] = block
+            if stop > start and isinstance(self.vectors.base, mmap.mmap) and not self.vectors.flags.writeable:
+                self.vectors.base.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, not with us
         return out
 
     def lookup(self, users: Sequence[str], where: Sequence[str]) -> np.ndarray:

@@ -6,8 +6,6 @@ and `.tsv` (a header; the first column the id, every other one a number of the v
 """
 
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +50,11 @@ def read_arrays(path: Path) -> Any:
     try:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{path}: unreadable ({error}); save plain arrays of numbers and text, not objects") from error
+    except Exception as error:  # NumPy reads a damaged header as Python: whatever that raises
+        reason = _first_line(error)
+        raise UserError(f"{path}: unreadable ({reason}); save plain arrays of numbers and text, not objects") from error
 
 
 def _read_npz(place: Path) -> tuple[list[str], np.ndarray]:
@@ -84,11 +83,12 @@ def _read_columns(place: Path) -> tuple[list[str], np.ndarray]:
     try:
         table = read(place)
         table.validate(full=True)
-    except (pyarrow.ArrowException, OSError) as error:
+        columns = table.column_names
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{place}: unreadable ({_first_line(error)}); give {_article(kind)} file") from error
-    names = next((pair for pair in _NAMES if set(pair) <= set(table.column_names)), None)
-    if names is None or any(table.column_names.count(name) > 1 for name in names):
-        raise UserError(f"{place}: needs the columns `user_id` and `embedding`, has {table.column_names}")
+    names = next((pair for pair in _NAMES if set(pair) <= set(columns)), None)
+    if names is None or any(columns.count(name) > 1 for name in names):
+        raise UserError(f"{place}: needs the columns `user_id` and `embedding`, has {columns}")
     ids, lists = (table.column(name) for name in names)
     for name, column in zip(names, (ids, lists), strict=True):
         if column.null_count:
@@ -97,16 +97,21 @@ def _read_columns(place: Path) -> tuple[list[str], np.ndarray]:
     if not (pyarrow.types.is_integer(ids.type) or _is_text(ids.type)):
         raise UserError(f"{place}: the column `{names[0]}` has type {ids.type}; make it text")
     try:
+        users = [str(user) for user in ids.to_pylist()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: the column `{names[0]}` is not UTF-8 text; save it as UTF-8") from error
+    try:
         widths = pyarrow.compute.list_value_length(lists).to_numpy()
         numbers = pyarrow.compute.list_flatten(lists)
         half = numbers.type == pyarrow.float16()
         vectors = (numbers if half else numbers.cast(pyarrow.float32(), safe=False)).to_numpy()
     except pyarrow.ArrowException as error:
         raise UserError(f"{place}: the column `{names[1]}` has type {lists.type}; make it lists of numbers") from error
-    if len(other := np.flatnonzero(widths != widths[0]) if len(widths) else widths):
+    width = int(widths[0]) if len(widths) else 0
+    if len(other := np.flatnonzero(widths != width)):
         every = sorted(set(widths.tolist()))
-        raise UserError(f"{place}: row {other[0]}: vectors have different widths {every[:4]}; give all users the same")
-    return [str(i) for i in ids.to_pylist()], vectors.reshape(len(widths), widths[0] if len(widths) else 0)
+        raise UserError(f"{place}: row {other[0]}: vectors have different widths {every}; give all users the same")
+    return users, vectors.reshape(len(users), width)
 
 
 def _read_csv(place: Path) -> tuple[list[str], np.ndarray]:

@@ -4,12 +4,13 @@ The ids are UTF-8 text, one after the other with a byte between them; the index 
 header, then `starts` [2^bits + 1], `entries` [users], `ends` [rows]. An id's hash (XXH3, 64 bits) names a bucket by its
 highest `bits`; `entries[starts[b]:starts[b + 1]]` are those of bucket b, each the lower half of an id's hash and the
 id's row; `ends[row]` is where the id ends in the text. Whether a row is the one asked for is decided by the text. Text
-and array may be memory-mapped: what a look-up touches stays in the system's cache, not with this process.
+and array may be memory-mapped.
 """
 
-import mmap
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,7 +18,7 @@ import xxhash
 from e2p_jax.errors import UserError
 
 _VERSION = 1
-_HEADER = 5  # version, checksum of the text, rows, users, bits
+_HEADER = 5  # version, checksum of the text and of what follows here, rows, users, bits
 _LOWER = np.uint64(0xFFFFFFFF)
 _BLOCK = 1 << 16  # ids made into Python objects at once
 
@@ -91,13 +92,10 @@ class UserIndex:
             rows[unsettled[hit]] = entries[hit] & _LOWER
             place[unsettled] += 1
             unsettled = unsettled[~hit & (place[unsettled] < end[unsettled])]
-        if len(rows) and rows.max() >= self.rows:
-            raise UserError(f"{self.source}: its index is damaged; delete the index file")
         hits = np.flatnonzero(rows >= 0)
         found = encoded if len(hits) == len(encoded) else [encoded[i] for i in hits]
         for wrong in hits[~self._same(rows[hits], found)]:  # another id with the same half of a hash
             rows[wrong] = self._scan(encoded[wrong], int(bucket[wrong]))
-        give_back(self.text, self.words)
         return rows
 
     def _same(self, rows: np.ndarray, encoded: list[bytes]) -> np.ndarray:
@@ -149,33 +147,41 @@ def build(text: np.ndarray, ends: np.ndarray) -> np.ndarray:
     starts = np.zeros((1 << bits) + 1, np.uint64)
     starts[1:] = np.cumsum(np.bincount(_bucket(hashes, bits), minlength=1 << bits))
     entries = hashes << np.uint64(32) | order.astype(np.uint64)
-    header = np.array([_VERSION, xxhash.xxh3_64_intdigest(text.data), len(ends), len(order), bits], np.uint64)
-    return np.concatenate([header, starts, entries, ends])
-
-
-def give_back(*arrays: np.ndarray) -> None:
-    """Takes memory-mapped pages out of this process; they stay in the system's cache."""
-    for array in arrays:
-        if isinstance(array.base, mmap.mmap) and not array.flags.writeable:
-            array.base.madvise(mmap.MADV_DONTNEED)
+    header = np.array([_VERSION, 0, len(ends), len(order), bits], np.uint64)
+    words = np.concatenate([header, starts, entries, ends])
+    words[1] = _checksum([text.data, words[_HEADER:].data])
+    return words
 
 
 def _read(index: Path, ids: Path) -> np.ndarray | None:
-    """The words of an index file; none if it was made for other ids, or by another version of this code."""
+    """The words of an index file; none if it is damaged, or of other ids, or by another version of this code."""
     try:
         words = np.load(index, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+    except Exception:  # NumPy reads a damaged header as Python: whatever that raises
         return None
     if words.ndim != 1 or words.dtype != np.uint64 or len(words) < _HEADER or words[0] != _VERSION:
         return None
     checksum, rows, users, bits = map(int, words[1:_HEADER])
     if bits > 40 or len(words) != _HEADER + (1 << bits) + 1 + users + rows:
         return None
+    body = index.stat().st_size - 8 * (len(words) - _HEADER)
+    same = checksum == _checksum(itertools.chain(_blocks(ids, 0), _blocks(index, body)))
+    return words if same else None
+
+
+def _checksum(parts: Iterable[Any]) -> int:
     digest = xxhash.xxh3_64()
-    with ids.open("rb") as file:
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
+
+
+def _blocks(path: Path, first: int) -> Iterator[bytes]:
+    """What a file holds from byte `first` on; read, not mapped, so that it does not stay in memory."""
+    with path.open("rb") as file:
+        file.seek(first)
         while block := file.read(1 << 22):
-            digest.update(block)
-    return words if digest.intdigest() == checksum else None
+            yield block
 
 
 def _line_ends(text: np.ndarray, path: Path) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Tables of user vectors: every form reads the same, every fault is named."""
 
+import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from e2p_jax.data import embeddings as module
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import UserTable, load_table, save_table
 from e2p_jax.errors import UserError
@@ -29,13 +34,36 @@ def write(form: str, place: Path, ids: list[str] = IDS, vectors: np.ndarray = VE
     elif form == "parquet, fixed size":
         flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         pq.write_table(pa.table({"user_id": ids, "embedding": flat}), place / "t.parquet", row_group_size=2)
+    elif form in ("arrow", "feather, LanceDB's names"):
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        names = ("user_id", "embedding") if form == "arrow" else ("id", "vector")
+        table = pa.table(dict(zip(names, [pa.array(ids, pa.large_string()), flat], strict=True)))
+        with (
+            pa.OSFile(str(place / f"t.{form.split(',')[0]}"), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as out,
+        ):
+            out.write_table(table, max_chunksize=2)
+    elif form in ("csv", "tsv"):
+        with (place / f"t.{form}").open("w", encoding="utf-8", newline="") as file:
+            out = csv.writer(file, delimiter="," if form == "csv" else "\t")
+            out.writerows([["user", *range(vectors.shape[1])], *([u, *v] for u, v in zip(ids, vectors, strict=True))])
     else:
         save_table(place / "t", ids, vectors, name="made", version="1")
         return place / "t"
     return place / f"t.{form.split(',')[0]}"
 
 
-FORMS = ["directory", "npz", "npy", "parquet", "parquet, fixed size"]
+FORMS = [
+    "directory",
+    "npz",
+    "npy",
+    "parquet",
+    "parquet, fixed size",
+    "arrow",
+    "feather, LanceDB's names",
+    "csv",
+    "tsv",
+]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -125,8 +153,12 @@ def _npy(path: Path, array: np.ndarray) -> Path:
     return path / "t.npy"
 
 
-def _text(path: Path, name: str) -> Path:
-    (path / name).write_text("no table")
+def _text(path: Path, name: str, text: str = "no table") -> Path:
+    return _bytes(path, name, text.encode())
+
+
+def _bytes(path: Path, name: str, content: bytes) -> Path:
+    (path / name).write_bytes(content)
     (path / "t.ids.txt").write_text("ann\n")
     return path / name
 
@@ -148,9 +180,25 @@ FAULTS = {
     "not an npy": (lambda p: _text(p, "t.npy"), "unreadable"),
     "not an npz": (lambda p: _text(p, "t.npz"), "unreadable"),
     "not a parquet": (lambda p: _text(p, "t.parquet"), "unreadable.*give a Parquet file"),
+    "numbers as text": (lambda p: _text(p, "t.csv", "u,0\nann,1.0\nbob,x\n"), r":3: CSV conversion error .*'x'"),
+    "cells": (lambda p: _text(p, "t.csv", "u,0\nann,1.0\nbob\n"), r":3: Expected 2 columns, got 1.*an id and then 1"),
+    "empty cell": (lambda p: _text(p, "t.csv", "u,0\nann,\n"), r":2: CSV conversion error .*''; a line is an id"),
+    "one column": (
+        lambda p: _text(p, "t.tsv", "u,0\nann,1\n"),
+        "its header has one column; the first is the user's id",
+    ),
+    "no lines": (lambda p: _text(p, "t.csv", ""), "t.csv: "),
+    "Latin-1": (lambda p: _bytes(p, "t.csv", b"u,0\nZo\xeb,1\n"), "invalid UTF8"),
+    "null id": (lambda p: _parquet(p, user_id=["a", None], embedding=[[1.0], [2.0]]), "row 1: user_id is null"),
+    "ids of floats": (lambda p: _parquet(p, user_id=[1.5], embedding=[[1.0]]), "`user_id` has type double; make it"),
+    "ids of bytes": (lambda p: _npz(p, ids=np.array([b"Zo\xeb"]), embeddings=VECTORS[:1]), "ids are not UTF-8"),
+    "ids of two columns": (lambda p: _npz(p, ids=np.array([["a", "b"]]), embeddings=VECTORS[:1]), r"shape \(1, 2\)"),
     "text file": (lambda p: _text(p, "t.txt"), "not a table; give a table directory, .npz, .parquet"),
     "columns": (lambda p: _parquet(p, user=IDS), r"needs the columns `user_id` and `embedding`, has \['user'\]"),
-    "ragged": (lambda p: _parquet(p, user_id=["a", "b"], embedding=[[1.0], [1.0, 2.0]]), r"different widths \[1, 2\]"),
+    "ragged": (
+        lambda p: _parquet(p, user_id=["a", "b"], embedding=[[1.0], [1.0, 2.0]]),
+        r"row 1: vectors have different widths \[1, 2\]",
+    ),
     "null": (lambda p: _parquet(p, user_id=["a", "b"], embedding=[[1.0], None]), "is null; drop that row"),
     "no lists": (lambda p: _parquet(p, user_id=["a"], embedding=[1.0]), "type double; make it lists of numbers"),
     "lists of text": (lambda p: _parquet(p, user_id=["a"], embedding=[["x"]]), "make it lists of numbers"),
@@ -200,3 +248,63 @@ def test_synthetic_table_has_a_vector_for_every_record() -> None:
 
 def test_lookup_of_nobody_is_empty() -> None:
     assert UserTable(IDS, VECTORS, "here").lookup([], []).shape == (0, 5)
+
+
+@pytest.mark.parametrize("window", [1, 1 << 26])
+def test_rows_come_in_the_order_asked_whatever_the_window(
+    tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WINDOW", window)
+    monkeypatch.setattr(module, "_BLOCK", 3)
+    ids, vectors = [f"u{n}" for n in range(50)], np.random.default_rng(1).normal(size=(50, 4)).astype(np.float16)
+    table = load_table(str(write("directory", tmp_path, ids, vectors)), "null")
+    rows = np.random.default_rng(2).integers(-1, 50, 200)
+    found = table.lookup([f"u{row}" if row >= 0 else "nobody" for row in rows], [])
+    np.testing.assert_array_equal(found[rows >= 0], vectors[rows[rows >= 0]].astype(np.float32))
+    assert np.isnan(found[rows < 0]).all() and not np.isnan(found[rows >= 0]).any()
+
+
+def test_ids_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    ids = load_table(str(write("npz", tmp_path, ["a", "b", "a", "c"], VECTORS[[0, 1, 0, 2]]))).ids
+    assert (ids[0], ids[-1], ids[1:], ids[::-1], list(ids)) == ("a", "c", ["b", "c"], ["c", "b", "a"], ["a", "b", "c"])
+    with pytest.raises(IndexError):
+        ids[3]
+
+
+DAMAGE = st.lists(
+    st.tuples(st.sampled_from(["cut", "flip", "insert", "double"]), st.floats(0, 1), st.binary(min_size=1, max_size=4)),
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(damage=DAMAGE, bad=st.sampled_from([0.0, np.nan, np.inf, -np.inf]), ids=st.permutations([*IDS, "ann"]))
+def test_damaged_file_is_a_table_or_one_line_that_names_it(
+    form: str, damage: list[tuple[str, float, bytes]], bad: float, ids: list[str]
+) -> None:
+    vectors = VECTORS.copy()
+    vectors[2, 3] = bad
+    with tempfile.TemporaryDirectory() as folder:
+        if form == "directory" and len(set(ids[:4])) < 4:
+            return  # refused before it is written
+        place = write(form, Path(folder), ids[:4], vectors)
+        files = sorted(place.iterdir()) if place.is_dir() else sorted(Path(folder).iterdir())
+        for kind, where, extra in damage:
+            file = files[int(where * 7919) % len(files)]
+            content = bytearray(file.read_bytes())
+            at = int(where * len(content))
+            if kind == "cut":
+                del content[at:]
+            elif kind == "flip":
+                content[at : at + len(extra)] = extra
+            elif kind == "insert":
+                content[at:at] = extra
+            else:
+                content += content[at:]
+            file.write_bytes(content)
+        try:
+            table = load_table(str(place))
+            found = table.lookup(list(table.ids), ["here"] * len(table))
+            assert found.shape == (len(table), table.width) and np.isfinite(found).all()
+        except UserError as error:
+            assert folder in str(error) and "\n" not in str(error)
