@@ -1,14 +1,16 @@
 """Throughput and memory of `e2p prefixes`, on made-up users: prints one line of JSON.
 
-    python benchmarks/prefix_table.py --users 1000000 --width 128 --model-width 2048 --workdir /tmp/prefixes
+    python benchmarks/prefix_table.py --users 10000000 --width 128 --model-width 192 --workdir /tmp/prefixes
 
-Timed: the first pass over all users (compilation included), a pass that finds nothing to do, an update after one
-vector changed, opening the finished table, and 10,000 look-ups. `write_floor_s` is what writing the same bytes takes
-without projecting anything; a first pass near it is bound by the disk. `cpu_s` is the processor time of the first pass.
+Timed: the first pass over all users (compilation included) with its processor time and peak memory, a pass that finds
+nothing to do, an update after one vector changed, opening the finished table, and 10,000 look-ups. Beside them, what
+bounds the first pass: `device_s` is the projection alone, one shard after the other from vectors in memory, and
+`write_floor_s` what writing the same bytes takes that came from no computation. Both written to the disk, not to its
+cache (`fsync`).
 """
 
 import json
-import resource
+import os
 import shutil
 import time
 from pathlib import Path
@@ -19,22 +21,29 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.embeddings import UserTable, load_table
+from e2p_jax.data.user_index import UserIndex
 from e2p_jax.export.prefix_reader import MANIFEST, PrefixTable
-from e2p_jax.export.prefix_table import Shard, project_table
+from e2p_jax.export.prefix_table import Shard, project_table, rows_a_shard
 from e2p_jax.prefix.projector import Projector
 
 BLOCK = 1 << 16  # users made at once
 
 
 def make_table(path: Path, users: int, width: int) -> UserTable:
-    """[users, width] float32 on disk, memory-mapped."""
+    """[users, width] float32 in a table directory, opened as `e2p` opens one."""
+    path.mkdir()
     rng = np.random.default_rng(0)
-    vectors = np.lib.format.open_memmap(path, "w+", np.float32, (users, width))
-    for first in range(0, users, BLOCK):
-        vectors[first : first + BLOCK] = rng.standard_normal(vectors[first : first + BLOCK].shape, np.float32)
+    vectors = np.lib.format.open_memmap(path / "embeddings.npy", "w+", np.float32, (users, width))
+    with (path / "ids.txt").open("w") as ids:
+        for first in range(0, users, BLOCK):
+            block = vectors[first : first + BLOCK]
+            block[...] = rng.standard_normal(block.shape, np.float32)
+            ids.writelines(f"user-{user}\n" for user in range(first, first + len(block)))
     vectors.flush()
-    return UserTable([f"user-{user}" for user in range(users)], np.load(path, mmap_mode="r+"), "benchmark")
+    (path / "meta.json").write_text(json.dumps({"width": width}))
+    UserIndex.open(path / "ids.txt").save(path / "index.npy")
+    return load_table(str(path))
 
 
 def write_floor(path: Path, size: int) -> float:
@@ -44,9 +53,33 @@ def write_floor(path: Path, size: int) -> float:
     with path.open("wb") as file:
         for first in range(0, size, len(block)):
             file.write(block[: size - first])
+        os.fsync(file.fileno())
     seconds = time.perf_counter() - started
     path.unlink()
     return seconds
+
+
+def device_time(projector: Projector, users: int, width: int, dtype: str) -> float:
+    """Seconds to project as many users on one device, in calls of a shard."""
+    rows = min(rows_a_shard(projector, dtype), users)
+    vectors = jax.random.normal(jax.random.key(0), (rows, width))
+    project = nnx.jit(lambda projector, vectors: projector(vectors).astype(dtype))
+    jax.block_until_ready(project(projector, vectors))
+    started = time.perf_counter()
+    for _ in range(-(-users // rows)):
+        jax.block_until_ready(project(projector, vectors))
+    return time.perf_counter() - started
+
+
+class Peak:
+    """Memory of this process from here on, in bytes; the kernel keeps both (Linux)."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self, what: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
 
 
 def main(
@@ -68,7 +101,7 @@ def main(
       dtype: Of the soft tokens.
     """
     workdir.mkdir(parents=True)
-    vectors = make_table(workdir / "vectors.npy", users, width)
+    table = make_table(workdir / "vectors", users, width)
     projector = Projector(
         embedding_width=width,
         model_width=model_width,
@@ -84,15 +117,17 @@ def main(
 
     def timed() -> float:
         started = time.perf_counter()
-        shards[:] = project_table(projector, vectors, out, dtype)
+        shards[:] = project_table(projector, table, out, dtype)
+        os.sync()
         return time.perf_counter() - started
 
-    cpu = time.process_time()
+    cpu, peak = time.process_time(), Peak()
     seconds = {"first": timed()}
-    cpu = time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cpu, memory = time.process_time() - cpu, peak.read("VmHWM")
     seconds["unchanged"] = timed()
-    vectors.vectors[users // 2] += 1
+    change = np.load(workdir / "vectors" / "embeddings.npy", mmap_mode="r+")
+    change[users // 2] += 1
+    change.flush()
     seconds["one_changed"] = timed()
     manifest = {
         "backbone": {"fingerprint": ""},
@@ -103,15 +138,17 @@ def main(
         "shards": [{"name": shard.name, "users": shard.users} for shard in shards],
     }
     (out / MANIFEST).write_text(json.dumps(manifest))
-    started = time.perf_counter()
-    table = PrefixTable(out)
+    peak, started = Peak(), time.perf_counter()
+    prefixes = PrefixTable(out)
     seconds["open"] = time.perf_counter() - started
     some = [f"user-{user}" for user in np.random.default_rng(2).integers(0, users, 10_000)]
     started = time.perf_counter()
-    table.lookup(some)
+    prefixes.lookup(some)
     seconds["lookup_10000"] = time.perf_counter() - started
-    size = users * num_tokens * model_width * np.dtype(table.lookup(some[:1]).dtype).itemsize
+    reader = peak.read("VmHWM")
+    size = users * num_tokens * model_width * np.dtype(prefixes.lookup(some[:1]).dtype).itemsize
     seconds["write_floor"] = write_floor(workdir / "floor", size)
+    seconds["device"] = device_time(projector, users, width, dtype)
     shutil.rmtree(workdir)
     figures = {
         "users": users,
@@ -123,7 +160,8 @@ def main(
         "users_per_s": round(users / seconds["first"]),
         "written_mb_per_s": round(size / seconds["first"] / 1e6, 1),
         "cpu_s": round(cpu, 1),
-        "peak_rss_mb": round(peak / 1024),
+        "peak_mb": round(memory / 1e6),
+        "reader_peak_mb": round(reader / 1e6),
         **{f"{name}_s": round(value, 3) for name, value in seconds.items()},
     }
     print(json.dumps(figures))

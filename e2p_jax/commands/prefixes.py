@@ -1,9 +1,12 @@
 """`e2p prefixes`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+
+from e2p_jax.commands.common import DETECTED
+from e2p_jax.parallel.distributed import Processes, is_first, session
 
 
 def prefixes(
@@ -13,18 +16,22 @@ def prefixes(
     embeddings: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
     checkpoint: str = "best",
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = DETECTED,
 ) -> None:
     """Projects every user of a table once, to be looked up when serving; rerun it to resume or to update.
 
     Args:
       run: Run directory.
-      out: Directory to write, or to update.
+      out: Directory to write, or to update; with several processes, on storage that all share.
       embeddings: Table of user vectors to use in place of the run's.
       dtype: Of the soft tokens.
       checkpoint: best, last, or a step.
+      processes: Which process this is, where several project together.
     """
     from e2p_jax.export.prefix_table import export_prefixes
     from e2p_jax.train.run import open_run
 
-    export_prefixes(open_run(run, checkpoint, embeddings), out, dtype)
-    print(out)
+    with session(processes):
+        export_prefixes(open_run(run, checkpoint, embeddings), out, dtype)
+        if is_first():
+            print(out)

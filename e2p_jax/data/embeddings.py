@@ -64,7 +64,7 @@ class UserTable:
         return int(self.vectors.shape[1])
 
     @property
-    def ids(self) -> Sequence[str]:
+    def ids(self) -> "Ids":
         """In row order, each once; a table's directory is read as they are asked for."""
         return Ids(self.index)
 
@@ -143,6 +143,10 @@ class Ids(Sequence[str]):
         if isinstance(place, slice):
             return self._index.ids(self._rows[place])
         return self._index.ids([self._rows[place]])[0]
+
+    def rows(self, place: slice) -> np.ndarray:
+        """[n] int64, ascending: for `UserTable.gather` and `UserIndex.lines`."""
+        return np.asarray(self._rows[place], np.int64)
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), _BLOCK):

@@ -72,6 +72,13 @@ class UserIndex:
         texts = _texts(self.text, self._ends, np.asarray(rows, np.int64))
         return [text.decode("utf-8", "surrogatepass") for text in texts]
 
+    def lines(self, rows: np.ndarray) -> bytes:
+        """The ids of ascending rows, a line feed between two."""
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+            first, last = _spans(self._ends, rows[[0, -1]])
+            return self.text[first[0] : last[1]].tobytes()
+        return b"\n".join(_texts(self.text, self._ends, rows))
+
     def repeats(self) -> np.ndarray:
         """Ascending rows whose id stands in an earlier row, too."""
         if len(self) == self.rows:

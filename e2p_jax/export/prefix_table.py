@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,9 @@ from e2p_jax.errors import UserError
 from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, serving_template
 from e2p_jax.export.prefix_reader import MANIFEST, read_tensors
 from e2p_jax.export.tokenizer import save_tokenizer
-from e2p_jax.files import replace_directory, write_text
+from e2p_jax.files import replace_directory, write_bytes, write_text
+from e2p_jax.parallel import distributed
+from e2p_jax.parallel.mesh import replicated
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
@@ -39,6 +40,7 @@ from e2p_jax.train.run import Run
 SHARD_BYTES = 1 << 26  # about; a shard is one call of the compiled projection
 TOKEN_EMBEDDINGS = "token_embeddings.safetensors"
 TOKENIZER = "tokenizer"
+_DIGEST_BYTES = 16
 _SHARD = re.compile(r"([0-9a-f]{32})\.(safetensors|ids\.txt)")
 _TEMPORARY = re.compile(r"\..*\.tmp")
 
@@ -49,8 +51,10 @@ def export_prefixes(run: Run, out: Path, dtype: str) -> None:
     Args:
       dtype: of the soft tokens: float32, float16 or bfloat16.
 
+    Of several processes each projects its part of the users; the first one writes what is not a shard.
+
     Raises:
-      UserError: no table, a vector that is not finite, several processes, or `out` holds something else.
+      UserError: no table, a vector that is not finite, or `out` holds something else.
     """
     config, table = run.inputs.config, run.inputs.table
     refuse_trained_backbone(run.model.mask)
@@ -59,18 +63,22 @@ def export_prefixes(run: Run, out: Path, dtype: str) -> None:
     _refuse_foreign(out, run.model.fingerprint)
     out.mkdir(parents=True, exist_ok=True)
     is_update = (out / MANIFEST).is_file()
-    model = nnx.merge(run.model.graph, run.model.params)
-    shards = project_table(model.projector, table, out, dtype)
+    projector = nnx.merge(run.model.graph, run.model.params).projector
+    made_by = f"{projector_hash(projector)} {dtype} {len(table)}"
+    distributed.check_same("projector or vectors", lambda: hashlib.sha256(made_by.encode()).digest())
+    shards = project_table(projector, table, out, dtype)
+    embeddings = _token_embeddings(run)
+    if not distributed.is_first():
+        return
     if not is_update:  # else they are the same backbone's
-        tokens = jnp.arange(run.inputs.decoder.vocab_size)
-        _save(out / TOKEN_EMBEDDINGS, {"embeddings": np.asarray(model.backbone.embed(tokens[None])[0])})
+        _save(out / TOKEN_EMBEDDINGS, {"embeddings": np.asarray(embeddings)})
     with replace_directory(out / TOKENIZER) as temporary:
         save_tokenizer(run, temporary)
     chat = can_chat(run.inputs.encoder)
     if chat:
         write_text(out / SERVING_TEMPLATE, serving_template(run.inputs.encoder.template))
     manifest = {
-        "projector": projector_hash(model.projector),
+        "projector": projector_hash(projector),
         "step": run.step,
         "backbone": {
             "path": config.backbone.path,
@@ -103,19 +111,19 @@ class Shard:
 def project_table(projector: Projector, table: UserTable, out: Path, dtype: str) -> list[Shard]:
     """Writes the shards of `table` that are not yet in `out`: rows over all devices, one shape, one compilation.
 
-    While the devices project a shard, the one before is written.
+    Of n processes each takes every n-th shard, reads those vectors alone, and projects them on its own devices. While
+    the devices project a shard, the one before is written.
 
     Returns:
-      All shards of the table, in row order; all but the last hold the same number of users.
+      All shards of the table, in row order; all but the last hold the same number of users. They are all there, on
+      every process.
 
     Raises:
-      UserError: naming the user whose vector is not finite, or several processes.
+      UserError: naming the user whose vector is not finite.
     """
-    if jax.process_count() > 1:
-        raise UserError("e2p prefixes drives the devices of one process; start it on one host, without a coordinator")
-    mesh = Mesh(np.array(jax.devices()), ("rows",))
+    mesh = Mesh(np.array(jax.local_devices()), ("rows",))
     graph, state = nnx.split(projector)
-    state = jax.device_put(state, NamedSharding(mesh, P()))
+    state = jax.device_put(jax.tree.map(np.asarray, state), NamedSharding(mesh, P()))
     rows = rows_a_shard(projector, dtype)
     padded = -(-rows // mesh.size) * mesh.size
     by_row = NamedSharding(mesh, P("rows"))
@@ -125,21 +133,24 @@ def project_table(projector: Projector, table: UserTable, out: Path, dtype: str)
 
     chex.clear_trace_counter()
     compiled = jax.jit(chex.assert_max_traces(project, n=1), out_shardings=by_row)
-    shards: list[Shard] = []
-    waiting: tuple[Shard, list[str], jax.Array] | None = None
-    for shard, ids, vectors in _shards(projector, table, rows, dtype):
-        shards.append(shard)
+    ids, made_by = table.ids, f"{projector_hash(projector)} {dtype}\n".encode()
+    digests = np.zeros((-(-len(ids) // rows), _DIGEST_BYTES), np.uint8)
+    waiting: tuple[Path, Shard, bytes, jax.Array] | None = None
+    for number in range(jax.process_index(), len(digests), jax.process_count()):
+        shard, names, vectors = _shard(made_by, table, ids.rows(slice(number * rows, (number + 1) * rows)))
+        digests[number] = np.frombuffer(bytes.fromhex(shard.name), np.uint8)
         if _complete(out, shard, projector):
             continue
         whole = np.zeros((padded, vectors.shape[1]), np.float32)
         whole[: len(vectors)] = vectors
         projected = compiled(state, jax.device_put(whole, by_row))
         if waiting:
-            _write(out, *waiting)
-        waiting = shard, ids, projected
+            _write(*waiting)
+        waiting = out, shard, names, projected
     if waiting:
-        _write(out, *waiting)
-    return shards
+        _write(*waiting)
+    everywhere = distributed.gather(digests).max(axis=0)  # zero where another process has the shard
+    return [Shard(bytes(each).hex(), min(rows, len(ids) - number * rows)) for number, each in enumerate(everywhere)]
 
 
 def rows_a_shard(projector: Projector, dtype: str) -> int:
@@ -158,22 +169,25 @@ def projector_hash(projector: Projector) -> str:
     return digest.hexdigest()
 
 
-def _shards(
-    projector: Projector, table: UserTable, rows: int, dtype: str
-) -> Iterator[tuple[Shard, list[str], np.ndarray]]:
-    """Each shard with its ids and vectors ([n, E] float32)."""
-    made_by, ids = f"{projector_hash(projector)} {dtype}\n", table.ids
-    for first in range(0, len(ids), rows):
-        part = list(ids[first : first + rows])
-        names = "\n".join(part)
-        if names.count("\n") >= len(part):
-            broken = next(user for user in part if "\n" in user)
-            raise UserError(f"{table.source}: user id {broken!r} holds a line break; rename that user")
-        vectors = table.lookup(part, [table.source] * len(part))
-        digest = hashlib.sha256(made_by.encode())
-        digest.update(f"{names}\n\n".encode())
-        digest.update(np.ascontiguousarray(vectors).data)
-        yield Shard(digest.hexdigest()[:32], len(part)), part, vectors
+def _shard(made_by: bytes, table: UserTable, rows: np.ndarray) -> tuple[Shard, bytes, np.ndarray]:
+    """The shard of some rows, their ids (a line feed between two) and vectors ([n, E] float32)."""
+    names, vectors = table.index.lines(rows), table.gather(rows)
+    if names.count(b"\n") >= len(rows):
+        broken = next(user for user in table.index.ids(rows) if "\n" in user)
+        raise UserError(f"{table.source}: user id {broken!r} holds a line break; rename that user")
+    digest = hashlib.sha256(made_by + names + b"\n\n")
+    digest.update(vectors.data)
+    return Shard(digest.hexdigest()[: 2 * _DIGEST_BYTES], len(rows)), names, vectors
+
+
+def _token_embeddings(run: Run) -> jax.Array:
+    """[V, D], whole on every device."""
+    tokens = jnp.arange(run.inputs.decoder.vocab_size)[None]
+
+    def embed(params: Any) -> jax.Array:
+        return nnx.merge(run.model.graph, params).backbone.embed(tokens)[0]
+
+    return jax.jit(embed, out_shardings=replicated(run.model.mesh))(run.model.params)
 
 
 def _complete(out: Path, shard: Shard, projector: Projector) -> bool:
@@ -185,8 +199,8 @@ def _complete(out: Path, shard: Shard, projector: Projector) -> bool:
         return False
 
 
-def _write(out: Path, shard: Shard, ids: list[str], projected: jax.Array) -> None:
-    write_text(out / f"{shard.name}.ids.txt", "".join(f"{user}\n" for user in ids))
+def _write(out: Path, shard: Shard, names: bytes, projected: jax.Array) -> None:
+    write_bytes(out / f"{shard.name}.ids.txt", names + b"\n")
     _save(out / f"{shard.name}.safetensors", {"prefixes": np.asarray(projected)[: shard.users]})
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def test_one_pass_over_all_devices(
 ):
     write, seen = prefix_table._write, []
 
-    def look(out: Path, shard: prefix_table.Shard, ids: list[str], projected: jax.Array) -> None:
+    def look(out: Path, shard: prefix_table.Shard, ids: bytes, projected: jax.Array) -> None:
         seen.append((shard.users, projected.shape, len(projected.sharding.device_set), projected.is_fully_replicated))
         write(out, shard, ids, projected)
 
@@ -138,6 +139,40 @@ def test_killed_run_goes_on_and_is_exact(
     assert {name: held for name, (_, held) in after.items()} == {name: held for name, (_, held) in whole.items()}
     kept = [name for name in before if name.endswith(".safetensors") and after.get(name) == before[name]]
     assert len(kept) == 3
+
+
+def test_two_processes_write_the_same_table(make_run: Callable, small_shards: None, tmp_path: Path):
+    run = with_table(make_run(), tmp_path, vectors_of())
+    export_prefixes(run, tmp_path / "alone", "float32")
+    code = (
+        "import sys\nfrom e2p_jax.cli import main\nfrom e2p_jax.export import prefix_table\n"
+        f"prefix_table.SHARD_BYTES = {prefix_table.SHARD_BYTES}\nwrite = prefix_table._write\n"
+        "def told(out, shard, *rest):\n    print(shard.name, file=sys.stderr)\n    write(out, shard, *rest)\n"
+        "prefix_table._write = told\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["prefixes", str(run.directory), "--checkpoint", "last", "--dtype", "float32"]
+    command += ["--out", str(tmp_path / "out"), "--embeddings", str(run.inputs.config.data.embeddings)]
+    command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *command, str(process)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    named = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in said]
+    assert named == [[str(tmp_path / "out")], []]
+    shards = [shard["name"] for shard in PrefixTable(tmp_path / "out").manifest["shards"]]
+    wrote = [[line for line in err.splitlines() if line in shards] for _, err in said]
+    assert wrote == [shards[0::2], shards[1::2]]
+    together, alone = contents(tmp_path / "out"), contents(tmp_path / "alone")
+    assert {name: held for name, (_, held) in together.items()} == {name: held for name, (_, held) in alone.items()}
 
 
 def test_update_writes_only_what_changed(make_run: Callable, small_shards: None, tmp_path: Path):
