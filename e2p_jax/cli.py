@@ -12,6 +12,7 @@ import absl.logging
 import tyro
 
 from e2p_jax.commands.common import say
+from e2p_jax.commands.compare import compare_command
 from e2p_jax.commands.evaluate import evaluate
 from e2p_jax.commands.export import export
 from e2p_jax.commands.generate import generate
@@ -29,9 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        rest = arguments[1:] if arguments[:1] == ["train"] else []
+        command, rest = arguments[:1], arguments[1:]
         commands: dict[str, Callable[..., Any]] = {
-            "train": train_command(rest),
+            "train": train_command(rest if command == ["train"] else []),
+            "compare": compare_command(rest if command == ["compare"] else []),
             "evaluate": evaluate,
             "generate": generate,
             "prepare": prepare,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from e2p_jax.errors import UserError
 
 Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
+Measures = Literal["ranking", "users", "texts"]
 Placement = Literal["before_bos", "after_bos", "in_chat"]
 OnBadRecord = Literal["error", "skip"]
 
@@ -138,6 +139,13 @@ class EvaluateConfig:
     """What `e2p train` shows when it ends, and `e2p evaluate` by default."""
 
     conditions: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
+    measures: tuple[Measures, ...] = ()
+    """Beside likelihood. ranking: the true last reply among candidates; users: the true user among others; texts:
+    greedy last replies against the true ones."""
+    candidates: int = 20
+    """What is ranked among, the true one included: replies, where records bring none, and users."""
+    max_records: int = 200
+    """Records of a split, evenly spaced, that `measures` take; 0 is all. Likelihood takes all."""
     bootstrap_samples: int = 2000
     prompts: tuple[str, ...] = ()
     """Asked of two held-out users after training."""
@@ -197,6 +205,8 @@ class Config:
                 not self.backbone.lora_rank or any(p.startswith(("lora/", "**")) for p in self.train.trainable),
                 "backbone.lora_rank is set, but train.trainable names no lora/**: adapters would stay at zero",
             ),
+            (self.evaluate.candidates > 1, "evaluate.candidates must be 2 or more"),
+            (self.evaluate.max_records >= 0, "evaluate.max_records must not be negative"),
             (self.evaluate.bootstrap_samples > 0, "evaluate.bootstrap_samples must be positive"),
         ]
         for axis, size in dataclasses.asdict(self.mesh).items():

@@ -76,6 +76,34 @@ def test_evaluate_fields_change_what_training_shows(
     assert framed["text"]["nll_per_target"] != plain["text"]["nll_per_target"]
 
 
+def test_measures_beside_likelihood(run: Path, capsys: pytest.CaptureFixture[str]):
+    """Each kind adds its own columns; candidates and the number of records are the config's."""
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["eval_splits"] = ["all"]
+
+    def measured(*kinds: str, **fields: int) -> dict:
+        config["evaluate"] |= fields
+        path.write_text(json.dumps(config))
+        capsys.readouterr()
+        assert main(["evaluate", str(run), "--conditions", "e2p", "none", "--measures", *kinds, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["splits"][0]["conditions"]
+
+    before = path.read_text()
+    try:
+        few = measured("ranking", "users", "texts", candidates=3, max_records=4)
+        own, none = few["e2p"]["measures"], few["none"]["measures"]
+        assert {"mrr", "hits@1", "user_rank", "bleu", "rougeL", "f1", "distinct1", "bits_per_byte"} <= own.keys()
+        assert "user_rank" not in none and 1 <= own["user_rank"]["value"] <= 3
+        assert own["mrr"].keys() == {"value", "low", "high", "minus_none"} and own["mrr"]["minus_none"]["p"] > 0
+        assert own["hits@1"]["value"] in (0, 25, 50, 75, 100)
+        assert "bleu" not in measured("ranking", candidates=3, max_records=4)["e2p"]["measures"]
+        more = measured("ranking", candidates=10, max_records=0)["e2p"]["measures"]
+        assert more["mrr"]["value"] < own["mrr"]["value"]
+    finally:
+        path.write_text(before)
+
+
 def test_evaluate_per_example(run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "scores.jsonl"
     arguments = ["evaluate", str(run), "--data", str(place / "records.jsonl"), "--per-example", str(out), "--json"]
@@ -111,7 +139,9 @@ def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "prepare", "export", "prefixes", "import"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "compare", "generate", "prepare", "export", "prefixes", "import"]
+)
 def test_help_documents_every_flag(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -35,7 +35,8 @@ def _other(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         return next(choice for choice in typing.get_args(kind) if choice != value)
     if isinstance(value, tuple):
-        return (*value, "more") if typing.get_args(kind)[0] is str else value[:1]
+        element = typing.get_args(kind)[0]
+        return (*value, "more") if element is str else () if value else typing.get_args(element)[:1]
     if isinstance(value, bool):
         return not value
     return value + 1 if isinstance(value, int | float) else f"{value} other"
@@ -119,6 +120,9 @@ REFUSED: list[tuple[Any, str]] = [
     (BackboneConfig(lora_rank=-1), "backbone.lora_rank must not be negative"),
     (BackboneConfig(lora_rank=4), "backbone.lora_rank is set, but train.trainable names no lora/**"),
     (EvaluateConfig(conditions=("e2p", "own")), "evaluate.conditions is ('e2p', 'own'); choose from none, e2p"),
+    (EvaluateConfig(measures=("rank",)), "evaluate.measures is ('rank',); choose from ranking, users, texts"),
+    (EvaluateConfig(candidates=1), "evaluate.candidates must be 2 or more"),
+    (EvaluateConfig(max_records=-1), "evaluate.max_records must not be negative"),
     (EvaluateConfig(bootstrap_samples=0), "evaluate.bootstrap_samples must be positive"),
 ]
 

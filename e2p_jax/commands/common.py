@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich.console
 
+from e2p_jax.config import Config, load_config
 from e2p_jax.parallel.distributed import Processes
 
 if TYPE_CHECKING:
@@ -14,14 +15,21 @@ if TYPE_CHECKING:
 DETECTED = Processes()
 
 
+def named_config(arguments: list[str]) -> tuple[str, Config]:
+    """Short name and values of the config that a command's first argument names; the defaults where it names none."""
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    return load_config(named) if named else ("", Config())
+
+
 def say(text: str) -> None:
     """A message for the person at the terminal."""
     print(text, file=sys.stderr)
 
 
 def print_tables(evaluations: "Sequence[Evaluation]") -> None:
-    """A table of conditions for each split, on stdout."""
+    """Tables of conditions for each split, on stdout."""
     from e2p_jax.evaluate.table import render
 
     for evaluation in evaluations:
-        rich.console.Console(width=None if sys.stdout.isatty() else 120).print(render(evaluation))
+        for table in render(evaluation):
+            rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)

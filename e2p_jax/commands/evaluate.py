@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from e2p_jax.commands.common import DETECTED, print_tables
-from e2p_jax.config import Condition
+from e2p_jax.config import Condition, Measures
 from e2p_jax.parallel.distributed import Processes, is_first, session
 
 
@@ -16,6 +16,7 @@ def evaluate(
     run: tyro.conf.Positional[Path],
     /,
     conditions: tuple[Condition, ...] = (),
+    measures: tuple[Measures, ...] = (),
     split: str | None = None,
     data: Path | None = None,
     embeddings: str | None = None,
@@ -28,7 +29,9 @@ def evaluate(
 
     Args:
       run: Run directory.
-      conditions: What stands in front: none, e2p, shuffled (another user's vector), text. Default: the run's config.
+      conditions: What stands in front: none, e2p, text, e2p+text, static (the mean vector, for a run trained on it),
+        and instead of the user's vector: shuffled (another user's), mean, zero, noise. Default: the run's config.
+      measures: Beside likelihood: ranking, users, texts. Default: the run's config.
       split: Split of the run's dataset. Default: all of `data.eval_splits`.
       data: JSON Lines file to score in place of the run's dataset.
       embeddings: Table of user vectors to use in place of the run's.
@@ -46,7 +49,9 @@ def evaluate(
         config = opened.inputs.config
         if data is not None:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
-            opened = dataclasses.replace(opened, inputs=dataclasses.replace(opened.inputs, config=config))
+        if measures:
+            config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, measures=measures))
+        opened = dataclasses.replace(opened, inputs=dataclasses.replace(opened.inputs, config=config))
         splits = (split,) if split else ("all",) if data else config.data.eval_splits
         evaluations = evaluate_splits(opened, splits, conditions or config.evaluate.conditions)
         if not is_first():

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from e2p_jax.config import Condition
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling
 
@@ -19,7 +20,7 @@ def generate(
     prompt: str | None = None,
     input: Path | None = None,
     embeddings: str | None = None,
-    condition: Literal["e2p", "none"] = "e2p",
+    condition: Condition = "e2p",
     checkpoint: str = "best",
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -32,7 +33,7 @@ def generate(
       prompt: The user turn to answer.
       input: JSON Lines of {user_id, prompt} or {user_id, messages} to answer in place of --user and --prompt.
       embeddings: Table of user vectors to use in place of the run's.
-      condition: e2p, or none: without the soft token.
+      condition: What stands in front: e2p, none, or any that `e2p evaluate` knows.
       checkpoint: best, last, or a step.
       sampling: How tokens are chosen.
       as_json: Print one JSON line per answer: user_id, response.

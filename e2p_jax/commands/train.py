@@ -7,15 +7,14 @@ from typing import Annotated
 import rich.console
 import tyro
 
-from e2p_jax.commands.common import DETECTED, print_tables, say
-from e2p_jax.config import Config, load_config
+from e2p_jax.commands.common import DETECTED, named_config, print_tables, say
+from e2p_jax.config import Config
 from e2p_jax.parallel.distributed import Processes, is_first, session
 
 
 def train_command(arguments: list[str]) -> Callable[..., None]:
     """`train` with the named config's values as the defaults of its flags."""
-    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    name, defaults = load_config(named) if named else ("", Config())
+    name, defaults = named_config(arguments)
 
     def command(
         config: tyro.conf.Positional[str],

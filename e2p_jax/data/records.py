@@ -31,6 +31,11 @@ class Record:
         """White-space separated words of all assistant turns: the denominator of per-word perplexity."""
         return sum(len(m["content"].split()) for m in self.messages if m["role"] == "assistant")
 
+    @property
+    def reply_bytes(self) -> int:
+        """UTF-8 bytes of all assistant turns: the denominator of bits per byte."""
+        return sum(len(m["content"].encode()) for m in self.messages if m["role"] == "assistant")
+
 
 def check(record: Record) -> Record:
     """Returns `record`, or refuses it.

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from e2p_jax.config import Condition
+from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
@@ -203,15 +204,16 @@ def generate(
 
 
 def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition: Condition) -> np.ndarray:
-    """[N, E] float32: each user's vector, from the run's table or, as `@vector.npy`, from a file.
+    """[N, E] float32: what the condition gives each user; its own vector is the table's or, as `@vector.npy`, a file's.
 
     Raises:
       UserError: no vector, or one of the wrong width.
     """
     width = int(run.model.params["projector"]["input_mean"].shape[0])
+    if FRONTS[condition].vector != "own":
+        records = [Record(user, (), (), source=place) for user, place in zip(users, where, strict=True)]
+        return user_vectors(records, condition, run.inputs.table, run.population)
     vectors = np.zeros((len(users), width), np.float32)
-    if condition == "none":
-        return vectors
     for row, (user, place) in enumerate(zip(users, where, strict=True)):
         if user.startswith("@"):
             vectors[row] = _read_vector(Path(user[1:]), width)

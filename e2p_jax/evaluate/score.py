@@ -1,7 +1,8 @@
-"""Summed NLL of every record under a condition."""
+"""Summed NLL of records and examples."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -9,20 +10,27 @@ import numpy as np
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import Population, user_vectors
 from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.encode import Encoder
+from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.packing import Budget, choose_budget
 from e2p_jax.data.pipeline import PackedDataset, eval_batches, pack
 from e2p_jax.data.records import Record
 from e2p_jax.prefix.model import Batch
+from e2p_jax.train.partition import split
+from e2p_jax.train.setup import Model, jit_eval_step
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Per record, in input order."""
+    """What was measured under one condition: per record, in input order."""
 
     nll: np.ndarray  # [N] float64, nats summed over the record's targets
     targets: np.ndarray  # [N] int64, tokens
     words: np.ndarray  # [N] int64, white-space words of the targets
+    bytes: np.ndarray  # [N] int64, of the targets as UTF-8
+    more: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [N, k] statistics of further measures
+    replies: tuple[str, ...] = ()  # what was generated, for N records or none
 
     @property
     def per_target(self) -> float:
@@ -33,6 +41,19 @@ class Scores:
         """exp(nats per word); the end-of-turn tokens' nats are counted, their words are not."""
         return float(np.exp(self.nll.sum() / self.words.sum()))
 
+    @property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """By measure (`e2p_jax.evaluate.measures`), [N, k]."""
+        per = {"nll_per_target": self.targets, "word_perplexity": self.words, "bits_per_byte": self.bytes}
+        return {name: np.stack([self.nll, count], axis=1) for name, count in per.items()} | self.more
+
+
+def pack_groups(groups: Mapping[Key, tuple[Sequence[Example], np.ndarray]], encoder: Encoder) -> dict[Key, Any]:
+    """Examples and their vectors [N, E], group by group, in rows of one shape: one compilation scores all groups."""
+    budgets = [choose_budget(examples, encoder.max_length) for examples, _ in groups.values()]
+    budget = Budget(*(max(sizes) for sizes in zip(*budgets, strict=True)))
+    return {key: pack(examples, vectors, encoder, budget) for key, (examples, vectors) in groups.items()}
+
 
 def pack_conditions(
     records: Sequence[Record],
@@ -41,7 +62,7 @@ def pack_conditions(
     table: UserTable | None,
     population: Population,
 ) -> tuple[dict[Condition, PackedDataset], list[Record], int]:
-    """The same records under several conditions, in rows of one shape.
+    """The same records under several conditions.
 
     A record too long under one condition loses the same turns under all, so that all score the same targets.
 
@@ -50,11 +71,20 @@ def pack_conditions(
     """
     fitted = [encoder.fit(record, conditions) for record in records]
     kept = [fit.record for fit in fitted]
-    examples = {c: [fit.examples[c] for fit in fitted] for c in conditions}
-    budgets = [choose_budget(examples[c], encoder.max_length) for c in conditions]
-    budget = Budget(*(max(sizes) for sizes in zip(*budgets, strict=True)))
-    packed = {c: pack(examples[c], user_vectors(kept, c, table, population), encoder, budget) for c in conditions}
-    return packed, kept, sum(fit.dropped_messages for fit in fitted)
+    groups = {c: ([fit.examples[c] for fit in fitted], user_vectors(kept, c, table, population)) for c in conditions}
+    return pack_groups(groups, encoder), kept, sum(fit.dropped_messages for fit in fitted)
+
+
+def example_nll(
+    dataset: PackedDataset, evaluate: Callable[[Batch], jax.Array], mesh: jax.sharding.Mesh, batch_rows: int
+) -> np.ndarray:
+    """[N] float64: each example's nats, through `evaluate` ([B, S] nats per segment) over all rows."""
+    nll = np.zeros(len(dataset.examples), np.float64)
+    for batch, members in eval_batches(dataset, mesh, batch_rows):
+        sums = np.asarray(jax.device_get(evaluate(batch)))
+        for row, numbers in enumerate(members):
+            nll[list(numbers)] = sums[row, : len(numbers)]
+    return nll
 
 
 def score(
@@ -64,11 +94,31 @@ def score(
     mesh: jax.sharding.Mesh,
     batch_rows: int,
 ) -> Scores:
-    """Runs `evaluate` ([B, S] nats per segment) over all rows."""
-    nll = np.zeros(len(records), np.float64)
-    for batch, members in eval_batches(dataset, mesh, batch_rows):
-        sums = np.asarray(jax.device_get(evaluate(batch)))
-        for row, numbers in enumerate(members):
-            nll[list(numbers)] = sums[row, : len(numbers)]
+    """Scores of records that are the dataset's examples."""
+    nll = example_nll(dataset, evaluate, mesh, batch_rows)
     targets = np.array([int(e.is_target.sum()) for e in dataset.examples])
-    return Scores(nll, targets, np.array([record.reply_words for record in records]))
+    words = np.array([record.reply_words for record in records])
+    return Scores(nll, targets, words, np.array([record.reply_bytes for record in records]))
+
+
+class Scorer:
+    """Scores examples with a model; groups that are scored together share one compilation."""
+
+    def __init__(self, model: Model, encoder: Encoder, batch_rows: int):
+        trainable, frozen = split(model.params, model.mask)
+        step = jit_eval_step(model)
+        self.mesh, self.encoder, self.batch_rows = model.mesh, encoder, batch_rows
+        self.evaluate: Callable[[Batch], jax.Array] = lambda batch: step(trainable, frozen, batch)
+
+    def scores(self, dataset: PackedDataset, records: Sequence[Record]) -> Scores:
+        """Scores of records that are the dataset's examples."""
+        with jax.set_mesh(self.mesh):
+            return score(dataset, records, self.evaluate, self.mesh, self.batch_rows)
+
+    def nll(self, groups: Mapping[Key, tuple[Sequence[Example], np.ndarray]]) -> dict[Key, np.ndarray]:
+        """Examples and vectors [N, E] by group -> [N] nats by group."""
+        with jax.set_mesh(self.mesh):
+            return {
+                key: example_nll(dataset, self.evaluate, self.mesh, self.batch_rows)
+                for key, dataset in pack_groups(groups, self.encoder).items()
+            }

@@ -1,4 +1,4 @@
-"""The table of conditions: NLL, perplexity per word, and paired differences with bootstrap intervals."""
+"""The table of conditions: measures with bootstrap intervals, and paired differences with intervals and tests."""
 
 import dataclasses
 import json
@@ -7,47 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import rich.table
 
-from e2p_jax.config import Condition
+from e2p_jax.config import Condition, DataConfig
 from e2p_jax.data.bad_records import BadRecords
+from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.prepared import load_splits
 from e2p_jax.data.records import Record
-from e2p_jax.evaluate.score import Scores, pack_conditions, score
+from e2p_jax.evaluate.generate import Sampling, generate
+from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval
+from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
+from e2p_jax.evaluate.score import Scorer, Scores, pack_conditions
+from e2p_jax.evaluate.texts import distinct, text_statistics
 from e2p_jax.files import write_text
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.metrics import Progress
-from e2p_jax.train.partition import split
 from e2p_jax.train.run import Run
-from e2p_jax.train.setup import jit_eval_step
 
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """Condition minus baseline, nats a target, with a 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(
-    condition: Scores, baseline: Scores, users: Sequence[str], samples: int, seed: int = 0
-) -> Difference:
-    """Percentile bootstrap (Efron & Tibshirani, 1993) of the NLL difference per target.
-
-    Users are resampled, each with all of their records: two dialogues of one user are not independent.
-    """
-    _, owner = np.unique(np.asarray(users, str), return_inverse=True)
-    difference = np.bincount(owner, weights=condition.nll - baseline.nll)
-    targets = np.bincount(owner, weights=condition.targets)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(targets), np.full(len(targets), 1 / len(targets)), size=samples)
-    means = (counts @ difference) / (counts @ targets)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(difference.sum() / targets.sum()), float(low), float(high))
+BASELINES = ("none", "shuffled")  # what differences are shown to
+REPLY = Sampling(max_new_tokens=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +35,20 @@ class Evaluation:
 
     split: str
     records: list[Record]
-    scores: dict[Condition, Scores]
+    scores: dict[str, Scores]
     dropped_messages: int
     bootstrap_samples: int
 
-    def difference(self, condition: Condition, baseline: Condition) -> Difference:
+    def difference(self, condition: str, baseline: str, measure: str = "nll_per_target") -> Difference | None:
+        """Condition minus baseline; None where one of the two was not measured so."""
+        both = [self.scores[name].statistics.get(measure) for name in (condition, baseline)]
+        if both[0] is None or both[1] is None:
+            return None
         users = [record.user_id for record in self.records]
-        return paired_bootstrap(self.scores[condition], self.scores[baseline], users, self.bootstrap_samples)
+        return difference(measure, both[0], both[1], users, self.bootstrap_samples)
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        baselines = [b for b in ("none", "shuffled") if b in self.scores]
-        conditions = {
-            name: {
-                "nll_per_target": s.per_target,
-                "word_perplexity": s.word_perplexity,
-                **{f"minus_{b}": dataclasses.asdict(self.difference(name, b)) for b in baselines if b != name},
-            }
-            for name, s in self.scores.items()
-        }
         any_scores = next(iter(self.scores.values()))
         return {
             "split": self.split,
@@ -83,8 +57,26 @@ class Evaluation:
             "targets": int(any_scores.targets.sum()),
             "words": int(any_scores.words.sum()),
             "dropped_messages": self.dropped_messages,
-            "conditions": conditions,
+            "conditions": {name: self._condition(name) for name in self.scores},
         }
+
+    def _condition(self, name: str) -> dict[str, Any]:
+        """NLL, perplexity and differences by name; every measure again, with intervals, under `measures`."""
+        scores, users = self.scores[name], [record.user_id for record in self.records]
+        measures: dict[str, dict[str, Any]] = {}
+        for measure, statistics in scores.statistics.items():
+            value, low, high = interval(measure, statistics, users, self.bootstrap_samples)
+            measures[measure] = {"value": value, "low": low, "high": high}
+            for baseline in BASELINES:
+                if baseline in self.scores and baseline != name:
+                    apart = self.difference(name, baseline, measure)
+                    measures[measure] |= {f"minus_{baseline}": dataclasses.asdict(apart)} if apart else {}
+        for n in (1, 2) if scores.replies else ():
+            measures[f"distinct{n}"] = {"value": distinct(scores.replies, n)}
+        nll = measures["nll_per_target"]
+        differences = {key: value for key, value in nll.items() if key.startswith("minus_")}
+        short = {"nll_per_target": nll["value"], "word_perplexity": measures["word_perplexity"]["value"]}
+        return {**short, **differences, "measures": measures}
 
     def per_example(self) -> str:
         """JSON Lines: one line per record and condition, in input order."""
@@ -97,24 +89,74 @@ class Evaluation:
 
 
 def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: Sequence[Condition]) -> Evaluation:
-    """Scores records under each condition with one compiled step.
+    """Scores records under each condition, with one compiled step for all of them, and takes `evaluate.measures`.
 
     Raises:
       UserError: a user without a vector, or a record that cannot fit.
     """
-    inputs, model = run.inputs, run.model
+    inputs = run.inputs
     packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table, run.population)
-    trainable, frozen = split(model.params, model.mask)
-    step = jit_eval_step(model)
-    scores: dict[Condition, Scores] = {}
+    scorer = Scorer(run.model, inputs.encoder, inputs.config.train.rows)
+    scores: dict[str, Scores] = {}
     progress = Progress(len(conditions), 0, f"evaluate {split_name}")
-    with jax.set_mesh(model.mesh):
-        for number, condition in enumerate(conditions, 1):
-            rows = inputs.config.train.rows
-            scores[condition] = score(packed[condition], kept, lambda b: step(trainable, frozen, b), model.mesh, rows)
-            progress.update(number, condition, show=True)
+    for number, condition in enumerate(conditions, 1):
+        scores[condition] = scorer.scores(packed[condition], kept)
+        progress.update(number, condition, show=True)
     progress.close()
+    scores = _measure(run, scorer, kept, scores, conditions)
     return Evaluation(split_name, kept, scores, dropped, inputs.config.evaluate.bootstrap_samples)
+
+
+def _measure(
+    run: Run, scorer: Scorer, records: Sequence[Record], scores: dict[str, Scores], conditions: Sequence[Condition]
+) -> dict[str, Scores]:
+    """Adds `evaluate.measures`, taken of records that end with an assistant turn."""
+    settings = run.inputs.config.evaluate
+    last = np.array([n for n, record in enumerate(records) if record.messages[-1]["role"] == "assistant"], int)
+    if not settings.measures or not len(last):
+        return scores
+    if settings.max_records and len(last) > settings.max_records:
+        last = last[np.linspace(0, len(last) - 1, settings.max_records).round().astype(int)]
+    chosen = [records[n] for n in last]
+    more: dict[str, dict[str, np.ndarray]] = {condition: {} for condition in conditions}
+    replies: dict[str, tuple[str, ...]] = dict.fromkeys(conditions, ())
+    if "ranking" in settings.measures:
+        asked = with_candidates(chosen, settings.candidates)
+        for condition, nll in candidate_nll(run, scorer, asked, conditions).items():
+            more[condition] |= rank_statistics(ranks(nll))
+    for condition in conditions:
+        if "users" in settings.measures and FRONTS[condition].vector == "own":
+            rank = rank_users(run, scorer, chosen, condition, settings.candidates)
+            one = np.ones(len(rank))
+            more[condition] |= {"user_rank": np.stack([rank, one], 1), "user_first": np.stack([rank == 1, one], 1)}
+        if "texts" in settings.measures:
+            vectors = user_vectors(chosen, condition, run.inputs.table, run.population)
+            prompts = [dataclasses.replace(record, messages=record.messages[:-1]) for record in chosen]
+            replies[condition] = tuple(generate(run, prompts, vectors, condition, REPLY))
+            more[condition] |= text_statistics(replies[condition], chosen)
+
+    def everywhere(statistics: np.ndarray) -> np.ndarray:  # records that were not asked add nothing
+        out = np.zeros((len(records), statistics.shape[1]))
+        out[last] = statistics
+        return out
+
+    return {
+        c: dataclasses.replace(s, more={m: everywhere(v) for m, v in more[c].items()}, replies=replies[c])
+        for c, s in scores.items()
+    }
+
+
+def read_splits(data: DataConfig, splits: Sequence[str]) -> dict[str, list[Record]]:
+    """The splits that there are; says on stderr how many bad records were skipped.
+
+    Raises:
+      UserError: the first split is absent, or a record is at fault.
+    """
+    bad = BadRecords(data.on_bad_record, data.max_bad_share)
+    found = load_splits(data.path, splits, bad)
+    if (skipped := bad.report()) and is_first():
+        print(skipped, file=sys.stderr)
+    return found
 
 
 def evaluate_splits(run: Run, splits: Sequence[str], conditions: Sequence[Condition]) -> list[Evaluation]:
@@ -125,37 +167,56 @@ def evaluate_splits(run: Run, splits: Sequence[str], conditions: Sequence[Condit
     """
     if not conditions:
         return []
-    data = run.inputs.config.data
-    bad = BadRecords(data.on_bad_record, data.max_bad_share)
-    found = load_splits(data.path, splits, bad)
-    if (skipped := bad.report()) and is_first():
-        print(skipped, file=sys.stderr)
+    found = read_splits(run.inputs.config.data, splits)
     return [evaluate(run, records, name, conditions) for name, records in found.items()]
 
 
-def render(evaluation: Evaluation) -> rich.table.Table:
-    """The table people read."""
+def render(evaluation: Evaluation) -> list[rich.table.Table]:
+    """The tables people read: NLL with differences, and the further measures where there are such."""
     values = evaluation.to_dict()
     size = f"{values['records']} conversations of {values['users']} users, {values['targets']:,} targets"
-    title = f"{evaluation.split}: {size}"
-    table = rich.table.Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "differences in nats a target, 95 % paired bootstrap over users; below zero is better"
+    table = rich.table.Table(title=f"{evaluation.split}: {size}", title_justify="left", caption_justify="left")
+    table.caption = (
+        "differences in nats a target, below zero is better; 95 % paired bootstrap over users, paired permutation test"
+    )
     table.add_column("condition")
-    for column in ("NLL/target", "PPL/word", "minus none", "minus shuffled"):
+    for column in ("NLL/target", "PPL/word", "minus none", "p", "minus shuffled", "p"):
         table.add_column(column, justify="right")
 
-    def interval(entry: dict[str, float] | None) -> str:
-        return "" if entry is None else f"{entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]"
+    def cells_of(entry: dict[str, float] | None) -> tuple[str, str]:
+        if entry is None:
+            return "", ""
+        return f"{entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]", f"{entry['p']:.4f}"
 
     for name, row in values["conditions"].items():
-        table.add_row(
-            name,
-            f"{row['nll_per_target']:.4f}",
-            f"{row['word_perplexity']:.2f}",
-            interval(row.get("minus_none")),
-            interval(row.get("minus_shuffled")),
-        )
-    return table
+        differences = [text for baseline in BASELINES for text in cells_of(row.get(f"minus_{baseline}"))]
+        table.add_row(name, f"{row['nll_per_target']:.4f}", f"{row['word_perplexity']:.2f}", *differences)
+    return [table, *_further(values)]
+
+
+def _further(values: dict[str, Any]) -> list[rich.table.Table]:
+    rows = {name: row["measures"] for name, row in values["conditions"].items()}
+    shown = {"nll_per_target": 0, "word_perplexity": 0, **{m: 0 for row in rows.values() for m in row}}
+    names = [name for name in shown if name not in ("nll_per_target", "word_perplexity")]
+    if names == ["bits_per_byte"]:
+        return []
+    table = rich.table.Table(title=f"{values['split']}: further measures, 95 % interval", title_justify="left")
+    table.add_column("measure")
+    for condition in rows:
+        table.add_column(condition, justify="right")
+    for name in names:
+        digits = MEASURES[name].digits if name in MEASURES else 3
+        cells = []
+        for row in rows.values():
+            cells.append(" ".join(_number(row.get(name, {}), digits)))
+        table.add_row(MEASURES[name].label if name in MEASURES else name, *cells)
+    return [table]
+
+
+def _number(entry: dict[str, float], digits: int) -> list[str]:
+    """A value and its interval, as far as they are there."""
+    value = [f"{entry['value']:.{digits}f}"] if entry else []
+    return value + ([f"[{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"] if "low" in entry else [])
 
 
 def save(run: Run, evaluations: Sequence[Evaluation]) -> Path:

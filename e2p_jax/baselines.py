@@ -1,0 +1,86 @@
+"""Baselines of a run: the same config with another thing trained, or another thing in front.
+
+All go through the one mask and the one loop. Learning rates are a multiple of the config's own, which is the
+projector's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from e2p_jax.config import Condition, Config
+
+Trained = Literal["e2p", "e2p+text", "static", "lora", "full"]
+LORA_RANK = 8
+
+
+def _change(config: Config, **sections: dict[str, Any]) -> Config:
+    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def e2p(config: Config) -> Config:
+    """The config as it is: a projector of the user's vector."""
+    return _change(config, data={"condition": "e2p"})
+
+
+def e2p_text(config: Config) -> Config:
+    """The soft token with the context spelled out behind it."""
+    return _change(config, data={"condition": "e2p+text"})
+
+
+def static(config: Config) -> Config:
+    """One learned soft token for everybody: prompt tuning (Lester et al., arXiv 2104.08691).
+
+    A linear projector of the mean vector is its bias alone, which is all that trains.
+    """
+    rate = 3 * config.train.learning_rate
+    return _change(
+        config,
+        data={"condition": "static"},
+        projector={"kind": "linear"},
+        train={"trainable": ("projector/bias",), "learning_rate": rate},
+    )
+
+
+def lora(config: Config) -> Config:
+    """Low-rank adapters on every layer matrix, nothing in front: fine-tuning that knows no user."""
+    return _change(
+        config,
+        backbone={"lora_rank": LORA_RANK},
+        data={"condition": "none"},
+        train={"trainable": ("lora/**",), "learning_rate": config.train.learning_rate / 3},
+    )
+
+
+def full(config: Config) -> Config:
+    """All of the backbone, nothing in front."""
+    rate = config.train.learning_rate / 10
+    return _change(config, data={"condition": "none"}, train={"trainable": ("backbone/**",), "learning_rate": rate})
+
+
+BASELINES: dict[Trained, Callable[[Config], Config]] = {
+    "e2p": e2p,
+    "e2p+text": e2p_text,
+    "static": static,
+    "lora": lora,
+    "full": full,
+}
+
+Compared = Literal["none", "e2p", "text", "e2p+text", "static", "lora", "full", "shuffled", "mean", "zero", "noise"]
+
+# What is compared -> the run it is asked of, and what stands in front of that run's conversations. `none` and `text`
+# need no training: the backbone of the `e2p` run is the frozen one.
+ARMS: dict[Compared, tuple[Trained, Condition]] = {
+    "none": ("e2p", "none"),
+    "e2p": ("e2p", "e2p"),
+    "text": ("e2p", "text"),
+    "e2p+text": ("e2p+text", "e2p+text"),
+    "static": ("static", "static"),
+    "lora": ("lora", "none"),
+    "full": ("full", "none"),
+    "shuffled": ("e2p", "shuffled"),
+    "mean": ("e2p", "mean"),
+    "zero": ("e2p", "zero"),
+    "noise": ("e2p", "noise"),
+}

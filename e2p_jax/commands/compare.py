@@ -1,0 +1,59 @@
+"""`e2p compare`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from e2p_jax.baselines import Compared
+from e2p_jax.commands.common import DETECTED, named_config, print_tables, say
+from e2p_jax.config import Config
+from e2p_jax.parallel.distributed import Processes, is_first, session
+
+ALL: tuple[Compared, ...] = ("none", "shuffled", "mean", "static", "e2p", "text", "e2p+text", "lora")
+
+
+def compare_command(arguments: list[str]) -> Callable[..., None]:
+    """`compare` with the named config's values as the defaults of its flags."""
+    name, defaults = named_config(arguments)
+
+    def command(
+        config: tyro.conf.Positional[str],
+        /,
+        conditions: tuple[Compared, ...] = ALL,
+        workdir: Path | None = None,
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+        processes: Annotated[Processes, tyro.conf.arg(name="")] = DETECTED,
+        overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Trains and evaluates a whole table of conditions; rerun it to resume, or with more conditions.
+
+        Args:
+          config: Name of a shipped config (quickstart, persona_chat, ...) or path of a Python file.
+          conditions: Rows of the table. Trained each in a run of its own: e2p, e2p+text, static (prompt tuning), lora,
+            full (fine-tuning). Asked of the e2p run: none, text, shuffled, mean, zero, noise.
+          workdir: Directory of the runs and the report. Default: runs/compare-CONFIG.
+          as_json: Print JSON to stdout in place of the tables.
+          processes: Which process this is, where several work together.
+          overrides: Any field of the config.
+        """
+        from e2p_jax.evaluate.compare import compare
+        from e2p_jax.files import write_text
+
+        directory = workdir or Path("runs") / f"compare-{name}"
+        with session(processes):
+            evaluations = compare(overrides, directory, conditions)
+            if not is_first():
+                return
+            values = {"splits": [evaluation.to_dict() for evaluation in evaluations]}
+            path = directory / "report" / "evaluation.json"
+            write_text(path, json.dumps(values, indent=2) + "\n")
+            if as_json:
+                print(json.dumps(values))
+            else:
+                print_tables(evaluations)
+            say(f"table: {path}")
+
+    return command

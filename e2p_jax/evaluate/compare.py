@@ -1,0 +1,107 @@
+"""A table of conditions, each asked of the run that was trained for it.
+
+A comparison's directory holds one run directory per trained condition, and `scores/<run>.npz`: what was measured of
+that run, reused while its checkpoint, the records and what is measured stay the same.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from e2p_jax.baselines import ARMS, BASELINES, Compared, Trained
+from e2p_jax.config import Condition, Config
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.score import Scores
+from e2p_jax.evaluate.table import Evaluation, evaluate, read_splits
+from e2p_jax.parallel.distributed import is_first
+from e2p_jax.train.loop import train
+from e2p_jax.train.run import Run, open_run
+
+
+def train_all(config: Config, directory: Path, compared: Sequence[Compared]) -> dict[Trained, Path]:
+    """Trains, or finishes, the runs that the conditions need; finished ones are left as they are.
+
+    Returns:
+      Run directories.
+    """
+    needed = dict.fromkeys(ARMS[name][0] for name in compared)
+    return {name: train(BASELINES[name](config).resolved(), directory / name) for name in needed}
+
+
+def compare(config: Config, directory: Path, compared: Sequence[Compared]) -> list[Evaluation]:
+    """Trains what is needed and evaluates all conditions on the same records and targets.
+
+    Args:
+      config: of the `e2p` run; the others are made of it.
+      directory: of the comparison.
+      compared: conditions, in the order of the table.
+
+    Returns:
+      One evaluation for each split that there is.
+    """
+    runs = train_all(config, directory, compared)
+    splits = read_splits(config.data, config.data.eval_splits)
+    fronts = list(dict.fromkeys(ARMS[name][1] for name in compared))
+    found: dict[str, dict[Compared, Scores]] = {name: {} for name in splits}
+    for trained, place in runs.items():
+        arms = {name: ARMS[name][1] for name in compared if ARMS[name][0] == trained}
+        run = open_run(place)
+        # A record that is too long with one condition in front loses the same turns in all runs.
+        fitted = {name: [run.inputs.encoder.fit(r, fronts).record for r in records] for name, records in splits.items()}
+        for name, scores in _scores(run, directory / "scores" / f"{trained}.npz", fitted, list(arms.values())).items():
+            found[name] |= {arm: scores[front] for arm, front in arms.items()}
+        kept = fitted
+    samples = config.evaluate.bootstrap_samples
+    return [
+        Evaluation(
+            name,
+            kept[name],
+            {arm: found[name][arm] for arm in compared},
+            sum(len(r.messages) for r in records) - sum(len(r.messages) for r in kept[name]),
+            samples,
+        )
+        for name, records in splits.items()
+    ]
+
+
+def _scores(
+    run: Run, path: Path, splits: dict[str, list[Record]], conditions: list[Condition]
+) -> dict[str, dict[Condition, Scores]]:
+    """By split and condition: read from `path`, or measured and written there."""
+    settings = run.inputs.config.evaluate
+    asked = [run.step, conditions, settings.measures, settings.candidates, settings.max_records]
+    asked += [[repr(record) for record in records] for records in splits.values()]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["key"]) == key:
+                return {name: {c: _unpack(stored, f"{name}/{c}/") for c in conditions} for name in splits}
+    found = {name: evaluate(run, records, name, conditions).scores for name, records in splits.items()}
+    if is_first():
+        arrays = {"key": np.array(key)}
+        for name, scores in found.items():
+            arrays |= {f"{name}/{c}/{column}": value for c in conditions for column, value in _pack(scores[c]).items()}
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp.npz")
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    return {name: {c: by[c] for c in conditions} for name, by in found.items()}
+
+
+_COLUMNS = ("nll", "targets", "words", "bytes")
+
+
+def _pack(scores: Scores) -> dict[str, np.ndarray]:
+    more = {f"more/{name}": statistics for name, statistics in scores.more.items()}
+    return {**{name: getattr(scores, name) for name in _COLUMNS}, **more, "replies": np.array(scores.replies, str)}
+
+
+def _unpack(stored: Any, prefix: str) -> Scores:
+    more = {name.removeprefix(f"{prefix}more/"): stored[name] for name in stored if name.startswith(f"{prefix}more/")}
+    columns = {name: stored[prefix + name] for name in _COLUMNS}
+    return Scores(**columns, more=more, replies=tuple(str(reply) for reply in stored[f"{prefix}replies"]))

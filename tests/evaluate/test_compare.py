@@ -1,0 +1,93 @@
+"""`e2p compare`: every baseline through one mask and one loop, resumable, on the same targets."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from e2p_jax.baselines import ARMS, BASELINES
+from e2p_jax.cli import main
+from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import save_table
+from e2p_jax.data.records import write_jsonl
+from e2p_jax.evaluate import compare as comparison
+from e2p_jax.evaluate.compare import compare
+from e2p_jax.train.partition import split
+from e2p_jax.train.run import open_run
+
+USERS = range(80)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("compared")
+    write_jsonl([synthetic.record(user) for user in USERS], folder / "records.jsonl")
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    save_table(folder / "table", [f"user-{user}" for user in USERS], vectors, name="synthetic", version="1")
+    return Config(
+        backbone=BackboneConfig(path=str(tiny_backbone)),
+        data=DataConfig(path=str(folder / "records.jsonl"), embeddings=str(folder / "table"), seq_len=256),
+        projector=ProjectorConfig(hidden_size=16),
+        train=TrainConfig(steps=4, rows=4, warmup_steps=1, eval_every=2, checkpoint_every=2),
+        evaluate=EvaluateConfig(measures=("ranking",), candidates=3, max_records=3, bootstrap_samples=20),
+    )
+
+
+def test_the_whole_table_and_its_parts_again(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    command = ["compare", str(path), "--workdir", str(tmp_path / "compared"), "--json", "--conditions"]
+    assert main([*command, *ARMS]) == 0
+    table = json.loads(capsys.readouterr().out)["splits"][0]
+    rows = table["conditions"]
+    assert list(rows) == list(ARMS)
+    assert len({row["nll_per_target"] for row in rows.values()}) == len(ARMS)  # every condition is another
+    assert json.loads((tmp_path / "compared" / "report" / "evaluation.json").read_text())["splits"][0] == table
+    assert {p.name for p in (tmp_path / "compared").iterdir()} == {*BASELINES, "scores", "report"}
+
+    # A part of it again: nothing is trained or scored anew.
+    def refuse(*args: object) -> None:
+        raise AssertionError("scored again")
+
+    trained = {run: (tmp_path / "compared" / run / "metrics.jsonl").read_text() for run in ("e2p", "static")}
+    monkeypatch.setattr(comparison, "evaluate", refuse)
+    runs = ["none", "e2p", "text", "shuffled", "mean", "zero", "noise", "static"]
+    assert main([*command, *runs]) == 0
+    again = json.loads(capsys.readouterr().out)["splits"][0]["conditions"]
+    assert again == {name: rows[name] for name in runs}
+    for run, metrics in trained.items():
+        assert (tmp_path / "compared" / run / "metrics.jsonl").read_text() == metrics
+
+    counts = {}
+    for name in BASELINES:
+        opened = open_run(tmp_path / "compared" / name)
+        trainable, _ = split(opened.model.params, opened.model.mask)
+        counts[name] = {part for part, tree in trainable.items() if jax.tree.leaves(tree)}
+    assert counts == {
+        "e2p": {"projector"},
+        "e2p+text": {"projector"},
+        "static": {"projector"},
+        "lora": {"lora"},
+        "full": {"backbone"},
+    }
+
+
+def test_prompt_tuning_is_one_token_for_all(config: Config, tmp_path: Path):
+    """The static token is its bias: no user, no vector and no table changes it."""
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, measures=("texts",)))
+    (evaluation,), (again,) = (compare(config, tmp_path, ["static"]) for _ in range(2))
+    assert len(evaluation.scores["static"].replies) == 3
+    assert again.scores["static"].replies == evaluation.scores["static"].replies
+    run = open_run(tmp_path / "static")
+    projector = nnx.merge(run.model.graph, run.model.params).projector
+    token = projector(run.population.mean[None])[0]
+    expected = projector.token_mean[...] + projector.token_std[...] * projector.bias[...]
+    np.testing.assert_allclose(token[0], expected, atol=1e-6)
+    assert np.abs(projector.bias[...]).max() > 0

@@ -1,0 +1,97 @@
+"""Intervals, tests and values against SciPy, sacreBLEU and plain arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+import scipy.stats
+
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, interval, permutation_p
+from e2p_jax.evaluate.score import Scores
+from e2p_jax.evaluate.texts import text_statistics
+
+
+def scores(nll: np.ndarray, targets: np.ndarray) -> Scores:
+    return Scores(nll.astype(np.float64), targets, targets * 2, targets * 9)
+
+
+def nll_difference(
+    ours: np.ndarray, base: np.ndarray, targets: np.ndarray, users: list[str], samples: int
+) -> Difference:
+    a, b = (scores(nll, targets).statistics["nll_per_target"] for nll in (ours, base))
+    return difference("nll_per_target", a, b, users, samples)
+
+
+def test_interval_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(10, 60, 300)
+    base = targets * rng.normal(4, 0.3, 300)
+    ours = base - targets * rng.normal(0.02, 0.1, 300)
+    result = nll_difference(ours, base, targets, [f"u{i}" for i in range(300)], 5000)
+
+    def ratio(difference: np.ndarray, size: np.ndarray, axis: int) -> np.ndarray:
+        return difference.sum(axis) / size.sum(axis)
+
+    expected = scipy.stats.bootstrap(
+        (ours - base, targets), ratio, paired=True, n_resamples=5000, method="percentile", rng=1
+    ).confidence_interval
+    assert result.mean == pytest.approx((ours - base).sum() / targets.sum())
+    assert result.low == pytest.approx(expected.low, abs=1e-3)
+    assert result.high == pytest.approx(expected.high, abs=1e-3)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.012, 0.1])
+def test_paired_test_agrees_with_scipy(shift: float):
+    rng = np.random.default_rng(1)
+    targets = rng.integers(10, 60, 120).astype(float)
+    base = targets * rng.normal(4, 0.3, 120)
+    ours = base - targets * rng.normal(shift, 0.1, 120)
+    a, b = np.stack([ours, targets], 1), np.stack([base, targets], 1)
+    p = permutation_p(a, b, MEASURES["nll_per_target"].value, 9999)
+    expected = scipy.stats.permutation_test(
+        (ours, base), lambda x, y, axis: (x - y).sum(axis), permutation_type="samples", vectorized=True, rng=2
+    ).pvalue
+    assert p == pytest.approx(expected, abs=0.02) and 0 < p <= 1
+    assert (p < 0.001) == (shift == 0.1)
+
+
+def test_users_are_resampled_whole():
+    """A user's dialogues move together: one odd user among four widens the interval far beyond its records' share."""
+    nll, targets = np.zeros(400), np.full(400, 10)
+    odd = np.where(np.arange(400) < 100, -10.0, 0.0)
+    users = [f"u{i // 100}" for i in range(400)]
+    clustered = nll_difference(odd, nll, targets, users, 4000)
+    alone = nll_difference(odd, nll, targets, [f"u{i}" for i in range(400)], 4000)
+    assert clustered.high == 0.0 and clustered.low < -0.7
+    assert -0.32 < alone.low < alone.high < -0.18
+    assert clustered.p > 0.9 and alone.p < 0.001
+
+
+def test_likelihood_in_every_unit():
+    s = Scores(np.array([2.0, 4.0]), np.array([3, 3]), np.array([1, 2]), np.array([5, 7]))
+    assert s.word_perplexity == pytest.approx(math.exp(2.0)) and s.per_target == pytest.approx(1.0)
+    values = {name: interval(name, stats, ["a", "b"], 50)[0] for name, stats in s.statistics.items()}
+    expected = {"nll_per_target": 1.0, "word_perplexity": math.exp(2.0), "bits_per_byte": 6 / 12 / math.log(2)}
+    assert values == pytest.approx(expected)
+
+
+def test_blocks_of_a_bootstrap_are_one_bootstrap(monkeypatch: pytest.MonkeyPatch):
+    sums = np.random.default_rng(0).normal(size=(30, 2)) + 5
+    value = MEASURES["nll_per_target"].value
+    whole = bootstrap([sums], value, 100)
+    monkeypatch.setattr("e2p_jax.evaluate.measures.MOST", 210)
+    assert whole.shape == (100, 1)
+    np.testing.assert_allclose(bootstrap([sums], value, 100), whole)
+
+
+def test_corpus_bleu_from_its_statistics(talk_records: tuple[list[str], list[Record]]):
+    """The value over all records, and over some of them, is sacreBLEU's own."""
+    replies, records = talk_records
+    truths = [record.messages[-1]["content"] for record in records]
+    statistics = text_statistics(replies, records)["bleu"]
+    for part in (slice(None), slice(1, 3)):
+        expected = sacrebleu.corpus_bleu(replies[part], [truths[part]]).score
+        assert MEASURES["bleu"].value(statistics[part].sum(axis=0)) == pytest.approx(expected)
+    assert 5 < expected < 95

@@ -1,0 +1,93 @@
+"""Ranking by likelihood: packed together against one by one, and the measures of a rank by hand."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig
+from e2p_jax.data import synthetic
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate import rank as ranking
+from e2p_jax.evaluate.score import Scorer
+from e2p_jax.train.run import Run
+from e2p_jax.train.setup import build_model, read_inputs
+
+USERS = range(8)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_backbone: Path) -> Run:
+    """An untrained projector in front of a random backbone: likelihoods differ by user all the same."""
+    config = Config(
+        backbone=BackboneConfig(path=str(tiny_backbone)),
+        data=DataConfig(embeddings="synthetic", seq_len=128),
+        projector=ProjectorConfig(hidden_size=16, init_scale=3.0),
+    )
+    inputs = read_inputs(config)
+    return Run(Path(), 0, inputs, build_model(inputs, np.stack([synthetic.vector(user) for user in range(50)])))
+
+
+@pytest.fixture(scope="module")
+def scorer(run: Run) -> Scorer:
+    return Scorer(run.model, run.inputs.encoder, 8)
+
+
+def test_ranks():
+    scores = np.array([[1.0, 2, 3], [2, 1, 3], [3, 2, 1], [1, 1, 1], [2, 1, np.nan]])
+    assert ranking.ranks(scores).tolist() == [1, 2, 3, 2, 2]
+
+
+def test_measures_of_a_rank():
+    statistics = ranking.rank_statistics(np.array([1.0, 3.0, 11.0, 0.0]))
+    assert statistics["hits@1"].tolist() == [[1, 1], [0, 1], [0, 1], [0, 0]]
+    assert statistics["mrr"][:, 0].tolist() == pytest.approx([1, 1 / 3, 1 / 11, 0])
+    assert statistics["ndcg@10"][:, 0].tolist() == pytest.approx([1, 1 / 2, 0, 0])  # log2(1 + 3) is 2
+
+
+def test_candidates_are_scored_as_replies_one_by_one(run: Run, scorer: Scorer):
+    """Packed together, the last reply alone counts: its NLL is that of the conversation less that of what is before."""
+    records = ranking.with_candidates([synthetic.record(user) for user in USERS], 5)
+    assert all(len(r.candidates) == 5 and r.candidates[0] == r.messages[-1]["content"] for r in records)
+    assert all(len(set(r.candidates)) == 5 for r in records)
+    found = ranking.candidate_nll(run, scorer, records, ["e2p", "none"])
+    encoder = run.inputs.encoder
+    for number, condition in [(0, "e2p"), (3, "none")]:
+        record = records[number]
+        vectors = np.stack([synthetic.vector(number)] * 2)
+        per_token = []
+        for text in record.candidates:
+            spoken = (*record.messages[:-1], {"role": "assistant", "content": text})
+            whole = encoder.encode(dataclasses.replace(record, messages=spoken), condition)
+            before = encoder.encode(dataclasses.replace(record, messages=record.messages[:-2]), condition)
+            nll = scorer.nll({0: ([whole, before], vectors)})[0]
+            per_token.append((nll[0] - nll[1]) / (whole.is_target.sum() - before.is_target.sum()))
+        np.testing.assert_allclose(found[condition][number], per_token, rtol=1e-4)
+    assert (np.abs(found["e2p"] - found["none"]) > 1e-3).any()
+
+
+def test_too_long_with_one_candidate_loses_the_same_turns_with_all(run: Run):
+    record, encoder = synthetic.record(0), run.inputs.encoder
+    record = dataclasses.replace(record, candidates=(record.messages[-1]["content"], "word " * 60))
+    short, long = ranking.candidate_examples(record, ["e2p"], encoder)["e2p"]
+    assert len(long.tokens) <= 128
+    assert short.tokens[~short.is_target].tolist() == long.tokens[~long.is_target].tolist()
+    alone = dataclasses.replace(record, candidates=record.candidates[:1])
+    assert len(ranking.candidate_examples(alone, ["e2p"], encoder)["e2p"][0].tokens) > len(short.tokens)
+
+
+def test_the_users_own_vector_is_ranked_among_others(run: Run, scorer: Scorer):
+    records = [synthetic.record(user) for user in USERS]
+    found = ranking.rank_users(run, scorer, records, "e2p", len(USERS))
+    example = run.inputs.encoder.encode(records[2], "e2p")
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    nll = scorer.nll({0: ([example] * len(USERS), vectors)})[0]
+    assert found[2] == 1 + (nll < nll[2]).sum()
+    with pytest.raises(UserError, match=r"evaluate\.candidates=9: the split has 8 users"):
+        ranking.rank_users(run, scorer, records, "e2p", 9)
+
+
+def test_too_few_replies_to_draw_from():
+    with pytest.raises(UserError, match=r"other replies, evaluate\.candidates=20 needs more"):
+        ranking.with_candidates([synthetic.record(user) for user in range(3)], 20)
