@@ -20,7 +20,7 @@ def prepare(
     """Writes a dataset in TFDS form, and prints its directory.
 
     Args:
-      dataset: persona_chat, interactions or dialogue_corpus, or a configuration: persona_chat/self_revised.
+      dataset: persona_chat, pens, interactions or dialogue_corpus; or a configuration: persona_chat/self_revised.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
       options: Options of the dataset to change, as name=value: interactions has candidates, seed and others.

@@ -17,7 +17,7 @@ from e2p_jax.errors import UserError
 if TYPE_CHECKING:
     from e2p_jax.data.builder import RecordBuilder, RecordConfig
 
-DATASETS = ("persona_chat", "interactions", "dialogue_corpus")  # a package beside this file each
+DATASETS = ("persona_chat", "pens", "interactions", "dialogue_corpus")  # a package beside this file each
 
 
 def prepare(
