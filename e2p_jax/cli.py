@@ -13,6 +13,7 @@ import tyro
 
 from e2p_jax.commands.common import say
 from e2p_jax.commands.compare import compare_command
+from e2p_jax.commands.embed import embed
 from e2p_jax.commands.evaluate import evaluate
 from e2p_jax.commands.export import export
 from e2p_jax.commands.generate import generate
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             "evaluate": evaluate,
             "generate": generate,
             "prepare": prepare,
+            "embed": embed,
             "export": export,
             "prefixes": prefixes,
             "import": import_run,

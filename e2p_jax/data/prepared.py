@@ -7,13 +7,16 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from e2p_jax.config import DataConfig
 from e2p_jax.data import synthetic
 from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.records import Record, held_out_users, read_jsonl
 from e2p_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record) if field.name != "source")
 
@@ -45,6 +48,18 @@ def load_records(path: str, split: str, bad: BadRecords | None = None) -> list[R
     if not records:
         raise AbsentSplit(f"{path}: split {split!r} holds no records")
     return records
+
+
+def split_names(path: str) -> tuple[str, ...]:
+    """The splits that `load_records` reads all records of `data.path` by.
+
+    Raises:
+      UserError: a directory that `e2p prepare` did not write.
+    """
+    place = Path(path).expanduser()
+    if path == "synthetic":
+        return ("train", "validation")
+    return tuple(_open_prepared(place).info.splits) if place.is_dir() else ("all",)
 
 
 def load_splits(path: str, names: Sequence[str], bad: BadRecords | None = None) -> dict[str, list[Record]]:
@@ -85,7 +100,7 @@ def load_training(
     return [r for r in records if r.user_id not in dev], [r for r in records if r.user_id in dev]
 
 
-def _read_prepared(place: Path, split: str) -> list[Record]:
+def _open_prepared(place: Path) -> "tfds.core.DatasetBuilder":
     if not (place / "dataset_info.json").is_file():
         raise UserError(f"{place}: not a prepared dataset; run `e2p prepare`, and give the directory that it prints")
     import tensorflow_datasets as tfds
@@ -96,6 +111,11 @@ def _read_prepared(place: Path, split: str) -> list[Record]:
             f"{place}: its examples have {sorted(builder.info.features)}, not {sorted(FIELDS)}; "
             "give a directory that `e2p prepare` wrote"
         )
+    return builder
+
+
+def _read_prepared(place: Path, split: str) -> list[Record]:
+    builder = _open_prepared(place)
     if split not in builder.info.splits:
         raise AbsentSplit(f"{place}: no split {split!r}; there are {', '.join(builder.info.splits)}")
     if builder.info.splits[split].num_examples == 0:

@@ -1,0 +1,92 @@
+"""User vectors from the frozen backbone itself: the mean of a layer's hidden states over the context's tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from e2p_jax.backbone import weights
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.config import MeshConfig
+from e2p_jax.data.encode import load_tokenizer
+from e2p_jax.errors import UserError
+from e2p_jax.parallel.mesh import make_mesh, param_sharding
+
+_MULTIPLE = 64  # texts are padded to a multiple, so that few lengths are compiled
+_TOKENS = 1 << 12  # about, in a batch
+_LONGEST = 2048  # tokens of a context that are read
+
+
+def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer: int) -> np.ndarray:
+    """The context, one sentence a line, goes through the backbone as plain text.
+
+    Args:
+      contexts: N contexts.
+      directory: of a Hugging Face model.
+      layer: how many layers are gone through; negative counts from the last one, whose states are those after the
+        final norm (transformers' `hidden_states[layer]`).
+
+    Returns:
+      [N, D] float32.
+
+    Raises:
+      UserError: the directory is no backbone, or has fewer layers.
+    """
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    with jax.set_mesh(mesh):
+        decoder = _first_layers(directory, layer, mesh)
+        tokenizer = load_tokenizer(directory, decoder.config.vocab_size)
+        limit = min(decoder.config.max_positions, _LONGEST)
+        encoded = [tokenizer("\n".join(context))["input_ids"][:limit] for context in contexts]
+        return _means(decoder, [np.asarray(tokens, np.int32) for tokens in encoded])
+
+
+def _first_layers(directory: Path, layer: int, mesh: Mesh) -> Decoder:
+    """A decoder whose output is the hidden state after `layer` layers."""
+    dtype = weights.choose_dtype("auto", jax.default_backend())
+    decoder = weights.load(directory, dtype=dtype, sharding=functools.partial(param_sharding, mesh))
+    config = decoder.config
+    depth = layer if layer >= 0 else config.num_layers + 1 + layer
+    if not 1 <= depth <= config.num_layers:
+        last = config.num_layers
+        raise UserError(f"--layer {layer}: {directory} has layers 1 to {last}, or -1 to -{last} from the end")
+    if depth == config.num_layers:
+        return decoder
+    windows, ropes = config.windows[:depth], config.layer_ropes[:depth]
+    decoder.config = dataclasses.replace(config, num_layers=depth, windows=windows, layer_ropes=ropes)
+    nnx.update(decoder.layers, jax.tree.map(lambda stacked: stacked[:depth], nnx.state(decoder.layers)))
+    for name in ("final_norm", "final_norm_bias"):
+        if hasattr(decoder, name):
+            delattr(decoder, name)
+    return decoder
+
+
+def _means(decoder: Decoder, texts: Sequence[np.ndarray]) -> np.ndarray:
+    """Longest first, as many in a batch as give about `_TOKENS` tokens."""
+
+    @nnx.jit
+    def run(decoder: Decoder, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        inside = (positions < lengths[:, None]).astype(jnp.int32)
+        hidden, _ = decoder(decoder.embed(tokens), positions, inside)
+        summed = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), inside.astype(jnp.float32))
+        return summed / lengths[:, None].astype(jnp.float32)
+
+    out = np.zeros((len(texts), decoder.config.hidden_size), np.float32)
+    order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+    while order:
+        width = -(-len(texts[order[0]]) // _MULTIPLE) * _MULTIPLE
+        rows = max(_TOKENS // width, 1)
+        part, order = order[:rows], order[rows:]
+        tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+        for row, number in enumerate(part):
+            lengths[row] = len(texts[number])
+            tokens[row, : lengths[row]] = texts[number]
+        out[part] = np.asarray(run(decoder, jnp.asarray(tokens), jnp.asarray(lengths)))[: len(part)]
+    return out

@@ -1,0 +1,92 @@
+"""User vectors from who consumed what. Only a user's history is read: nothing that a record of any split asks for."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.interactions.table import Interactions
+from e2p_jax.errors import UserError
+
+
+def factor_vectors(interactions: Interactions, kind: str, width: int, seed: int) -> np.ndarray:
+    """Factorises the users' histories, weights w as 1 + log(1 + w).
+
+    Args:
+      interactions: of a prepared dataset.
+      kind: als: implicit-feedback alternating least squares (Hu, Koren and Volinsky, 2008), by the package `implicit`;
+        svd: truncated singular value decomposition, by SciPy; a user's vector is the row of U times the singular
+        values.
+
+    Returns:
+      [U, width] float32.
+
+    Raises:
+      UserError: `implicit` is not installed, or the width is beyond what so many users and items have.
+    """
+    import scipy.sparse
+
+    history = interactions.of("history")
+    # Items that only a held-out interaction has must not even be counted.
+    items, columns = np.unique(np.array(interactions.item_ids)[history.items], return_inverse=True)
+    weights = 1 + np.log1p(history.weights)
+    shape = (len(interactions.user_ids), len(items))
+    if width >= min(shape):
+        raise UserError(f"--width {width}: must be below {min(shape)}, the number of users and of items; lower it")
+    matrix = scipy.sparse.csr_matrix((weights, (history.users, columns)), shape)
+    factorise = {"als": _als, "svd": _svd}[kind]
+    return factorise(matrix, width, seed)
+
+
+def _als(matrix, width: int, seed: int) -> np.ndarray:  # type: ignore[no-untyped-def]  # SciPy has no types
+    try:
+        from implicit.cpu.als import AlternatingLeastSquares
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise UserError("--encoder als: needs the package implicit; pip install 'e2p-jax[embed]'") from error
+    # One thread: sums in one order, the same bytes every time.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the threads that it was just denied
+        model = AlternatingLeastSquares(factors=width, random_state=seed, num_threads=1)
+        model.fit(matrix, show_progress=False)
+    return np.asarray(model.user_factors, np.float32)
+
+
+def _svd(matrix, width: int, seed: int) -> np.ndarray:  # type: ignore[no-untyped-def]
+    from scipy.sparse.linalg import svds
+
+    start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
+    left, values, _ = svds(matrix.astype(np.float64), k=width, v0=start)
+    order = np.argsort(-values)
+    left, values = left[:, order], values[order]
+    largest = left[np.abs(left).argmax(axis=0), np.arange(width)]
+    return (left * np.sign(largest) * values).astype(np.float32)  # a direction's sign is anybody's choice
+
+
+def item_means(lists: Sequence[Sequence[str]], items: UserTable) -> np.ndarray:
+    """[N, E] float32: means of the items' vectors; items without a vector do not count, NaN where no item has one.
+
+    Args:
+      lists: N lists of item ids.
+      items: vectors by item id, with `missing="null"`.
+    """
+    every = list(dict.fromkeys(item for mine in lists for item in mine))
+    vectors = items.lookup(every, ["--items"] * len(every))
+    place = {item: row for row, item in enumerate(every)}
+    means = np.full((len(lists), items.width), np.nan, np.float32)
+    for number, mine in enumerate(lists):
+        known = vectors[[place[item] for item in mine]]
+        known = known[~np.isnan(known[:, 0])]
+        if len(known):
+            means[number] = known.mean(axis=0, dtype=np.float64)
+    return means
+
+
+def histories(interactions: Interactions) -> list[list[str]]:
+    """The item ids of each user's history."""
+    history = interactions.of("history")
+    mine: list[list[str]] = [[] for _ in interactions.user_ids]
+    for user, item in zip(history.users.tolist(), history.items.tolist(), strict=True):
+        mine[user].append(interactions.item_ids[item])
+    return mine

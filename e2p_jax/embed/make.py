@@ -1,0 +1,112 @@
+"""Data, and an encoder's name -> a table of user vectors."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from e2p_jax.data.embeddings import load_table, save_table
+from e2p_jax.data.interactions.table import INTERACTIONS, load_interactions
+from e2p_jax.embed.contexts import first_contexts
+from e2p_jax.errors import UserError
+
+_BLOCK = 1 << 16  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSettings:
+    """What some encoders need."""
+
+    backbone: str = "embedded"
+    """With backbone: a Hugging Face model directory, a hub id, or `embedded`."""
+    layer: int = -1
+    """With backbone: after how many layers the hidden states are taken; negative counts from the last."""
+    items: str | None = None
+    """With item-mean: table of item vectors, by item id for interactions, else by the texts of the contexts."""
+    width: int = 64
+    """With als and svd: of a vector."""
+    seed: int = 0
+    """With als and svd: where the iteration begins."""
+    dtype: Literal["auto", "float32", "float16"] = "auto"
+    """Of the written vectors; auto: with import as they are, else float32."""
+
+
+def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) -> tuple[int, int]:
+    """Writes a table.
+
+    Args:
+      data: as `data.path`; with `import`, a table in any form.
+      encoder: `backbone`, `als`, `svd`, `item-mean`, `import`, or what sentence-transformers loads.
+
+    Returns:
+      How many users have a vector, and how many of the data's users have none.
+
+    Raises:
+      UserError: the data, the encoder or a setting is at fault, or no user gets a vector.
+    """
+    users, vectors = _make(data, encoder, settings)
+    known = ~np.isnan(vectors[:, 0]) | (encoder == "import")
+    if not known.all():
+        users = [user for user, has_vector in zip(users, known, strict=True) if has_vector]
+        vectors = vectors[known]
+    if not users:
+        raise UserError(f"{data}: no user gets a vector from --encoder {encoder}; nothing is written")
+    if settings.dtype != "auto":
+        vectors = vectors.astype(settings.dtype)
+    for first in range(0, len(vectors), _BLOCK):
+        if len(bad := np.flatnonzero(~np.isfinite(vectors[first : first + _BLOCK]).all(axis=1))):
+            row = first + int(bad[0])
+            raise UserError(f"{data}: row {row} (user {users[row]!r}): the vector is not finite in {vectors.dtype}")
+    digest = hashlib.sha256("\n".join(users).encode("utf-8", "surrogatepass"))
+    digest.update(np.ascontiguousarray(vectors).data)
+    save_table(out, users, vectors, name=encoder, version=digest.hexdigest()[:12])
+    return len(users), len(known) - len(users)
+
+
+def _make(data: str, encoder: str, settings: EncoderSettings) -> tuple[Sequence[str], np.ndarray]:
+    """Ids of all users, and vectors, NaN for users who have none."""
+    if encoder == "import":
+        table = load_table(data)
+        rows = np.setdiff1d(np.arange(table.index.rows), table.index.repeats())
+        every = len(rows) == table.index.rows
+        return list(table.ids), table.vectors if every else table.vectors[rows]
+    if encoder in ("als", "svd"):
+        from e2p_jax.embed.collaborative import factor_vectors
+
+        interactions = load_interactions(Path(data))
+        return interactions.user_ids, factor_vectors(interactions, encoder, settings.width, settings.seed)
+    if encoder == "item-mean" and (Path(data) / INTERACTIONS).is_file():
+        from e2p_jax.embed.collaborative import histories
+
+        interactions = load_interactions(Path(data))
+        return interactions.user_ids, _item_means(histories(interactions), settings)
+    contexts = first_contexts(data)
+    if encoder == "item-mean":
+        return list(contexts), _item_means(list(contexts.values()), settings)
+    texts = [context for context in contexts.values() if context]
+    made = _encode(texts, encoder, settings) if texts else np.zeros((0, 1), np.float32)
+    vectors = np.full((len(contexts), made.shape[1]), np.nan, np.float32)
+    vectors[[bool(context) for context in contexts.values()]] = made
+    return list(contexts), vectors
+
+
+def _encode(texts: Sequence[tuple[str, ...]], encoder: str, settings: EncoderSettings) -> np.ndarray:
+    if encoder == "backbone":
+        from e2p_jax.backbone.weights import resolve
+        from e2p_jax.embed.backbone import backbone_vectors
+
+        return backbone_vectors(texts, resolve(settings.backbone, None), settings.layer)
+    from e2p_jax.embed.text import text_vectors
+
+    return text_vectors(texts, encoder)
+
+
+def _item_means(lists: Sequence[Sequence[str]], settings: EncoderSettings) -> np.ndarray:
+    from e2p_jax.embed.collaborative import item_means
+
+    if settings.items is None:
+        raise UserError("--encoder item-mean: give --items, a table of item vectors")
+    return item_means(lists, load_table(settings.items, "null"))
