@@ -7,6 +7,10 @@ from typing import Any
 
 # Before anything imports jax or tensorflow_datasets: their C++ parts log to stderr unless told not to.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if sys.argv[1:2] == ["plan"]:  # jax must not look for TPUs that are not here
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent
 
 import absl.logging
 import tyro
@@ -18,6 +22,7 @@ from e2p_jax.commands.evaluate import evaluate
 from e2p_jax.commands.export import export
 from e2p_jax.commands.generate import generate
 from e2p_jax.commands.import_run import import_run
+from e2p_jax.commands.plan import plan_command
 from e2p_jax.commands.prefixes import prefixes
 from e2p_jax.commands.prepare import prepare
 from e2p_jax.commands.train import train_command
@@ -35,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         commands: dict[str, Callable[..., Any]] = {
             "train": train_command(rest if command == ["train"] else []),
             "compare": compare_command(rest if command == ["compare"] else []),
+            "plan": plan_command(rest if command == ["plan"] else []),
             "evaluate": evaluate,
             "generate": generate,
             "prepare": prepare,

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import read_config
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, tensor_names
+from e2p_jax.config import config_directory
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
 
@@ -62,6 +63,18 @@ def resolve(path: str, revision: str | None) -> Path:
             f"({type(error).__name__}). Download {', '.join(wanted[:2])}, config.json and the tokenizer files "
             "on a machine with network into a directory, and name that directory"
         ) from error
+
+
+def find_config(path: str, revision: str | None) -> Path:
+    """The directory with a backbone's config.json, where that alone is asked for.
+
+    Published shapes that `configs/backbones` holds under their hub id are found without the hub.
+
+    Raises:
+      UserError: as `resolve` does.
+    """
+    shipped = config_directory() / "backbones" / path
+    return shipped if (shipped / "config.json").is_file() else resolve(path, revision)
 
 
 class Checkpoint:

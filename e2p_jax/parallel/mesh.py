@@ -5,6 +5,7 @@ Rows of a batch are spread over data x fsdp.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,14 +28,14 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices; one axis of the config may be -1 and takes what is left.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or those given; one axis of the config may be -1 and takes what is left.
 
     Raises:
       UserError: an axis is neither positive nor -1, or the axes do not multiply to the device count.
     """
     sizes = [getattr(config, axis) for axis in AXES]
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
         raise UserError("mesh.data, mesh.fsdp and mesh.tensor must be positive; one of them may be -1")
     known = int(np.prod([size for size in sizes if size != -1]))
@@ -42,8 +43,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
         sizes[sizes.index(-1)] = count // known
     if int(np.prod(sizes)) != count:
         axes = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
-        raise UserError(f"{axes} do not multiply to the {count} devices here; set one of them to -1")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        raise UserError(f"{axes} do not multiply to the {count} devices; set one of them to -1")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -1,0 +1,138 @@
+"""`e2p plan`."""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import rich.console
+import tyro
+
+from e2p_jax.commands.common import say
+from e2p_jax.config import Config, load_config
+from e2p_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import rich.table
+
+    from e2p_jax.parallel.plan import Plan, RowShape
+
+
+def plan_command(arguments: list[str]) -> Callable[..., None]:
+    """`plan` with the named config's values as the defaults of its flags."""
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    _, defaults = load_config(named) if named else ("", Config())
+    from e2p_jax.parallel.plan import RowShape
+
+    def command(
+        config: tyro.conf.Positional[str],
+        /,
+        topology: str,
+        rows: Annotated[RowShape, tyro.conf.arg(name="")] = RowShape(),  # noqa: B008 (frozen)
+        suggest: bool = True,
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+        overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Compiles the train and evaluation steps for devices that are not here; exit 1 where they do not fit.
+
+        Args:
+          config: Name of a shipped config or path of a Python file. Of its backbone, config.json is enough.
+          topology: v5e:4x4, v5p:2x4x4, v6e:8x8, or cpu:N.
+          rows: What a row holds.
+          suggest: Compile for more rows and other meshes too: about a minute for each.
+          as_json: Print JSON to stdout in place of the table.
+          overrides: Any field of the config.
+        """
+        _plan(overrides, topology, rows, suggest, as_json)
+
+    return command
+
+
+def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_json: bool) -> None:
+    import dataclasses
+
+    from e2p_jax.parallel import plan as planning
+
+    place = planning.find_topology(topology)
+    decoder = planning.read_backbone(config)
+
+    def compile_for(config: Config) -> "Plan":
+        plan = planning.make_plan(config, decoder, place, shape)
+        say(f"{_mesh(plan)}, {plan.rows} rows: {_mib(plan.peak)} of {_mib(place.chip.memory)} MiB a device")
+        return plan
+
+    plan = compile_for(config)
+    most = fewest = None
+    if suggest:
+        most = planning.largest_rows(plan, lambda rows: compile_for(planning.with_rows(config, rows)))
+        meshes = planning.other_meshes(config, decoder, place, shape.embedding_width)
+        plans = [compile_for(dataclasses.replace(config, mesh=mesh)) for mesh in meshes]
+        fewest = min((p for p in plans if p.fits), key=lambda p: p.steps["train"].received, default=None)
+    if as_json:
+        values = plan.to_dict()
+        if suggest:
+            values["largest_rows"] = most and most.to_dict()
+            values["fewest_collective_bytes"] = fewest and fewest.to_dict()
+        print(json.dumps(values, indent=2))
+    else:
+        console = rich.console.Console(width=None if rich.console.Console().is_terminal else 120)
+        console.print(_table(plan))
+        if suggest:
+            console.print(_advice(plan, most, fewest), highlight=False)
+    if not plan.fits:
+        raise UserError(
+            f"{plan.rows} rows of {config.data.seq_len} tokens take {_mib(plan.peak)} MiB a device, and {topology} has "
+            f"{_mib(place.chip.memory)}; lower train.rows, split over more devices with mesh.fsdp, or set "
+            "backbone.remat"
+        )
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.1f}"
+
+
+def _mesh(plan: "Plan") -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+
+
+def _table(plan: "Plan") -> "rich.table.Table":
+    chip = plan.topology.chip
+    table = rich.table.Table(title_justify="left", caption_justify="left")
+    table.title = f"{plan.topology.name}, {_mesh(plan)}, {plan.rows} rows ({plan.rows_per_device:g} a device)"
+    table.add_column("a device, a step")
+    for name in plan.steps:
+        table.add_column(name, justify="right")
+
+    def add(label: str, value: Callable[[Any], str]) -> None:
+        table.add_row(label, *(value(cost) for cost in plan.steps.values()))
+
+    add("arguments, MiB", lambda c: _mib(c.arguments))
+    add("temporary, MiB", lambda c: _mib(c.temporary))
+    add(f"peak, MiB of {_mib(chip.memory)}", lambda c: _mib(c.peak))
+    add("matrix TFLOP", lambda c: f"{c.flops / 1e12:,.2f}")
+    add("memory traffic, MiB", lambda c: _mib(c.traffic))
+    add("FLOP a byte", lambda c: f"{c.flops / max(c.traffic, 1):,.0f}")
+    for kind in sorted({kind for cost in plan.steps.values() for kind in cost.collectives}):
+        add(f"{kind}, times and MiB", lambda c, k=kind: "{} x  {}".format(*_collective(c, k)))  # type: ignore[misc]
+    add("kernels", lambda c: str(c.kernels))
+    for part in ("compute", "memory", "interconnect"):
+        if part in plan.steps["train"].seconds(chip):
+            add(f"ms at the peak of {part}", lambda c, p=part: f"{1000 * c.seconds(chip)[p]:,.1f}")  # type: ignore[misc]
+    if chip.flops:
+        add("best step time, ms", lambda c: f"{1000 * max(c.seconds(chip).values()):,.1f}")
+    return table
+
+
+def _collective(cost: Any, kind: str) -> tuple[int, str]:
+    times, nbytes = cost.collectives.get(kind, (0, 0))
+    return times, _mib(nbytes)
+
+
+def _advice(plan: "Plan", most: "Plan | None", fewest: "Plan | None") -> str:
+    lines = ["not one row a device fits on this mesh"]
+    if most:
+        lines = [f"most rows that fit on this mesh: --train.rows {most.rows} ({_mib(most.peak)} MiB)"]
+    if fewest:
+        flags = " ".join(f"--mesh.{axis} {size}" for axis, size in fewest.mesh.items())
+        received = fewest.steps["train"].received
+        lines.append(f"fewest collective bytes at {plan.rows} rows: {flags} ({_mib(received)} MiB a device)")
+    return "\n".join(lines)

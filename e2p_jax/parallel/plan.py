@@ -1,0 +1,284 @@
+"""Compiling a run's steps for a pod that is not here: memory, FLOPs, collectives, and what would be better.
+
+libtpu compiles for TPUs on any Linux machine; the steps are those of `e2p train`, around shapes instead of weights.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from e2p_jax.backbone import weights
+from e2p_jax.backbone.families import DecoderConfig, read_config
+from e2p_jax.config import Config, MeshConfig
+from e2p_jax.data.packing import Budget, empty_rows
+from e2p_jax.errors import UserError
+from e2p_jax.parallel.hlo import Program
+from e2p_jax.parallel.mesh import bytes_per_device, make_mesh, row_sharding
+from e2p_jax.prefix.model import Batch
+from e2p_jax.train.partition import split
+from e2p_jax.train.setup import abstract_model, abstract_state, jit_eval_step, jit_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one device; 0 where nothing is published."""
+
+    memory: int
+    """Bytes that a program may use."""
+    flops: float = 0.0
+    """A second, in bfloat16."""
+    bandwidth: float = 0.0
+    """Bytes a second from memory."""
+    interconnect: float = 0.0
+    """Bytes a second from its neighbours."""
+
+
+_ROW_TRIALS = 4
+# What libtpu would ask a metadata server for, and complain about.
+_NO_MACHINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+}
+GIB = 2**30
+# Memory is what libtpu gives to programs; the rest from cloud.google.com/tpu/docs, a page for each.
+CHIPS = {
+    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9),
+    "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9),
+    "v6e": Chip(int(31.25 * GIB), 918e12, 1600e9, 400e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for."""
+
+    name: str
+    devices: list[jax.Device]
+    chip: Chip
+
+
+def find_topology(name: str) -> Topology:
+    """`v5e:4x4`, `v5p:2x4x4`, `v6e:16x16`, or `cpu:N`, whose N devices share this machine's memory.
+
+    Raises:
+      UserError: not one of these, or there is no libtpu to compile with.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "cpu" and size.isdigit() and int(size) > 0:
+        count = int(size)
+        with contextlib.suppress(RuntimeError):  # jax has started already, with as many as it has
+            jax.config.update("jax_num_cpu_devices", count)
+        devices = jax.devices("cpu")[:count]
+        if len(devices) < count:
+            raise UserError(f"--topology {name}: this process has {len(devices)} CPU devices; start one of its own")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Topology(name, devices, Chip(memory // count))
+    if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", size):
+        raise UserError(f"--topology {name}: give cpu:N, or a chip and its grid: v5e:4x4, v5p:2x4x4, v6e:8x8")
+    for variable, value in _NO_MACHINE.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    try:
+        return Topology(name, list(topologies.get_topology_desc(name, "tpu").devices), CHIPS[kind])
+    except Exception as error:  # libtpu and jax raise several
+        if "libtpu" in str(error) or isinstance(error, NotImplementedError):
+            raise UserError(
+                f"--topology {name}: libtpu is not installed, and compiles for TPUs; pip install 'e2p-jax[tpu]' into "
+                "an environment (no TPU is needed), or plan for cpu:N"
+            ) from error
+        raise UserError(f"--topology {name}: libtpu knows no such grid ({str(error).splitlines()[0]})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """What a row holds, which a run learns from its data."""
+
+    embedding_width: int = 768
+    """E: of the user vectors."""
+    targets: int | None = None
+    """M: targets a row. Default: half of data.seq_len."""
+    segments: int = 16
+    """S: conversations a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one step on one device; bytes unless named otherwise."""
+
+    arguments: int = 0
+    temporary: int = 0
+    peak: int = 0
+    """Arguments, results that take nobody's place, temporary memory and the program itself."""
+    flops: float = 0.0
+    traffic: int = 0
+    """Read from and written to memory."""
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """Kind -> times, and bytes that come to a device."""
+    kernels: int = 0
+    """Pallas kernels in the program."""
+
+    @property
+    def received(self) -> int:
+        return sum(nbytes for _, nbytes in self.collectives.values())
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """What each part takes at the chip's peak; the longest is the roofline's best step time."""
+        parts = {"compute": (self.flops, chip.flops), "memory": (self.traffic, chip.bandwidth)}
+        parts["interconnect"] = (self.received, chip.interconnect)
+        return {name: amount / peak for name, (amount, peak) in parts.items() if peak}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config on a topology."""
+
+    topology: Topology
+    mesh: dict[str, int]
+    rows: int
+    """B, over all devices."""
+    steps: dict[str, Cost]
+    """`train` and `evaluate`."""
+
+    @property
+    def rows_per_device(self) -> float:
+        return self.rows / len(self.topology.devices)
+
+    @property
+    def peak(self) -> int:
+        return max(cost.peak for cost in self.steps.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.topology.chip.memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        steps = {}
+        for name, cost in self.steps.items():
+            collectives = {kind: dict(zip(("count", "bytes"), c, strict=True)) for kind, c in cost.collectives.items()}
+            seconds = cost.seconds(self.topology.chip)
+            steps[name] = dataclasses.asdict(cost) | {"collectives": collectives, "collective_bytes": cost.received}
+            steps[name] |= {"intensity": cost.flops / max(cost.traffic, 1), "seconds": seconds}
+            steps[name]["best_seconds"] = max(seconds.values(), default=None)
+        return {
+            "topology": self.topology.name,
+            "devices": len(self.topology.devices),
+            "device_memory": self.topology.chip.memory,
+            "mesh": self.mesh,
+            "rows": self.rows,
+            "rows_per_device": self.rows_per_device,
+            "fits": self.fits,
+            "steps": steps,
+        }
+
+
+def read_backbone(config: Config) -> DecoderConfig:
+    """The backbone's shapes; of a hub id that ships in `configs/backbones`, without the hub.
+
+    Raises:
+      UserError: no such backbone, or its config.json is refused.
+    """
+    config.validate()
+    return read_config(weights.find_config(config.backbone.path, config.backbone.revision))
+
+
+def make_plan(config: Config, decoder: DecoderConfig, topology: Topology, shape: RowShape) -> Plan:
+    """Compiles both steps.
+
+    Raises:
+      UserError: mesh, rows or `train.trainable` do not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, topology.devices)
+    rows = row_sharding(mesh)
+    if config.train.rows % (len(rows.device_set) // mesh.shape["tensor"]):
+        raise UserError(f"train.rows={config.train.rows} does not divide by mesh.data x mesh.fsdp; use a multiple")
+    targets = config.data.seq_len // 2 if shape.targets is None else shape.targets
+    budget = Budget(config.data.seq_len, targets, shape.segments)
+    batch: Batch = {  # type: ignore[assignment]
+        name: jax.ShapeDtypeStruct((config.train.rows, *array.shape[1:]), array.dtype, sharding=rows)
+        for name, array in empty_rows(1, budget, shape.embedding_width).items()
+    }
+    model = abstract_model(config, decoder, shape.embedding_width, mesh)
+    state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
+    steps = {
+        "train": (jit_train_step(model, config.train), (state, frozen, batch)),
+        "evaluate": (jit_eval_step(model), (state.trainable, frozen, batch)),
+    }
+    with jax.set_mesh(mesh):
+        costs = {name: _compile(step, arguments) for name, (step, arguments) in steps.items()}
+    return Plan(topology, dict(mesh.shape), config.train.rows, costs)
+
+
+def _compile(step: Any, arguments: tuple) -> Cost:
+    lowered = step.lower(*arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # libtpu refuses what does not fit, and says how much it would take.
+        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+            raise
+        return Cost(peak=int(float(used[1]) * 1024 ** (" KMGT".index(used[2]))))
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    collectives: Counter[str] = Counter()
+    received: Counter[str] = Counter()
+    for collective in program.collectives:
+        collectives[collective.kind] += collective.times
+        received[collective.kind] += collective.received
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Cost(
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes,
+        flops=program.flops,
+        traffic=program.hbm_bytes,
+        collectives={kind: (count, received[kind]) for kind, count in sorted(collectives.items())},
+        kernels=len(program.custom_calls("tpu_custom_call")),
+    )
+
+
+def with_rows(config: Config, rows: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, rows=rows))
+
+
+def largest_rows(plan: Plan, compile_rows: Callable[[int], Plan]) -> Plan | None:
+    """The plan with the most rows found to fit on this mesh; None where one row a row shard does not.
+
+    Memory grows about linearly with rows: the line through two plans says where it ends, compiling there how far off
+    that was, a few times.
+    """
+    unit, memory = plan.mesh["data"] * plan.mesh["fsdp"], plan.topology.chip.memory
+    best = plan if plan.rows == unit else compile_rows(unit)
+    if not best.fits:
+        return None
+    other = compile_rows(2 * unit) if plan.rows == unit else plan
+    for _ in range(_ROW_TRIALS):
+        if other.fits and other.rows > best.rows:
+            best, other = other, best
+        a_row = (other.peak - best.peak) / (other.rows - best.rows)
+        rows = best.rows + int((memory - best.peak) / max(a_row, 1)) // unit * unit
+        if rows <= best.rows or (rows >= other.rows > best.rows):
+            break
+        other = compile_rows(rows)
+    return max((p for p in (best, other) if p.fits), key=lambda p: p.rows)
+
+
+def other_meshes(config: Config, decoder: DecoderConfig, topology: Topology, width: int) -> Iterator[MeshConfig]:
+    """Meshes over the same devices whose arguments alone fit, and that the rows and heads divide by."""
+    count = len(topology.devices)
+    for tensor in (n for n in range(1, count + 1) if count % n == 0 and decoder.num_kv_heads % n == 0):
+        for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
+            sizes = MeshConfig(count // tensor // fsdp, fsdp, tensor)
+            if config.train.rows % (sizes.data * sizes.fsdp):
+                continue
+            model = abstract_model(config, decoder, width, make_mesh(sizes, topology.devices))
+            if bytes_per_device((model.params, abstract_state(model, config.train))) < topology.chip.memory:
+                yield sizes
