@@ -21,13 +21,14 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
     """`plan` with the named config's values as the defaults of its flags."""
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
     _, defaults = load_config(named) if named else ("", Config())
-    from e2p_jax.parallel.plan import RowShape
 
     def command(
         config: tyro.conf.Positional[str],
         /,
         topology: str,
-        rows: Annotated[RowShape, tyro.conf.arg(name="")] = RowShape(),  # noqa: B008 (frozen)
+        embedding_width: int = 768,
+        targets: int | None = None,
+        segments: int = 16,
         suggest: bool = True,
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
         overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
@@ -37,12 +38,16 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         Args:
           config: Name of a shipped config or path of a Python file. Of its backbone, config.json is enough.
           topology: v5e:4x4, v5p:2x4x4, v6e:8x8, or cpu:N.
-          rows: What a row holds.
+          embedding_width: E, of the user vectors; this and the next two a run learns from its data.
+          targets: M, targets a row. Default: half of data.seq_len.
+          segments: S, conversations a row.
           suggest: Compile for more rows and other meshes too: about a minute for each.
           as_json: Print JSON to stdout in place of the table.
           overrides: Any field of the config.
         """
-        _plan(overrides, topology, rows, suggest, as_json)
+        from e2p_jax.parallel.plan import RowShape
+
+        _plan(overrides, topology, RowShape(embedding_width, targets, segments), suggest, as_json)
 
     return command
 
@@ -75,6 +80,9 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
         print(json.dumps(values, indent=2))
     else:
         console = rich.console.Console(width=None if rich.console.Console().is_terminal else 120)
+        console.print(
+            f"{topology}, {_mesh(plan)}, {plan.rows} rows ({plan.rows_per_device:g} a device)", highlight=False
+        )
         console.print(_table(plan))
         if suggest:
             console.print(_advice(plan, most, fewest), highlight=False)
@@ -96,8 +104,7 @@ def _mesh(plan: "Plan") -> str:
 
 def _table(plan: "Plan") -> "rich.table.Table":
     chip = plan.topology.chip
-    table = rich.table.Table(title_justify="left", caption_justify="left")
-    table.title = f"{plan.topology.name}, {_mesh(plan)}, {plan.rows} rows ({plan.rows_per_device:g} a device)"
+    table = rich.table.Table()
     table.add_column("a device, a step")
     for name in plan.steps:
         table.add_column(name, justify="right")

@@ -5,6 +5,7 @@ libtpu compiles for TPUs on any Linux machine; the steps are those of `e2p train
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.families import DecoderConfig, read_config
@@ -89,7 +91,7 @@ def find_topology(name: str) -> Topology:
     try:
         return Topology(name, list(topologies.get_topology_desc(name, "tpu").devices), CHIPS[kind])
     except Exception as error:  # libtpu and jax raise several
-        if "libtpu" in str(error) or isinstance(error, NotImplementedError):
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"--topology {name}: libtpu is not installed, and compiles for TPUs; pip install 'e2p-jax[tpu]' into "
                 "an environment (no TPU is needed), or plan for cpu:N"
@@ -99,14 +101,11 @@ def find_topology(name: str) -> Topology:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """What a row holds, which a run learns from its data."""
+    """What a row holds beside its tokens; a run learns it from its data."""
 
-    embedding_width: int = 768
-    """E: of the user vectors."""
-    targets: int | None = None
-    """M: targets a row. Default: half of data.seq_len."""
-    segments: int = 16
-    """S: conversations a row."""
+    embedding_width: int  # E
+    targets: int | None  # M; None is half of T
+    segments: int  # S
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +189,16 @@ def read_backbone(config: Config) -> DecoderConfig:
     return read_config(weights.find_config(config.backbone.path, config.backbone.revision))
 
 
+def abstract_batch(config: Config, shape: RowShape, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch."""
+    targets = config.data.seq_len // 2 if shape.targets is None else shape.targets
+    row = empty_rows(1, Budget(config.data.seq_len, targets, shape.segments), shape.embedding_width)
+    return {  # type: ignore[return-value]
+        name: jax.ShapeDtypeStruct((config.train.rows, *array.shape[1:]), array.dtype, sharding=row_sharding(mesh))
+        for name, array in row.items()
+    }
+
+
 def make_plan(config: Config, decoder: DecoderConfig, topology: Topology, shape: RowShape) -> Plan:
     """Compiles both steps.
 
@@ -197,15 +206,9 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology, shape:
       UserError: mesh, rows or `train.trainable` do not fit the devices.
     """
     mesh = make_mesh(config.mesh, topology.devices)
-    rows = row_sharding(mesh)
-    if config.train.rows % (len(rows.device_set) // mesh.shape["tensor"]):
+    if config.train.rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"train.rows={config.train.rows} does not divide by mesh.data x mesh.fsdp; use a multiple")
-    targets = config.data.seq_len // 2 if shape.targets is None else shape.targets
-    budget = Budget(config.data.seq_len, targets, shape.segments)
-    batch: Batch = {  # type: ignore[assignment]
-        name: jax.ShapeDtypeStruct((config.train.rows, *array.shape[1:]), array.dtype, sharding=rows)
-        for name, array in empty_rows(1, budget, shape.embedding_width).items()
-    }
+    batch = abstract_batch(config, shape, mesh)
     model = abstract_model(config, decoder, shape.embedding_width, mesh)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     steps = {
