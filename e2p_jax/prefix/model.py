@@ -10,7 +10,7 @@ from flax import nnx
 from e2p_jax.backbone.attention import soft_cap
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.backbone.lora import Lora
-from e2p_jax.parallel.mesh import row_shards
+from e2p_jax.parallel.mesh import gather_columns, row_shards
 from e2p_jax.prefix.projector import Projector
 
 # Above this many logits at once ([B, M, V] elements, B on one device) the loss goes through the targets in chunks.
@@ -104,6 +104,7 @@ def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float
     chunks = next(fitting, count)
     if chunks == 1:
         return chunk(hidden, ids)
+    head = gather_columns(head)
     split_hidden = jnp.moveaxis(hidden.reshape(batch, chunks, count // chunks, width), 1, 0)
     split_ids = jnp.moveaxis(ids.reshape(batch, chunks, count // chunks), 1, 0)
     nll = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), (split_hidden, split_ids))

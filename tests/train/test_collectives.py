@@ -1,0 +1,127 @@
+"""What the compiled train step sends between devices: by name, by shape and in bytes."""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from helpers import SIZES, mesh_of
+
+from e2p_jax.backbone.families import parse_config
+from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
+from e2p_jax.parallel.hlo import Collective, Program
+from e2p_jax.parallel.plan import RowShape, abstract_batch
+from e2p_jax.prefix import model as prefix
+from e2p_jax.train.partition import split
+from e2p_jax.train.setup import abstract_model, abstract_state, jit_train_step
+
+DECODER = parse_config({**SIZES, "vocab_size": 96, "model_type": "llama", "rms_norm_eps": 1e-5}, Path("config.json"))
+ROWS, LENGTH, TARGETS, SEGMENTS, WIDTH = 8, 128, 40, 7, 11
+EVERYTHING = ("projector/**", "backbone/**")
+
+
+class Step(NamedTuple):
+    collectives: list[Collective]
+    weights: dict[str, tuple[int, ...]]  # of the backbone, whole: of one layer, and without its first axis
+    trainable: int  # bytes
+
+
+@functools.cache
+def step(trainable: tuple[str, ...] = ("projector/**",), **axes: int) -> Step:
+    config = Config(
+        backbone=BackboneConfig(remat=True),
+        data=DataConfig(seq_len=LENGTH),
+        projector=ProjectorConfig(hidden_size=24),
+        train=TrainConfig(rows=ROWS, trainable=trainable),
+    )
+    mesh = mesh_of(**axes)
+    model = abstract_model(config, DECODER, WIDTH, mesh)
+    state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
+    batch = abstract_batch(config, RowShape(WIDTH, TARGETS, SEGMENTS), mesh)
+    with jax.set_mesh(mesh):
+        text = jit_train_step(model, config.train).lower(state, frozen, batch).compile().as_text()
+    backbone = model.params["backbone"]
+    weights = {name: leaf.shape[1:] for name, leaf in backbone["layers"].items() if leaf.ndim == 3}
+    weights |= {name: backbone[name].shape for name in ("embedding", "head")}
+    trained = sum(int(np.prod(leaf.shape)) * 4 for leaf in jax.tree.leaves(state.trainable))
+    return Step(Program(text).collectives, weights, trained)
+
+
+def of_kind(collectives: list[Collective], *kinds: str) -> list[Collective]:
+    return [c for c in collectives if c.kind in kinds]
+
+
+MESHES = [{"data": 4}, {"fsdp": 4}, {"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_gradients_are_summed_once_and_are_those_of_the_trainable_part(axes: dict[str, int]) -> None:
+    """Beside them go the loss and the number of targets. The tensor axis sums activations too, of the own rows."""
+    collectives, _, trainable = step(**axes)
+    sums = of_kind(collectives, "all-reduce", "reduce-scatter")
+    sums = [c for c in sums if not any(a.shape[:1] == (ROWS // 2,) for a in c.arrays)]
+    assert [c.nbytes * c.times for c in sums] == [trainable + 8]
+    assert sums[0].group == (2 if "tensor" in axes else 4)
+
+
+def test_with_replicated_weights_nothing_else_is_sent() -> None:
+    assert len(step(data=4).collectives) == 1
+
+
+def test_fsdp_gathers_weights_and_sends_nothing_else_of_the_backbone() -> None:
+    """Each weight forward, and again backward: of recomputed products, and of those for the gradient of their input."""
+    collectives, weights, _ = step(fsdp=4)
+    gathers = of_kind(collectives, "all-gather")
+    assert len(gathers) + 1 == len(collectives)
+    sent: dict[tuple[int, ...], int] = {}
+    for gather in gathers:
+        (array,) = gather.arrays
+        assert array.shape in weights.values(), gather
+        assert gather.group == 4
+        assert gather.times == (1 if array.shape == weights["head"] else DECODER.num_layers)
+        sent[array.shape] = sent.get(array.shape, 0) + 1
+    assert sent.pop(weights["head"]) <= 3  # embedding and head have one shape
+    for shape, times in sent.items():
+        sharing = sum(shape == other for other in weights.values())
+        assert sharing <= times <= 3 * sharing, shape
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_tensor_sums_activations_of_the_own_rows(axes: dict[str, int]) -> None:
+    collectives, weights, _ = step(**axes)
+    shapes = {a.shape for c in of_kind(collectives, "all-reduce") if "while" in c.op_name for a in c.arrays}
+    assert shapes == {(ROWS // 2, LENGTH, DECODER.hidden_size)}
+    halves = {shape: name for name, whole in weights.items() for shape in _half(whole)}
+    for gather in of_kind(collectives, "all-gather"):
+        for array in gather.arrays:
+            assert array.shape in halves or array.shape[0] == ROWS // 2, gather
+
+
+def _half(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(shape[0] // 2, shape[1]), (shape[0], shape[1] // 2)]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_user_vectors_stay_with_their_rows(axes: dict[str, int]) -> None:
+    for collective in step(**axes).collectives:
+        for array in collective.arrays:
+            assert SEGMENTS not in array.shape, collective
+            assert WIDTH not in array.shape or collective.kind == "all-reduce"  # gradients of the first matrices
+
+
+def test_these_tests_see_a_trained_backbone() -> None:
+    collectives, weights, trainable = step(EVERYTHING, data=4)
+    summed = of_kind(collectives, "all-reduce", "reduce-scatter")
+    assert {weights["q"], weights["down"]} <= {a.shape for c in summed for a in c.arrays}
+    assert trainable > sum(int(np.prod(shape)) for shape in weights.values())
+
+
+def test_a_loss_in_chunks_gathers_the_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "LOGITS_AT_ONCE", 96 * TARGETS // 2)
+    step.cache_clear()
+    collectives, weights, _ = step(fsdp=4)
+    step.cache_clear()
+    times = [c.times for c in collectives if weights["head"] in {a.shape for a in c.arrays}]
+    assert times == [1, 1]  # embedding and head
