@@ -118,10 +118,10 @@ def test_these_tests_see_a_trained_backbone() -> None:
     assert trainable > sum(int(np.prod(shape)) for shape in weights.values())
 
 
-def test_a_loss_in_chunks_gathers_the_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_in_chunks_gathers_the_head_once_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix, "LOGITS_AT_ONCE", 96 * TARGETS // 2)
     step.cache_clear()
     collectives, weights, _ = step(fsdp=4)
     step.cache_clear()
     times = [c.times for c in collectives if weights["head"] in {a.shape for a in c.arrays}]
-    assert times == [1, 1]  # embedding and head
+    assert times in ([1, 1], [1, 1, 1])  # embedding; head, and for the backward pass again unless XLA keeps it
