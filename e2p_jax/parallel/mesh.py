@@ -84,12 +84,3 @@ def shard_rows(x: jax.Array) -> jax.Array:
     """Keeps activations split by row only. Outside a mesh (`jax.set_mesh`) it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(ROWS))
-
-
-def gather_columns(weight: jax.Array) -> jax.Array:
-    """A [rows, columns] weight with its fsdp axis gathered here: once, where a loop would gather it every time."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return weight
-    rows = "tensor" if weight.shape[0] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(weight, P(rows, None))

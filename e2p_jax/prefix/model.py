@@ -6,12 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from e2p_jax.backbone.attention import soft_cap
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.backbone.lora import Lora
-from e2p_jax.parallel.mesh import gather_columns, row_shards
+from e2p_jax.parallel.mesh import row_shards
 from e2p_jax.prefix.projector import Projector
 
 # Above this many logits at once ([B, M, V] elements, B on one device) the loss goes through the targets in chunks.
@@ -94,7 +93,7 @@ def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float
       [B, M] float32, nats.
     """
 
-    def chunk(hidden: jax.Array, ids: jax.Array, head: jax.Array) -> jax.Array:
+    def chunk(hidden: jax.Array, ids: jax.Array) -> jax.Array:
         logits = soft_cap(jnp.einsum("bmd,vd->bmv", hidden, head, preferred_element_type=jnp.float32), cap)
         chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -104,15 +103,8 @@ def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float
     fitting = (n for n in range(1, count) if count % n == 0 and count // n * logits_a_target <= LOGITS_AT_ONCE)
     chunks = next(fitting, count)
     if chunks == 1:
-        return chunk(hidden, ids, head)
+        return chunk(hidden, ids)
     split_hidden = jnp.moveaxis(hidden.reshape(batch, chunks, count // chunks, width), 1, 0)
     split_ids = jnp.moveaxis(ids.reshape(batch, chunks, count // chunks), 1, 0)
-    # The head is gathered once for the forward and once for the backward loop, and not kept between them.
-    all_but_the_head = jax.checkpoint_policies.save_anything_except_these_names("gathered head")
-
-    def every_chunk(hidden: jax.Array, ids: jax.Array, head: jax.Array) -> jax.Array:
-        head = checkpoint_name(gather_columns(head), "gathered head")
-        return jax.lax.map(lambda c: jax.checkpoint(chunk)(*c, head), (hidden, ids))
-
-    nll = jax.checkpoint(every_chunk, policy=all_but_the_head)(split_hidden, split_ids, head)
+    nll = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), (split_hidden, split_ids))
     return jnp.moveaxis(nll, 0, 1).reshape(batch, count)
