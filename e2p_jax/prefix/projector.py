@@ -33,6 +33,7 @@ class Projector(nnx.Module):
         kind: Literal["mlp", "linear"],
         hidden_size: int,
         dropout: float,
+        noise: float = 0.0,
         null_user_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
@@ -41,7 +42,8 @@ class Projector(nnx.Module):
         def matrix(rows: int, columns: int, gain: float) -> nnx.Param:
             return nnx.Param(gain * rows**-0.5 * jax.random.normal(rngs.params(), (rows, columns)))
 
-        self.kind, self.num_tokens, self.dropout, self.null_user_rate = kind, num_tokens, dropout, null_user_rate
+        self.kind, self.num_tokens = kind, num_tokens
+        self.dropout, self.noise, self.null_user_rate = dropout, noise, null_user_rate
         # Of unit output variance, the residual gets one half and the MLP (SiLU of a unit normal has second
         # moment 0.356) the other.
         share = 0.5**0.5 if kind == "mlp" else 1.0
@@ -63,7 +65,7 @@ class Projector(nnx.Module):
 
         Args:
           vectors: [..., E] float32, as they stand in the table; NaN for the null user, where there is one.
-          dropout_key: turns dropout, and dropping users, on.
+          dropout_key: turns dropout, noise on the standardised vectors, and dropping users, on.
 
         Returns:
           [..., K, D] float32.
@@ -75,6 +77,8 @@ class Projector(nnx.Module):
             return variable[...].reshape(*lead, -1)
 
         x = (vectors - row(self.input_mean)) / row(self.input_std)
+        if dropout_key is not None and self.noise:
+            x = x + self.noise * jax.random.normal(jax.random.fold_in(dropout_key, 2), x.shape)
         if self.null_user_rate:
             is_null = jnp.isnan(vectors[..., :1])
             if dropout_key is not None:

@@ -105,6 +105,7 @@ def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> 
         kind=config.projector.kind,
         hidden_size=config.projector.hidden_size,
         dropout=config.projector.dropout,
+        noise=config.projector.noise,
         null_user_rate=config.train.null_user_rate,
         rngs=nnx.Rngs(config.train.seed),
     )
@@ -199,7 +200,7 @@ def initial_state(model: Model, config: TrainConfig) -> tuple[TrainState, PyTree
 def jit_train_step(model: Model, config: TrainConfig, max_traces: int | None = None) -> Callable[..., Any]:
     """(state, frozen, batch) -> (state, metrics), the state donated; more than `max_traces` traces are an error."""
     optimizer, rate = make_optimizer(config, model.mask), schedule(config)
-    step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation)
+    step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation, config.contrast)
     return jax.jit(chex.assert_max_traces(step, n=max_traces) if max_traces else step, donate_argnums=0)
 
 

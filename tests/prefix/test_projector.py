@@ -107,6 +107,19 @@ def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
         np.testing.assert_array_equal(other(vectors, jax.random.key(0)), other(vectors))
 
 
+def test_noise_is_in_units_of_the_training_users_spread() -> None:
+    """Of a linear projector the output's noise is the noise through the matrix; only in training."""
+    projector, vectors = make("linear"), jnp.asarray(normal(1, 6))
+    projector.noise = 0.5
+    projector.input_std[...] = jnp.full((6,), 100.0)
+    many = jnp.broadcast_to(vectors, (20_000, 6))
+    noisy, plain = np.asarray(projector(many, jax.random.key(0)))[:, 0], np.asarray(projector(vectors))[0, 0]
+    np.testing.assert_allclose(noisy.mean(axis=0), plain, atol=0.03)
+    expected = 0.5 * np.linalg.norm(np.asarray(projector.skip[...]), axis=0)
+    np.testing.assert_allclose(noisy.std(axis=0), expected, rtol=0.03)
+    np.testing.assert_array_equal(np.asarray(projector(many))[:, 0], np.broadcast_to(plain, noisy.shape))
+
+
 def test_null_user_stands_for_vectors_of_nan() -> None:
     projector, vectors = make(null=0.25), normal(8, 6)
     projector.calibrate(jnp.asarray(3.0 + normal(50, 6)), jnp.asarray(normal(20, 5)), 1.0)
