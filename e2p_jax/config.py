@@ -50,6 +50,9 @@ class DataConfig:
     """Table of user vectors: a table directory, .npz, .parquet, or .npy with ids beside it."""
     missing_user: Literal["error", "null"] = "error"
     """A user who is not in the table is an error, or the null user (needs `train.null_user_rate`)."""
+    cache: str = "auto"
+    """Directory for tokenised data, so that the next start need not tokenise; auto: a folder of the user's cache; or
+    none."""
     train_split: str = "train"
     """Split to train on. In a JSON Lines file every record without a `split` key is `train`."""
     eval_splits: tuple[str, ...] = ("validation",)

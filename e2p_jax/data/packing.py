@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from e2p_jax.data.encode import Example
+from e2p_jax.data.examples import Examples
 
 
 class Budget(NamedTuple):
@@ -20,23 +21,21 @@ class Budget(NamedTuple):
     segments: int  # S
 
 
-def choose_budget(examples: Sequence[Example], seq_len: int) -> Budget:
+def choose_budget(examples: Examples, seq_len: int) -> Budget:
     """M and S for rows of T tokens, large enough that T runs out first.
 
     M is a tenth more targets than such rows hold on average, S as many segments as the shortest twentieth of the
     examples would fill a row with.
     """
-    lengths = np.array([len(e.tokens) for e in examples])
-    targets = np.array([int(e.is_target.sum()) for e in examples])
+    lengths, targets = examples.lengths, examples.target_counts
     want = 1.1 * seq_len * targets.sum() / lengths.sum()
     most = min(seq_len, -(-max(int(want), targets.max()) // 64) * 64)
     return Budget(seq_len, most, max(1, int(seq_len // np.percentile(lengths, 5))))
 
 
-def plan_rows(examples: Sequence[Example], budget: Budget) -> list[list[int]]:
+def plan_rows(examples: Examples, budget: Budget) -> list[list[int]]:
     """Rows of example numbers, every example in exactly one."""
-    lengths = [len(e.tokens) for e in examples]
-    targets = [int(e.is_target.sum()) for e in examples]
+    lengths, targets = examples.lengths.tolist(), examples.target_counts.tolist()
     rows: list[list[int]] = []
     room: list[int] = []  # targets left in a row
     by_space: list[list[int]] = [[] for _ in range(budget.tokens + 1)]  # open rows by tokens left

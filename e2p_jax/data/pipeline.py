@@ -5,8 +5,9 @@ Rows are planned once, so an epoch is a permutation of the rows and batch number
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2p_jax.data.encode import Encoder, Example
+from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import row_sharding
@@ -25,7 +27,7 @@ from e2p_jax.prefix.model import Batch
 class PackedDataset:
     """Examples, their users' vectors, and the rows they were packed into."""
 
-    examples: Sequence[Example]
+    examples: Examples
     vectors: np.ndarray  # [N, E] float32, one per example
     rows: Sequence[Sequence[int]]
     budget: Budget
@@ -43,8 +45,8 @@ class PackedDataset:
     def digest(self) -> bytes:
         """Of every token, vector and row: what hosts must agree on before they train together."""
         digest = hashlib.sha256(np.ascontiguousarray(self.vectors).data)
-        for example in self.examples:
-            digest.update(example.tokens.tobytes())
+        for array in (self.examples.tokens, self.examples.is_target, self.examples.ends):
+            digest.update(np.ascontiguousarray(array).data)
         for row in self.rows:
             digest.update(np.asarray(row, np.int64).tobytes())
         return digest.digest()
@@ -52,12 +54,14 @@ class PackedDataset:
     @property
     def efficiency(self) -> float:
         """Share of the rows' tokens that are not padding."""
-        return sum(len(e.tokens) for e in self.examples) / (len(self.rows) * self.budget.tokens)
+        return len(self.examples.tokens) / (len(self.rows) * self.budget.tokens)
 
 
 def pack(
-    examples: Sequence[Example], vectors: np.ndarray, encoder: Encoder, budget: Budget | None = None
+    examples: Iterable[Example], vectors: np.ndarray, encoder: Encoder, budget: Budget | None = None
 ) -> PackedDataset:
+    """Plans the rows; the budget is chosen where none is given."""
+    examples = examples if isinstance(examples, Examples) else Examples.of(examples)
     budget = budget or choose_budget(examples, encoder.max_length)
     return PackedDataset(examples, vectors, plan_rows(examples, budget), budget, encoder.num_tokens)
 
@@ -78,8 +82,14 @@ class _Steps(grain.sources.RandomAccessDataSource):
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         places = step * self.batch_rows + self.local
         epochs, within = np.divmod(places, len(self.dataset.rows))
-        orders = {e: np.random.default_rng([self.seed, e]).permutation(len(self.dataset.rows)) for e in set(epochs)}
-        return self.dataset.batch([int(orders[e][i]) for e, i in zip(epochs, within, strict=True)])
+        rows = [_order(self.seed, int(e), len(self.dataset.rows))[i] for e, i in zip(epochs, within, strict=True)]
+        return self.dataset.batch([int(row) for row in rows])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """The rows of an epoch, shuffled."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:

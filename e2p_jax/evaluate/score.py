@@ -11,6 +11,7 @@ from e2p_jax.config import Condition
 from e2p_jax.data.conditions import Population, user_vectors
 from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.encode import Encoder, Example
+from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget
 from e2p_jax.data.pipeline import PackedDataset, eval_batches, pack
 from e2p_jax.data.records import Record
@@ -50,9 +51,10 @@ class Scores:
 
 def pack_groups(groups: Mapping[Key, tuple[Sequence[Example], np.ndarray]], encoder: Encoder) -> dict[Key, Any]:
     """Examples and their vectors [N, E], group by group, in rows of one shape: one compilation scores all groups."""
-    budgets = [choose_budget(examples, encoder.max_length) for examples, _ in groups.values()]
+    held = {key: Examples.of(examples) for key, (examples, _) in groups.items()}
+    budgets = [choose_budget(examples, encoder.max_length) for examples in held.values()]
     budget = Budget(*(max(sizes) for sizes in zip(*budgets, strict=True)))
-    return {key: pack(examples, vectors, encoder, budget) for key, (examples, vectors) in groups.items()}
+    return {key: pack(held[key], vectors, encoder, budget) for key, (_, vectors) in groups.items()}
 
 
 def pack_conditions(
@@ -96,7 +98,7 @@ def score(
 ) -> Scores:
     """Scores of records that are the dataset's examples."""
     nll = example_nll(dataset, evaluate, mesh, batch_rows)
-    targets = np.array([int(e.is_target.sum()) for e in dataset.examples])
+    targets = dataset.examples.target_counts
     words = np.array([record.reply_words for record in records])
     return Scores(nll, targets, words, np.array([record.reply_bytes for record in records]))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from e2p_jax.backbone.weights import COMPANIONS, Checkpoint
 from e2p_jax.config import Config, MeshConfig, from_json
+from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset, train_iterator
 from e2p_jax.errors import UserError
@@ -134,7 +135,7 @@ def _with_projector(model: Model, checkpoint: Checkpoint) -> Model:
 
 def _first_position(model: Model, config: Config) -> dict[str, Any]:
     """Where the data of a run begins, whatever the data."""
-    nothing = PackedDataset((), np.zeros((0, 1), np.float32), (), Budget(config.data.seq_len, 1, 1), 1)
+    nothing = PackedDataset(Examples.of(()), np.zeros((0, 1), np.float32), (), Budget(config.data.seq_len, 1, 1), 1)
     train = config.train
     iterator = train_iterator(nothing, model.mesh, batch_rows=train.rows, steps=train.steps, seed=train.seed)
     return iterator.get_state()

@@ -10,11 +10,10 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Config
-from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.conditions import Population, user_vectors
 from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator
-from e2p_jax.data.prepared import load_splits, load_training
 from e2p_jax.data.records import Record
+from e2p_jax.data.training import read_training
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.score import pack_conditions, score
 from e2p_jax.parallel import distributed
@@ -44,20 +43,15 @@ def read_data(inputs: Inputs) -> Data:
       UserError: naming the record, user or split at fault.
     """
     config, condition = inputs.config, inputs.config.data.condition
-    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
-    reported = load_splits(config.data.path, config.data.eval_splits, bad)
-    learned, dev = load_training(config.data, reported, bad)
-    fitted = [inputs.encoder.fit(record, [condition]) for record in learned]
-    records = [fit.record for fit in fitted]
-    examples = [fit.examples[condition] for fit in fitted]
-    everyone = _one_vector_per_user(inputs, records)
+    read = read_training(config, inputs.encoder)
+    everyone = _one_vector_per_user(inputs, read.records)
     population = Population.of(everyone)
-    train = pack(examples, user_vectors(records, condition, inputs.table, population), inputs.encoder)
+    train = pack(read.examples, user_vectors(read.records, condition, inputs.table, population), inputs.encoder)
     held_out = {}
-    for name, others in ({"dev": dev} | reported if dev else reported).items():
+    for name, others in ({"dev": read.dev} | read.reported if read.dev else read.reported).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
         held_out[name] = (packed[condition], kept)
-    return Data(train, held_out, everyone, sum(fit.dropped_messages for fit in fitted), bad.report())
+    return Data(train, held_out, everyone, read.dropped_messages, read.skipped)
 
 
 def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarray:

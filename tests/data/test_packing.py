@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2p_jax.data.encode import Example
+from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
 
 WIDTH = 3
@@ -21,8 +22,8 @@ def example(length: int, targets: int, slot_start: int = -1, seed: int = 0) -> E
     return Example(rng.integers(1, 99, length, dtype=np.int32), is_target, slot_start, f"user-{seed}")
 
 
-def examples_of(sizes: list[tuple[int, int]]) -> list[Example]:
-    return [example(length, min(targets, length - 1), seed=n) for n, (length, targets) in enumerate(sizes)]
+def examples_of(sizes: list[tuple[int, int]]) -> Examples:
+    return Examples.of(example(length, min(targets, length - 1), seed=n) for n, (length, targets) in enumerate(sizes))
 
 
 SIZES = st.lists(st.tuples(st.integers(2, 128), st.integers(1, 40)), min_size=1, max_size=80)
@@ -61,7 +62,7 @@ def test_rows_are_few(seed: int) -> None:
     """No more than a row over first-fit decreasing, and within 11/9 of the least there can be (Johnson, 1973)."""
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.lognormal(4.5, 0.7, 500).astype(int), 8, 512)
-    rows = plan_rows([example(int(n), 1) for n in lengths], Budget(512, 512, 512))
+    rows = plan_rows(Examples.of(example(int(n), 1) for n in lengths), Budget(512, 512, 512))
     first_fit: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         place = next((i for i, left in enumerate(first_fit) if left >= length), None)

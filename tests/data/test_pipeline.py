@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from e2p_jax.config import MeshConfig
 from e2p_jax.data import pipeline, synthetic
 from e2p_jax.data.encode import Example
+from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.errors import UserError
@@ -38,7 +39,7 @@ def dataset() -> PackedDataset:
     numbers = [10 * row + side for row in range(ROWS) for side in (1, 2)]
     vectors = np.array(numbers, np.float32)[:, None] * np.ones((1, 3), np.float32)
     rows = [[2 * row, 2 * row + 1] for row in range(ROWS)]
-    return PackedDataset([example(n) for n in numbers], vectors, rows, Budget(8, 6, 2), 1)
+    return PackedDataset(Examples.of(map(example, numbers)), vectors, rows, Budget(8, 6, 2), 1)
 
 
 def row_numbers(batch: dict[str, np.ndarray]) -> list[int]:

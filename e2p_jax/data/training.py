@@ -1,0 +1,180 @@
+"""What a run reads before it trains: the training records as tokens, and the records that it is evaluated on.
+
+Tokens are kept in `data.cache`, one directory for each different way that data can become tokens: its name is a digest
+of the data's bytes, the tokenizer, the template and every setting that has a say. A directory appears whole or not at
+all, and holds the checksums of its files: what does not agree with them is made anew.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import e2p_jax
+from e2p_jax.config import Config, DataConfig
+from e2p_jax.data import synthetic
+from e2p_jax.data.bad_records import BadRecords
+from e2p_jax.data.encode import Encoder
+from e2p_jax.data.examples import Examples
+from e2p_jax.data.prepared import load_splits, load_training
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+
+_LAYOUT = 1  # of a cache directory
+_META = "meta.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The records of a run."""
+
+    examples: Examples  # of the training records, under `data.condition`
+    records: Sequence[Record]  # the training records' users and sources, without their text
+    dev: list[Record]
+    reported: dict[str, list[Record]]  # by split
+    dropped_messages: int
+    skipped: str | None  # what was skipped as bad, if anything was
+
+
+def read_training(config: Config, encoder: Encoder) -> Training:
+    """Reads and tokenises what the config names, or takes it from the cache.
+
+    Raises:
+      UserError: naming the record or split at fault, or a cache that cannot be written.
+    """
+    place = cache_directory(config.data.cache)
+    if place is None:
+        return _read(config, encoder)
+    place = place / _key(config, encoder)
+    try:
+        return _load(place)
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        training = _read(config, encoder)
+    try:
+        _save(training, place)
+    except OSError as error:
+        raise UserError(
+            f"data.cache: {place.parent} cannot be written ({error.strerror}); name another directory, or none"
+        ) from error
+    return training
+
+
+def cache_directory(setting: str) -> Path | None:
+    """Where `data.cache` is, if anywhere."""
+    if setting == "none":
+        return None
+    if setting == "auto":
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax" / "tokens"
+    return Path(setting).expanduser()
+
+
+def _read(config: Config, encoder: Encoder) -> Training:
+    condition = config.data.condition
+    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
+    reported = load_splits(config.data.path, config.data.eval_splits, bad)
+    learned, dev = load_training(config.data, reported, bad)
+    dropped = 0
+
+    def fitted() -> Iterator[Any]:
+        nonlocal dropped
+        for record in learned:
+            fit = encoder.fit(record, [condition])
+            dropped += fit.dropped_messages
+            yield fit.examples[condition]
+
+    examples = Examples.of(fitted())
+    records = [Record(record.user_id, (), (), source=record.source) for record in learned]
+    return Training(examples, records, dev, reported, dropped, bad.report())
+
+
+def _key(config: Config, encoder: Encoder) -> str:
+    """Names everything that the tokens depend on; that a setting has no say must be written here to be left out."""
+    without = {"embeddings", "missing_user", "cache", "chat_template"}  # the template itself is in
+    data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in without}
+    tokenizer = encoder.tokenizer
+    settings = {
+        "layout": _LAYOUT,
+        "version": e2p_jax.__version__,
+        "data": data,
+        "content": fingerprint(config.data),
+        "prefix": dataclasses.asdict(config.prefix),
+        "num_tokens": encoder.num_tokens,
+        "template": encoder.template,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "pad": encoder.pad_id,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint(data: DataConfig) -> str:
+    """SHA-256 over the bytes of the data, and over the names of its files where it is a directory."""
+    place = Path(data.path).expanduser()
+    if data.path == "synthetic":
+        place = Path(synthetic.__file__)
+    if place.is_file():
+        return _digest(place)
+    digest = hashlib.sha256()
+    for path in sorted(path for path in place.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(place)} {_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(training: Training, place: Path) -> None:
+    """Whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+    try:
+        training.examples.save(temporary)
+        texts = {
+            "records": [(record.user_id, record.source) for record in training.records],
+            "dev": list(map(dataclasses.asdict, training.dev)),
+            "reported": {name: list(map(dataclasses.asdict, held)) for name, held in training.reported.items()},
+            "dropped_messages": training.dropped_messages,
+            "skipped": training.skipped,
+        }
+        (temporary / "records.json").write_text(json.dumps(texts), encoding="utf-8")
+        meta = {"files": {path.name: _digest(path) for path in sorted(temporary.iterdir())}}
+        (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(place, ignore_errors=True)  # a damaged one
+        temporary.rename(place)
+    except OSError:
+        if not place.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load(place: Path) -> Training:
+    """
+    Raises:
+      OSError, ValueError, KeyError, TypeError: it is not there, or not as it was written.
+    """
+    files = json.loads((place / _META).read_text(encoding="utf-8"))["files"]
+    if wrong := [name for name, digest in files.items() if _digest(place / name) != digest]:
+        raise ValueError(f"{place}: {wrong} changed")
+    texts = json.loads((place / "records.json").read_text(encoding="utf-8"))
+    records = [Record(user, (), (), source=source) for user, source in texts["records"]]
+    return Training(
+        Examples.load(place, [record.user_id for record in records]),
+        records,
+        list(map(_record, texts["dev"])),
+        {name: list(map(_record, held)) for name, held in texts["reported"].items()},
+        texts["dropped_messages"],
+        texts["skipped"],
+    )
+
+
+def _record(values: dict[str, Any]) -> Record:
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Record(**fields)

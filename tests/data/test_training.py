@@ -1,0 +1,169 @@
+"""Tokenised data on disk: the same as tokenised now, keyed by all that it depends on, and never trusted if damaged."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from e2p_jax.config import Config, DataConfig
+from e2p_jax.data import synthetic, training
+from e2p_jax.data.encode import Encoder, Example
+from e2p_jax.data.examples import Examples
+from e2p_jax.data.records import write_jsonl
+from e2p_jax.data.training import Training, read_training
+from e2p_jax.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Twelve users, of whom two are `dev`."""
+    write_jsonl([synthetic.record(user) for user in range(12)], tmp_path / "records.jsonl")
+    data = DataConfig(path=str(tmp_path / "records.jsonl"), cache=str(tmp_path / "cache"), seq_len=256)
+    return Config(data=dataclasses.replace(data, eval_splits=("validation",)))
+
+
+def read(config: Config, tokenizer: Any) -> Training:
+    return read_training(config, Encoder.from_config(config, tokenizer))
+
+
+def assert_same(ours: Training, theirs: Training) -> None:
+    for name in ("tokens", "is_target", "ends", "slot_starts"):
+        a, b = getattr(ours.examples, name), getattr(theirs.examples, name)
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    assert list(ours.examples.users) == list(theirs.examples.users)
+    for field in ("records", "dev", "reported", "dropped_messages", "skipped"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+
+
+def forbid(*_: Any) -> None:
+    raise AssertionError("tokenised again")
+
+
+def test_columns_give_back_the_examples() -> None:
+    rng = np.random.default_rng(0)
+    given = [
+        Example(rng.integers(0, 99, n, dtype=np.int32), rng.random(n) < 0.5, int(n) % 3 - 1, f"user {n}")
+        for n in rng.integers(1, 30, 20)
+    ]
+    examples = Examples.of(iter(given))
+    assert len(examples) == 20
+    for ours, theirs in zip([*examples, examples[-1], *examples[3:5]], [*given, given[-1], *given[3:5]], strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.is_target, theirs.is_target)
+        assert (ours.slot_start, ours.user_id) == (theirs.slot_start, theirs.user_id)
+    assert examples.lengths.tolist() == [len(e.tokens) for e in given]
+    assert examples.target_counts.tolist() == [int(e.is_target.sum()) for e in given]
+    with pytest.raises(IndexError):
+        examples[20]
+
+
+def test_second_start_reads_the_cache(
+    config: Config, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer()
+    first = read(config, tokenizer)
+    uncached = read(dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none")), tokenizer)
+    assert_same(first, uncached)
+    monkeypatch.setattr(training, "_read", forbid)
+    again = read(config, tokenizer)
+    assert_same(again, first)
+    assert not again.examples.tokens.flags.writeable  # it is mapped
+    assert len(first.dev) == 2 and all(record.messages for record in first.dev)
+    assert [path.name[0] for path in Path(config.data.cache).iterdir() if path.name.startswith(".")] == []
+    # What has no say in the tokens shares them.
+    data = dataclasses.replace(config.data, embeddings="synthetic", missing_user="null")
+    assert_same(read(dataclasses.replace(config, data=data), tokenizer), first)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "seq_len": {"data": {"seq_len": 128}},
+    "condition": {"data": {"condition": "text"}},
+    "targets": {"data": {"targets": "all"}},
+    "too_long": {"data": {"too_long": "refuse"}},
+    "context_prompt": {"data": {"context_prompt": "I am: {context}"}},
+    "splits": {"data": {"eval_splits": ("train",)}},
+    "dev_split": {"data": {"dev_split": "train"}},
+    "bad": {"data": {"on_bad_record": "skip"}},
+    "placement": {"prefix": {"placement": "in_chat"}},
+    "num_tokens": {"projector": {"num_tokens": 3}},
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "template", "tokenizer", "special tokens", "one letter", "order"])
+def test_everything_that_has_a_say_has_tokens_of_its_own(
+    config: Config, make_tokenizer: Callable, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Encoder.from_config(config, make_tokenizer())
+    key = training._key(config, before)
+    tokenizer, path = make_tokenizer(), Path(config.data.path)
+    changed = config
+    for section, fields in CHANGES.get(change, {}).items():
+        changed = dataclasses.replace(changed, **{section: dataclasses.replace(getattr(changed, section), **fields)})
+    if change == "template":
+        text = before.template + " "
+        (tmp_path / "own.jinja").write_text(text)
+        changed = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, chat_template=str(tmp_path / "own.jinja"))
+        )
+    elif change == "tokenizer":
+        tokenizer.add_tokens(["zebra"])
+    elif change == "special tokens":
+        tokenizer = make_tokenizer(eos_token="<|im_end|>")
+    elif change == "one letter":
+        path.write_text(path.read_text().replace("hi", "ha", 1))
+    elif change == "order":
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
+    assert training._key(changed, Encoder.from_config(changed, tokenizer)) != key
+    assert training._key(config, before) == key or change in ("one letter", "order")
+
+
+def test_directories_are_told_apart_by_content_and_names(tmp_path: Path) -> None:
+    prints = set()
+    for name, content in (("a", "1"), ("a", "2"), ("b", "2")):
+        place = tmp_path / f"{name}{content}"
+        place.mkdir()
+        (place / name).write_text(content)
+        prints.add(training.fingerprint(DataConfig(path=str(place))))
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens.npy", "is_target.npy", "ends.npy", "slot_starts.npy", "records.json", "meta.json"]
+)
+@pytest.mark.parametrize("fault", ["cut", "flip", "gone"])
+def test_damaged_cache_is_made_anew(config: Config, make_tokenizer: Callable, name: str, fault: str) -> None:
+    tokenizer = make_tokenizer()
+    first = read(config, tokenizer)
+    (place,) = Path(config.data.cache).iterdir()
+    whole = {path.name: path.read_bytes() for path in place.iterdir()}
+    content = bytearray(whole[name])
+    if fault == "gone":
+        (place / name).unlink()
+    else:
+        content[-9] ^= 1
+        (place / name).write_bytes(content[:-5] if fault == "cut" else content)
+    assert_same(read(config, tokenizer), first)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == whole
+
+
+def test_cache_that_cannot_be_written_is_named(config: Config, make_tokenizer: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match=r"data\.cache: .*file cannot be written \(.+\); name another directory, or none"
+    ):
+        read(dataclasses.replace(config, data=data), make_tokenizer())
+
+
+def test_what_was_skipped_is_told_again(config: Config, make_tokenizer: Callable) -> None:
+    path = Path(config.data.path)
+    path.write_text(path.read_text() + json.dumps({"user_id": "x", "messages": []}) + "\n")
+    data = dataclasses.replace(config.data, on_bad_record="skip", max_bad_share=0.5)
+    config = dataclasses.replace(config, data=data)
+    told = [read(config, make_tokenizer()).skipped for _ in range(2)]
+    assert told[0] == told[1] and told[0] is not None and told[0].startswith("skipped 1 of 13 records")
