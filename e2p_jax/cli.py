@@ -17,6 +17,7 @@ import tyro
 
 from e2p_jax.commands.common import say
 from e2p_jax.commands.compare import compare_command
+from e2p_jax.commands.drift import drift
 from e2p_jax.commands.embed import embed
 from e2p_jax.commands.evaluate import evaluate
 from e2p_jax.commands.export import export
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             "compare": compare_command(rest if command == ["compare"] else []),
             "plan": plan_command(rest if command == ["plan"] else []),
             "evaluate": evaluate,
+            "drift": drift,
             "generate": generate,
             "prepare": prepare,
             "embed": embed,

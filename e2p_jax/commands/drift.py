@@ -1,0 +1,54 @@
+"""`e2p drift`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from e2p_jax.errors import UserError
+
+
+def drift(
+    run: tyro.conf.Positional[Path],
+    /,
+    old: str,
+    new: str,
+    split: str | None = None,
+    keep: float = 0.9,
+    checkpoint: str = "best",
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Compares two versions of a table of user vectors, and says whether the projector needs retraining.
+
+    Args:
+      run: Run directory, trained on the old table.
+      old: Table of user vectors.
+      new: Table of the same users' newer vectors.
+      split: Split whose users and conversations are taken. Default: the first of `data.eval_splits`.
+      keep: Retraining is advised where less than this share of the own vector's gain over another user's is left.
+      checkpoint: best, last, or a step.
+      as_json: Print JSON to stdout in place of the text.
+    """
+    from e2p_jax.data.embeddings import load_table
+    from e2p_jax.evaluate.drift import drift as compare
+    from e2p_jax.evaluate.table import read_splits
+    from e2p_jax.train.run import open_run
+
+    if not 0 < keep <= 1:
+        raise UserError("--keep must be above 0 and at most 1")
+    opened = open_run(run, checkpoint)
+    data = opened.inputs.config.data
+    name = split or data.eval_splits[0]
+    found = compare(opened, read_splits(data, [name])[name], load_table(old, "null"), load_table(new, "null"), keep)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found) | {"verdict": found.verdict()}))
+        return
+    change = found.nll_change
+    print(f"users of {name} in both tables: {found.users}, others: {found.missing}")
+    print(f"cosine, old to new vector: {found.cosine:.3f}, after the best rotation: {found.aligned_cosine:.3f}")
+    print(f"change of the soft tokens, in units of how users' tokens differ: {found.token_change:.3f}")
+    print(f"NLL a target, new minus old: {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}], p {change.p:.4f}")
+    print(f"own vector better than another user's by: old {found.gain_old:+.4f}, new {found.gain_new:+.4f}")
+    print(found.verdict())

@@ -1,0 +1,121 @@
+"""Two versions of a table of user vectors: does the projector that was trained on the old one serve the new one?"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+
+from e2p_jax.config import Condition
+from e2p_jax.data.conditions import user_vectors
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, sums_by_user
+from e2p_jax.evaluate.score import Scorer
+from e2p_jax.train.run import Run
+
+Case = tuple[str, Condition]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """What became of a split's users between two tables."""
+
+    users: int  # in both tables
+    missing: int  # of the split, in one of the tables or both
+    cosine: float  # mean over users, of standardised vectors, old to new
+    aligned_cosine: float  # the same after the rotation that fits best
+    token_change: float  # root mean square change of a soft token, in units of how users' tokens differ
+    nll_change: Difference  # new minus old, nats a target
+    gain_old: float  # nats a target that the own vector is better than another user's, old table
+    gain_new: float
+    kept: tuple[float, float, float]  # gain_new / gain_old, with its 95 % interval
+    retrain: bool
+
+    def verdict(self) -> str:
+        """One sentence."""
+        share, low, high = (f"{100 * value:.0f} %" for value in self.kept)
+        left = f"{share} [{low}, {high}] of what a user's own vector is worth is left"
+        if not self.retrain:
+            return f"keep the projector: {left}"
+        turned = self.aligned_cosine - self.cosine > 0.2
+        rotated = "; the new space is mostly the old one turned, so aligning the new table would do as well"
+        return f"retrain the projector: {left}{rotated if turned else ''}"
+
+
+def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, keep: float = 0.9) -> Drift:
+    """Compares two tables in front of one run.
+
+    Retraining is advised where the new table is worse than the old one beyond chance, and less than `keep` of the
+    gain of the own vector over another user's is left.
+
+    Args:
+      run: trained on the old table.
+      records: of users in both tables; others are left out.
+      old: opened with `missing="null"`, as is `new`.
+      keep: share of the gain.
+
+    Raises:
+      UserError: widths that differ, or fewer than two users in both tables.
+    """
+    width = run.population.mean.shape[0]
+    for table in (old, new):
+        if table.width != width:
+            raise UserError(f"{table.source}: vectors have width {table.width}, but the run's projector takes {width}")
+    users, where = [record.user_id for record in records], [record.source for record in records]
+    there = (old.rows(users, where) >= 0) & (new.rows(users, where) >= 0)
+    kept = [record for record, known in zip(records, there, strict=True) if known]
+    names = sorted({record.user_id for record in kept})
+    if len(names) < 2:
+        raise UserError(f"{new.source} and {old.source} have {len(names)} users of the split in common; 2 are needed")
+    before, after = (table.lookup(names, names) for table in (old, new))
+    a, b = ((vectors - run.population.mean) / run.population.std for vectors in (before, after))
+    left, _, right = np.linalg.svd(b.T @ a)
+    projector = nnx.merge(run.model.graph, run.model.params).projector
+    soft_old, soft_new = (np.asarray(projector(vectors)) for vectors in (before, after))
+    spread = np.sqrt(np.mean((soft_old - soft_old.mean(axis=0)) ** 2))
+
+    statistics = _statistics(run, kept, {"old": old, "new": new})
+    owners, samples = [record.user_id for record in kept], run.inputs.config.evaluate.bootstrap_samples
+    change = difference("nll_per_target", statistics["new", "e2p"], statistics["old", "e2p"], owners, samples)
+    value = MEASURES["nll_per_target"].value
+    cases: list[Case] = [("old", "e2p"), ("old", "shuffled"), ("new", "e2p"), ("new", "shuffled")]
+    sums = sums_by_user([statistics[case] for case in cases], owners)
+    drawn = bootstrap(sums, value, samples)
+    old_e2p, old_other, new_e2p, new_other = (float(value(group.sum(axis=0))) for group in sums)
+    gain_old, gain_new = old_other - old_e2p, new_other - new_e2p
+    shares = (drawn[:, 3] - drawn[:, 2]) / (drawn[:, 1] - drawn[:, 0])
+    low, high = np.quantile(shares, [0.025, 0.975])
+    share = gain_new / gain_old
+    return Drift(
+        users=len(names),
+        missing=len(set(users)) - len(names),
+        cosine=_cosine(a, b),
+        aligned_cosine=_cosine(a, b @ left @ right),
+        token_change=float(np.sqrt(np.mean((soft_new - soft_old) ** 2)) / spread),
+        nll_change=change,
+        gain_old=gain_old,
+        gain_new=gain_new,
+        kept=(share, float(low), float(high)),
+        retrain=change.low > 0 and share < keep,
+    )
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(np.mean(np.sum(a * b, axis=1) / np.maximum(norms, 1e-12)))
+
+
+def _statistics(run: Run, records: Sequence[Record], tables: dict[str, UserTable]) -> dict[Case, np.ndarray]:
+    """NLL and targets of every record, [N, 2], with its own and another user's vector of each table."""
+    examples = [run.inputs.encoder.fit(record, ["e2p"]).examples["e2p"] for record in records]
+    targets = np.array([int(example.is_target.sum()) for example in examples])
+    conditions: tuple[Condition, ...] = ("e2p", "shuffled")
+    groups = {
+        (name, condition): (examples, user_vectors(records, condition, table, run.population))
+        for name, table in tables.items()
+        for condition in conditions
+    }
+    nll = Scorer(run.model, run.inputs.encoder, run.inputs.config.train.rows).nll(groups)
+    return {case: np.stack([values, targets], axis=1) for case, values in nll.items()}

@@ -1,0 +1,109 @@
+"""What is left of a prefix when the vector behind it is not what it was in training."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from e2p_jax.config import Condition
+from e2p_jax.data.conditions import FRONTS, other_users, user_vectors
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.measures import interval
+from e2p_jax.evaluate.score import Scorer
+from e2p_jax.train.run import Run
+
+Disturbance = Callable[[np.ndarray, np.ndarray, float, np.random.Generator], np.ndarray]
+
+
+def noise(own: np.ndarray, other: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """Adds normal noise of standard deviation `level`, in units of the training users' spread."""
+    return own + level * rng.normal(size=own.shape)
+
+
+def rotation(own: np.ndarray, other: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """Turns the space by `level` degrees, which is then the angle between every vector and its image; with an odd width
+    one direction stays.
+    """
+    width = own.shape[1]
+    basis, _ = np.linalg.qr(rng.normal(size=(width, width)))
+    pairs = width // 2
+    first, second = basis[:, :pairs], basis[:, pairs : 2 * pairs]
+    turn, angle = second @ first.T - first @ second.T, np.deg2rad(level)
+    still = own @ basis[:, 2 * pairs :] @ basis[:, 2 * pairs :].T
+    return np.cos(angle) * (own - still) + np.sin(angle) * own @ turn.T + still
+
+
+def dimensions(own: np.ndarray, other: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """A share `level` of each vector's dimensions is lost: they are the training users' mean."""
+    return np.where(rng.random(own.shape) < level, 0.0, own)
+
+
+def staleness(own: np.ndarray, other: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """The vector is a share `level` of what the user no longer is: another user's vector."""
+    return (1 - level) * own + level * other
+
+
+DISTURBANCES: dict[str, tuple[str, Disturbance, tuple[float, ...]]] = {
+    "noise": ("standard deviations of noise", noise, (0.25, 0.5, 1.0, 2.0)),
+    "rotation": ("degrees of rotation", rotation, (15.0, 30.0, 60.0, 90.0)),
+    "dimensions": ("share of dimensions lost", dimensions, (0.1, 0.25, 0.5, 0.75)),
+    "staleness": ("share of another user's vector", staleness, (0.25, 0.5, 0.75, 1.0)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """NLL a target at one level of one disturbance, with its 95 % interval."""
+
+    disturbance: str
+    level: float
+    nll: float
+    low: float
+    high: float
+
+
+def robustness(run: Run, records: Sequence[Record], condition: Condition = "e2p") -> list[Point]:
+    """Curves of the NLL over every disturbance, level 0 among them, in standardised space; all with one compiled step.
+
+    Also one point each of `cold start`: the null user where the run has one, else the training users' mean; and of
+    `none`, without a prefix.
+
+    Args:
+      run: trained on users' vectors.
+      records: to score.
+      condition: with the user's own vector.
+
+    Raises:
+      UserError: a user without a vector, or a record that cannot fit.
+    """
+    encoder, population = run.inputs.encoder, run.population
+    fitted = [encoder.fit(record, [condition, "none"]) for record in records]
+    kept = [fit.record for fit in fitted]
+    examples = [fit.examples[condition] for fit in fitted]
+    targets = np.array([int(example.is_target.sum()) for example in examples])
+    users = [record.user_id for record in kept]
+    vectors = user_vectors(kept, condition, run.inputs.table, population)
+    own = (vectors - population.mean) / population.std
+    by_user = dict(zip(users, own, strict=True))
+    other = np.stack([by_user[user] for user in other_users(users, seed=0)])
+
+    def raw(standardised: np.ndarray) -> np.ndarray:
+        return (standardised * population.std + population.mean).astype(np.float32)
+
+    assert FRONTS[condition].vector == "own"
+    has_null = run.inputs.config.train.null_user_rate > 0
+    cold = np.full_like(vectors, np.nan) if has_null else raw(np.zeros_like(own))
+    groups = {("as trained", 0.0): (examples, vectors), ("cold start", 0.0): (examples, cold)}
+    groups["none", 0.0] = ([fit.examples["none"] for fit in fitted], vectors)
+    for name, (_, disturb, levels) in DISTURBANCES.items():
+        for number, level in enumerate(levels):
+            rng = np.random.default_rng([2, number])
+            groups[name, level] = (examples, raw(disturb(own, other, level, rng)))
+    scorer = Scorer(run.model, encoder, run.inputs.config.train.rows)
+    samples = run.inputs.config.evaluate.bootstrap_samples
+    points = []
+    for (name, level), nll in scorer.nll(groups).items():
+        found = interval("nll_per_target", np.stack([nll, targets], axis=1), users, samples)
+        points.append(Point(name, level, *found))
+    start = points[0]
+    return points + [dataclasses.replace(start, disturbance=name) for name in DISTURBANCES]

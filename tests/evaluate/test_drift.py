@@ -1,0 +1,78 @@
+"""`e2p drift`: an unchanged table, one that is turned, one of other users, and one with users missing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from e2p_jax.cli import main
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import save_table
+from e2p_jax.train.run import open_run
+
+USERS = range(24)
+IDS = [f"user-{user}" for user in USERS]
+
+
+def save(path: Path, vectors: np.ndarray, ids: list[str] = IDS) -> str:
+    save_table(path, ids, vectors.astype(np.float32), name="t", version="1")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    return np.stack([synthetic.vector(user) for user in USERS])
+
+
+def run_drift(learned_run: Path, old: str, new: str, capsys: pytest.CaptureFixture[str]) -> dict:
+    capsys.readouterr()
+    assert main(["drift", str(learned_run), "--old", old, "--new", new, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_verdicts(learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old = save(tmp_path / "old", vectors)
+    same = run_drift(learned_run, old, save(tmp_path / "same", vectors), capsys)
+    assert not same["retrain"] and same["verdict"].startswith("keep the projector: 100 %")
+    assert same["nll_change"]["mean"] == 0 and same["kept"] == [1, 1, 1] and same["users"] == 24
+    assert same["cosine"] == pytest.approx(1) and same["token_change"] == 0 and same["gain_old"] > 0.1
+
+    near = save(tmp_path / "near", vectors + 0.02 * np.random.default_rng(0).normal(size=vectors.shape))
+    assert not run_drift(learned_run, old, near, capsys)["retrain"]
+
+    run = open_run(learned_run)  # turned in the standardised space, where the verdict looks
+    mean, std = run.population
+    turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 64)))
+    turned = run_drift(learned_run, old, save(tmp_path / "turned", (vectors - mean) / std @ turn * std + mean), capsys)
+    assert turned["retrain"] and "aligning the new table would do" in turned["verdict"]
+    assert turned["aligned_cosine"] == pytest.approx(1, abs=1e-3) and abs(turned["cosine"]) < 0.5
+
+    others = run_drift(learned_run, old, save(tmp_path / "others", vectors[::-1]), capsys)
+    assert others["retrain"] and others["kept"][0] < 0.5 and others["nll_change"]["low"] > 0
+
+
+def test_missing_users_are_counted_and_left_out(
+    learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    old, fewer = save(tmp_path / "old", vectors), save(tmp_path / "fewer", vectors[:20], IDS[:20])
+    found = run_drift(learned_run, old, fewer, capsys)
+    assert (found["users"], found["missing"]) == (20, 4)
+    assert main(["drift", str(learned_run), "--old", old, "--new", fewer]) == 0
+    assert "in both tables: 20, others: 4" in capsys.readouterr().out
+
+
+def test_refusals(learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old = save(tmp_path / "old", vectors)
+    narrow, strange = (
+        save(tmp_path / "narrow", vectors[:, :8]),
+        save(tmp_path / "strange", vectors, [f"x{i}" for i in IDS]),
+    )
+    for new, words, more in [
+        (narrow, "width 8", []),
+        (strange, "0 users of the split in common", []),
+        (old, "--keep must be", ["--keep", "0"]),
+    ]:
+        assert main(["drift", str(learned_run), "--old", old, "--new", new, *more]) == 1
+        message = capsys.readouterr().err
+        assert words in message.splitlines()[-1], message
