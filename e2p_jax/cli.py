@@ -17,6 +17,7 @@ import tyro
 
 from e2p_jax.commands.common import say
 from e2p_jax.commands.compare import compare_command
+from e2p_jax.commands.demo import demo
 from e2p_jax.commands.drift import drift
 from e2p_jax.commands.embed import embed
 from e2p_jax.commands.evaluate import evaluate
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             "evaluate": evaluate,
             "drift": drift,
             "generate": generate,
+            "demo": demo,
             "prepare": prepare,
             "embed": embed,
             "export": export,

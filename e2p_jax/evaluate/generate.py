@@ -3,20 +3,22 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from e2p_jax.backbone.decoder import Cache
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.prefix.model import PrefixModel
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are ever compiled
 
@@ -69,8 +71,20 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling", "stops", "pad"))
-def _decode(
+class Decoding(NamedTuple):
+    """A batch of replies under way."""
+
+    step: jax.Array  # [] int32, of the last token chosen
+    token: jax.Array  # [B] int32, chosen there; the pad id where the reply had ended
+    done: jax.Array  # [B] bool: this token or one before it is a stop
+    lengths: jax.Array  # [B] int32, of the prompts, slots included
+    cache: Cache
+
+
+_STATIC = ("graph", "sampling", "stops", "pad")
+
+
+def _start(
     params: Any,
     tokens: jax.Array,  # [B, P] int32, left-padded
     segment_ids: jax.Array,  # [B, P] int32, 0 at the padding
@@ -81,38 +95,83 @@ def _decode(
     sampling: Sampling,
     stops: tuple[int, ...],
     pad: int,
-) -> jax.Array:
-    """[B, N] int32: the new tokens, the stopping one included, `pad` after it."""
+) -> Decoding:
+    """Reads the prompts and chooses the first token of each reply."""
     model = nnx.merge(graph, params)
     batch, prompt = tokens.shape
     cache = model.backbone.empty_cache(batch, prompt + sampling.max_new_tokens)
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    lengths = jnp.sum(segment_ids, axis=1)
     x = model.embed(tokens, slots, user_embeddings)
     hidden, cache = model.hidden(x, positions, segment_ids, cache)
-    key = jax.random.key(sampling.seed)
-    ones = jnp.ones((batch, 1), jnp.int32)
+    step, none = jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool)
+    token, done = _pick(model, hidden, step, none, sampling, stops, pad)
+    return Decoding(step, token, done, jnp.sum(segment_ids, axis=1), cache)
 
-    def pick(hidden: jax.Array, step: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = choose(model.backbone.logits(hidden[:, -1]), jax.random.fold_in(key, step), sampling)
-        token = jnp.where(done, pad, token)
-        stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros_like(done))
-        return token, done | stopped
 
-    def body(state: tuple) -> tuple:
-        step, token, done, cache, out = state
-        hidden, cache = model.hidden(model.backbone.embed(token[:, None]), (lengths + step)[:, None], ones, cache)
-        token, done = pick(hidden, step + 1, done)
-        return step + 1, token, done, cache, out.at[:, step + 1].set(token)
+def _advance(
+    params: Any, state: Decoding, *, graph: nnx.GraphDef, sampling: Sampling, stops: tuple[int, ...], pad: int
+) -> Decoding:
+    """Chooses one more token of each reply."""
+    model = nnx.merge(graph, params)
+    x = model.backbone.embed(state.token[:, None])
+    positions = (state.lengths + state.step)[:, None]
+    hidden, cache = model.hidden(x, positions, jnp.ones_like(positions), state.cache)
+    token, done = _pick(model, hidden, state.step + 1, state.done, sampling, stops, pad)
+    return Decoding(state.step + 1, token, done, state.lengths, cache)
 
-    def unfinished(state: tuple) -> jax.Array:
-        step, _, done, _, _ = state
-        return (step + 1 < sampling.max_new_tokens) & ~jnp.all(done)
 
-    step = jnp.zeros((), jnp.int32)
-    token, done = pick(hidden, step, jnp.zeros((batch,), bool))
-    out = jnp.full((batch, sampling.max_new_tokens), pad, jnp.int32).at[:, 0].set(token)
-    return jax.lax.while_loop(unfinished, body, (step, token, done, cache, out))[-1]
+def _pick(
+    model: PrefixModel,
+    hidden: jax.Array,  # [B, T, D]
+    step: jax.Array,
+    done: jax.Array,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    pad: int,
+) -> tuple[jax.Array, jax.Array]:
+    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
+    token = jnp.where(done, pad, choose(model.backbone.logits(hidden[:, -1]), key, sampling))
+    stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros_like(done))
+    return token, done | stopped
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _decode(params: Any, *prompts: jax.Array, sampling: Sampling, pad: int, **static: Any) -> jax.Array:
+    """[B, N] int32: the new tokens, the stopping one included, `pad` after it; all on the device."""
+
+    def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
+        state, out = carry
+        state = _advance(params, state, sampling=sampling, pad=pad, **static)
+        return state, out.at[:, state.step].set(state.token)
+
+    def unfinished(carry: tuple[Decoding, jax.Array]) -> jax.Array:
+        return (carry[0].step + 1 < sampling.max_new_tokens) & ~jnp.all(carry[0].done)
+
+    state = _start(params, *prompts, sampling=sampling, pad=pad, **static)
+    out = jnp.full((len(state.token), sampling.max_new_tokens), pad, jnp.int32).at[:, 0].set(state.token)
+    return jax.lax.while_loop(unfinished, body, (state, out))[-1]
+
+
+_start_once = jax.jit(_start, static_argnames=_STATIC)
+_advance_once = jax.jit(_advance, static_argnames=_STATIC, donate_argnames="state")
+
+
+def _left_padded(
+    prompts: Sequence[Example], vectors: np.ndarray, pad: int, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `_start` reads of B prompts, after the parameters."""
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens = np.full((len(prompts), length), pad, np.int32)
+    segments = np.zeros_like(tokens)
+    slots = np.full_like(tokens, -1)
+    for row, prompt in enumerate(prompts):
+        first = length - len(prompt.tokens)
+        tokens[row, first:] = prompt.tokens
+        segments[row, first:] = 1
+        if prompt.slot_start >= 0:
+            slots[row, first + prompt.slot_start :][:num_tokens] = np.arange(num_tokens)
+    return tokens, segments, slots, vectors[:, None]
 
 
 def generate_tokens(
@@ -139,19 +198,13 @@ def generate_tokens(
     Raises:
       UserError: prompt and reply do not fit the backbone's positions.
     """
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    tokens = np.full((len(prompts), length), pad, np.int32)
-    segments = np.zeros_like(tokens)
-    slots = np.full_like(tokens, -1)
-    for row, prompt in enumerate(prompts):
-        first = length - len(prompt.tokens)
-        tokens[row, first:] = prompt.tokens
-        segments[row, first:] = 1
-        if prompt.slot_start >= 0:
-            slots[row, first + prompt.slot_start :][:num_tokens] = np.arange(num_tokens)
     out = _decode(
-        params, tokens, segments, slots, vectors[:, None], graph=graph, sampling=sampling, stops=stops, pad=pad
+        params,
+        *_left_padded(prompts, vectors, pad, num_tokens),
+        graph=graph,
+        sampling=sampling,
+        stops=stops,
+        pad=pad,
     )
     replies = []
     for row in np.asarray(out).tolist():
@@ -177,14 +230,7 @@ def generate(
       UserError: a prompt too long for the backbone.
     """
     encoder: Encoder = run.inputs.encoder
-    limit = run.inputs.decoder.max_positions
-    prompts = [encoder.encode_prompt(record, condition) for record in records]
-    for record, prompt in zip(records, prompts, strict=True):
-        if len(prompt.tokens) + sampling.max_new_tokens > limit:
-            raise UserError(
-                f"{record.source}: {len(prompt.tokens)} prompt tokens and --max-new-tokens {sampling.max_new_tokens} "
-                f"are beyond the backbone's {limit} positions"
-            )
+    prompts = _encode(run, records, [condition] * len(records), sampling)
     stops = stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id)
     replies: list[str] = []
     for first in range(0, len(prompts), batch):
@@ -201,6 +247,53 @@ def generate(
         )
         replies += [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in tokens]
     return replies
+
+
+def stream(
+    run: Any, records: Sequence[Record], vectors: np.ndarray, conditions: Sequence[Condition], sampling: Sampling
+) -> Iterator[list[str]]:
+    """The replies as they grow: what `generate` says, one token after the other, all records in one batch.
+
+    Args:
+      run: an opened `e2p_jax.train.run.Run`.
+      records: N conversations that end with a user turn.
+      vectors: [N, E] float32, one per record.
+      conditions: N, one per record.
+
+    Yields:
+      N texts, each no shorter than before; the last are the whole replies.
+
+    Raises:
+      UserError: a prompt too long for the backbone.
+    """
+    encoder: Encoder = run.inputs.encoder
+    prompts = _left_padded(_encode(run, records, conditions, sampling), vectors, encoder.pad_id, encoder.num_tokens)
+    stops = stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id)
+    static: dict[str, Any] = {"graph": run.model.graph, "sampling": sampling, "stops": stops, "pad": encoder.pad_id}
+    state = _start_once(run.model.params, *prompts, **static)
+    replies: list[list[int]] = [[] for _ in records]
+    for left in reversed(range(sampling.max_new_tokens)):
+        token, done = jax.device_get((state.token, state.done))
+        for reply, new, is_last in zip(replies, token.tolist(), done.tolist(), strict=True):
+            if not is_last:
+                reply.append(new)
+        yield [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in replies]
+        if done.all() or not left:
+            return
+        state = _advance_once(run.model.params, state, **static)
+
+
+def _encode(run: Any, records: Sequence[Record], conditions: Sequence[Condition], sampling: Sampling) -> list[Example]:
+    """The prompts, each short enough for its reply."""
+    limit = run.inputs.decoder.max_positions
+    prompts = [run.inputs.encoder.encode_prompt(record, c) for record, c in zip(records, conditions, strict=True)]
+    for record, prompt in zip(records, prompts, strict=True):
+        if len(prompt.tokens) + sampling.max_new_tokens > limit:
+            raise UserError(
+                f"{record.source}: {len(prompt.tokens)} prompt tokens and --max-new-tokens {sampling.max_new_tokens} "
+                f"are beyond the backbone's {limit} positions"
+            )
+    return prompts
 
 
 def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition: Condition) -> np.ndarray:
