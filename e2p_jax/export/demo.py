@@ -21,11 +21,11 @@ _STYLE = """
 .gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
 .e2p-user { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 1rem; margin-bottom: 1rem; }
 .e2p-user h3 { margin: 0 0 .25rem; font-size: 1.05rem; }
-.e2p-context { color: var(--body-text-color-subdued); font-size: .9rem; margin-bottom: .9rem; }
+.e2p-context { color: var(--body-text-color); opacity: .75; font-size: .9rem; margin-bottom: .9rem; }
 .e2p-ways { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .75rem; }
 .e2p-way { background: var(--background-fill-secondary); border-radius: 8px; padding: .6rem .8rem; }
 .e2p-way.own { border-left: 4px solid var(--color-accent); }
-.e2p-way h4 { margin: 0 0 .3rem; font-size: .8rem; font-weight: 600; color: var(--body-text-color-subdued); }
+.e2p-way h4 { margin: 0 0 .3rem; font-size: .8rem; font-weight: 600; color: var(--body-text-color); opacity: .7; }
 .e2p-way p { margin: 0; min-height: 1.5rem; overflow-wrap: anywhere; }
 """
 
@@ -76,7 +76,7 @@ def find_people(run: Run) -> dict[str, tuple[str, ...]]:
 
 
 def answers(run: Run, users: Sequence[str], prompt: str, sampling: Sampling) -> Iterator[list[tuple[str, str, str]]]:
-    """The replies as they grow, of each user: with the own soft token, without one, and with the next user's."""
+    """The replies as they grow, of each user: with their own soft token, without one, and with the next user's."""
     columns: tuple[Condition, ...] = ("e2p", "none", "e2p")
     names = [name for i, user in enumerate(users) for name in (user, user, users[(i + 1) % len(users)])]
     records = [Record(name, (), ({"role": "user", "content": prompt},), source="the prompt") for name in names]
@@ -111,7 +111,7 @@ def build(run: Run, people: dict[str, tuple[str, ...]]) -> gradio.Blocks:
             length = gradio.Slider(1, 128, value=32, step=1, label="Longest reply, in tokens")
             seed = gradio.Number(0, precision=0, label="Seed")
         button = gradio.Button("Ask", variant="primary", elem_id="ask")
-        shown = gradio.HTML(show(first), elem_id="answers")
+        shown = gradio.HTML(show(first), elem_id="answers", padding=False)
         users.change(show, users, shown, show_progress="hidden")
         for event in (button.click, prompt.submit):
             event(ask, [users, prompt, temperature, length, seed], shown, show_progress="hidden")
@@ -122,7 +122,7 @@ def render(users: Sequence[str], people: dict[str, tuple[str, ...]], said: Seque
     """A card for each user: context, and the three replies."""
     cards = []
     for i, (user, replies) in enumerate(zip(users, said, strict=True)):
-        titles = ("with the own soft token", "without", f"with the soft token of {users[(i + 1) % len(users)]}")
+        titles = ("with their own soft token", "without", f"with the soft token of {users[(i + 1) % len(users)]}")
         ways = "".join(
             f'<div class="e2p-way {kind}"><h4>{html.escape(title)}</h4><p>{html.escape(reply)}</p></div>'
             for kind, title, reply in zip(("own", "none", "swapped"), titles, replies, strict=True)

@@ -108,7 +108,7 @@ def test_page(page: tuple[Run, str], browser: Any):
     assert cards == [people[0].user_id, people[1].user_id]
     assert texts(browser, ".e2p-context") == [" ".join(person.context) for person in people[:2]]
     titles = texts(browser, ".e2p-way h4")
-    assert titles[:3] == ["with the own soft token", "without", f"with the soft token of {cards[1]}"]
+    assert titles[:3] == ["with their own soft token", "without", f"with the soft token of {cards[1]}"]
     browser.execute_script(WATCH)
     browser.find_element("css selector", "#prompt textarea").send_keys(PROMPT)
     browser.find_element("css selector", "#ask").click()
