@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from e2p_jax.data.bad_records import BadRecords
-from e2p_jax.data.tables import Line, decode, read_lines
+from e2p_jax.data.tables import Line, decode_json, read_lines
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
 
@@ -100,7 +100,7 @@ def read_prompts(path: Path) -> list[Record]:
         raise UserError(f"--input {path}: does not exist")
     records = []
     for line in _lines(path):
-        source, values = line.place, _decode(line)
+        source, values = line.place, decode_json(line)
         if isinstance(values, dict) and "messages" not in values and "prompt" in values:
             messages = [{"role": "user", "content": values["prompt"]}]
             # A file to train on may be asked again: its response is left out.
@@ -114,36 +114,13 @@ def read_prompts(path: Path) -> list[Record]:
 
 
 def _record_and_split(line: Line) -> tuple[Record, str | None]:
-    values = _decode(line)
+    values = decode_json(line)
     return from_json(values, line.place), values.get("split")
 
 
 def _lines(path: Path) -> Iterator[Line]:
     """The lines that are not blank."""
     return (line for line in read_lines(path) if line.content.strip())
-
-
-def _decode(line: Line) -> Any:
-    """What the line holds; its texts can be encoded again.
-
-    Raises:
-      UserError: naming the row and column.
-    """
-    text = decode(line)
-    try:
-        values = json.loads(text)
-        json.dumps(values, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{line.place}: malformed JSON ({error.msg} at column {error.colno}); write one object a line"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{line.place}: holds half a surrogate pair ({error.object[error.start]!r}); drop it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{line.place}: malformed JSON ({error}); write one object a line") from error
-    return values
 
 
 def _parse(values: Any, source: str) -> Record:

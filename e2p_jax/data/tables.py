@@ -1,14 +1,20 @@
-"""Tables in text files: one row a line, as CSV, TSV and their relatives."""
+"""Text files of rows: CSV, TSV and their relatives, and JSON Lines."""
 
 import csv
 import dataclasses
+import gzip
+import json
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from e2p_jax.errors import UserError
 
 LONGEST = 1 << 24  # characters of a line; beyond it a line end or a closing quote is missing
 _BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +82,18 @@ def open_table(path: Path, delimiter: str, columns: Sequence[str] | None = None,
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Every line, numbered from 1, without its end and without a byte order mark."""
-    with path.open("rb") as lines:
-        for row, line in enumerate(lines, 1):
-            yield Line(f"{path}:{row}", line.rstrip(b"\r\n").removeprefix(_BOM if row == 1 else b""))
+    """Every line, numbered from 1, without its end and without a byte order mark; of a .gz file, what it holds.
+
+    Raises:
+      UserError: a damaged .gz file.
+    """
+    row = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for row, line in enumerate(lines, 1):
+                yield Line(f"{path}:{row}", line.rstrip(b"\r\n").removeprefix(_BOM if row == 1 else b""))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged after row {row} ({error}); copy it again") from error
 
 
 def decode(line: Line, encoding: str = "utf-8") -> str:
@@ -97,6 +111,36 @@ def decode(line: Line, encoding: str = "utf-8") -> str:
             f"{line.place}: column {error.start + 1}: not {encoding} (byte 0x{line.content[error.start]:02x}); "
             f"save the file as {encoding}"
         ) from error
+
+
+def decode_json(line: Line) -> Any:
+    """What a line of JSON Lines holds.
+
+    Raises:
+      UserError: naming the row and column.
+    """
+    return parse_json(decode(line), line.place, "write one object a line")
+
+
+def parse_json(text: str, place: str, remedy: str) -> Any:
+    """What `text` holds; every text in it can be encoded again.
+
+    Raises:
+      UserError: naming the line and column of `text`.
+    """
+    try:
+        values = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{place}: malformed JSON ({error.msg} at {where}); {remedy}") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{place}: holds half a surrogate pair ({half!r}); drop it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: malformed JSON ({error}); {remedy}") from error
+    return values
 
 
 def number(text: str, column: str, place: str) -> float:

@@ -1,6 +1,7 @@
 """Small releases of every dataset, made up here in the true formats, with all that makes those formats hard."""
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -99,6 +100,44 @@ def persona_chat(directory: Path) -> Path:
             csv.writer(file).writerows([columns, *rows])
     return directory
 
+
+def own_log(directory: Path) -> Path:
+    """One's own log as CSV, with times in both forms."""
+    rng = np.random.default_rng(1)
+    directory.mkdir(parents=True, exist_ok=True)
+    times = [f"2024-01-{1 + n % 28:02d}T10:00:00Z" if n % 2 else f"{1_704_000_000 + n * 9_000}" for n in range(120)]
+    rows = [f'"u{rng.integers(6)}",i{rng.integers(25)},{rng.integers(1, 9)},{time}' for time in times]
+    (directory / "interactions.csv").write_text("\n".join(["user,item,weight,time", *rows]) + "\n")
+    titles = [f'i{n},"Part {n}, ""the"" end"' for n in range(25)]
+    (directory / "items.csv").write_text("\r\n".join(["item,title", *titles]) + "\r\n")
+    return directory
+
+
+def lastfm(directory: Path) -> Path:
+    """HetRec 2011's Last.fm, which has no times."""
+    rng = np.random.default_rng(2)
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = [f"{user}\t{item}\t{rng.integers(1, 9999)}" for user in range(2, 8) for item in rng.permutation(30)[:9]]
+    (directory / "user_artists.dat").write_text("\r\n".join(["userID\tartistID\tweight", *rows]) + "\r\n")
+    artists = [f'{n}\t"Weird {n}" Björk\thttp://a\thttp://b' for n in range(30)]
+    (directory / "artists.dat").write_text("\n".join(["id\tname\turl\tpictureURL", *artists]) + "\n", "utf-8")
+    return directory
+
+
+def dialogue_corpus(directory: Path) -> Path:
+    """Both sources of the embedded backbone's training text."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("self_dialogue.jsonl.gz", "schema_guided.jsonl.gz"):
+        lines = [json.dumps({"turns": [f"turn {t} of {n}" for t in range(4)]}) + "\n" for n in range(30)]
+        (directory / name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    return directory
+
+
+JSONL = """\
+{"user_id": "Zoë", "context": ["i ski."], "messages": [{"role": "user", "content": "hi"},
+ {"role": "assistant", "content": "ho"}, {"role": "user", "content": "so?"}], "split": "test"}
+{"user_id": 7, "prompt": "hi", "response": "ho \\ud83d\\ude00", "candidates": ["ho", "no"], "references": ["ho"]}
+""".replace("\n ", " ").encode()
 
 TEXT = [f"{whose}_{wording}" for whose in ("self", "other", "both") for wording in ("original", "revised")]
 EXPECTED: dict[str, tuple[str, str, list[str], dict[str, int]]] = {

@@ -29,4 +29,4 @@ class Builder(RecordBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
         directory = Path(dl_manager.manual_dir)
         splits = ("train", "validation")
-        return {split: self._generate_examples(generate.records(directory, split)) for split in splits}
+        return {split: self._generate_examples(generate.records(directory, split, self.bad)) for split in splits}

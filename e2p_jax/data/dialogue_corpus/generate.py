@@ -11,8 +11,6 @@ al., 2018, BSD 3-Clause); schema_guided.jsonl.gz, Schema-Guided Dialogue (Rastog
 
 import collections
 import dataclasses
-import gzip
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from e2p_jax.data import synthetic
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.records import Record
+from e2p_jax.data.tables import Line, decode_json, read_lines
 from e2p_jax.errors import UserError
 
 SOURCES = {"self_dialogue.jsonl.gz": 0.6, "schema_guided.jsonl.gz": 0.1}  # file -> share of it that is used
@@ -41,17 +41,17 @@ def sources(directory: Path) -> list[Path]:
     return paths
 
 
-def records(directory: Path, split: str, seed: int = 0) -> Iterator[Record]:
+def records(directory: Path, split: str, bad: BadRecords | None = None, seed: int = 0) -> Iterator[Record]:
     """Yields the records of `train` or `validation` in a mixed, repeatable order.
 
     Raises:
-      UserError: a source file is missing from `directory`.
+      UserError: a source file is missing from `directory`, damaged, or has a malformed line.
     """
+    bad = bad or BadRecords()
     rng = np.random.default_rng(seed)
     dialogues = []
     for path, share in zip(sources(directory), SOURCES.values(), strict=True):
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            every = [[turn.strip() for turn in json.loads(line)["turns"]] for line in lines]
+        every = bad.parse(read_lines(path), _turns, path)
         dialogues += [turns for turns in every if len(turns) > 3 and _short(turns) and rng.random() < share]
     counts = collections.Counter(word for turns in dialogues for turn in turns for word in set(_words(turn)))
     people = list(synthetic.PRETRAINING)
@@ -68,6 +68,14 @@ def records(directory: Path, split: str, seed: int = 0) -> Iterator[Record]:
             record = _spaced(record)
         if held_out == (split == "validation"):
             yield record
+
+
+def _turns(line: Line) -> list[str]:
+    values = decode_json(line)
+    turns = values.get("turns") if isinstance(values, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise UserError(f"{line.place}: must be a JSON object with a list of texts `turns`")
+    return [turn.strip() for turn in turns]
 
 
 def _short(turns: list[str]) -> bool:

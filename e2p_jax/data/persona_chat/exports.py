@@ -6,13 +6,13 @@ the true reply. The dialogues of the competition's human evaluation: a list of `
 "user_profile": [...], "bot_profile": [...]}`; the human plays `user_profile`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.persona_chat.dialogues import Dialogue, Turn, pair
+from e2p_jax.data.tables import parse_json
 from e2p_jax.errors import UserError
 
 EVALUATIONS = (
@@ -86,13 +86,10 @@ def _evaluation_dialogue(number: int, entry: Any, place: str) -> Dialogue:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: malformed JSON ({error.msg})") from error
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: malformed JSON (nested too deep)") from error
+    return parse_json(text, str(path), "export it again")
 
 
 def _field(entry: Any, key: str, place: str) -> Any:
