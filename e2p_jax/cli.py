@@ -17,6 +17,7 @@ import tyro
 
 from e2p_jax.commands.common import say
 from e2p_jax.commands.compare import compare_command
+from e2p_jax.commands.convert import convert
 from e2p_jax.commands.demo import demo
 from e2p_jax.commands.drift import drift
 from e2p_jax.commands.embed import embed
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             "demo": demo,
             "prepare": prepare,
             "embed": embed,
+            "convert": convert,
             "export": export,
             "prefixes": prefixes,
             "import": import_run,

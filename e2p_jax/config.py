@@ -30,6 +30,8 @@ class BackboneConfig:
     """Branch, tag or commit, when `path` is a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights and the activations; auto: bfloat16 on accelerators, float32 on CPU."""
+    quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    """Of the layers' matrices, which stay frozen: int8 with a scale a row, int4 and nf4 with one for each 64 inputs."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """random: only config.json and the tokenizer are read, to train a small backbone from nothing."""
     remat: bool = False
@@ -198,6 +200,10 @@ class Config:
             (self.train.checkpoint_every > 0, "train.checkpoint_every must be positive"),
             (self.train.log_every > 0, "train.log_every must be positive"),
             (bool(self.train.trainable), "train.trainable is empty: nothing would be trained"),
+            (
+                self.backbone.quantization == "none" or self.backbone.weights == "pretrained",
+                "backbone.quantization is of pretrained weights; random ones are there to be trained",
+            ),
             (self.projector.num_tokens > 0, "projector.num_tokens must be positive"),
             (self.projector.hidden_size > 0, "projector.hidden_size must be positive"),
             (self.projector.noise >= 0, "projector.noise must not be negative"),

@@ -10,6 +10,11 @@ from pathlib import Path
 from e2p_jax.errors import UserError
 
 
+def user_cache() -> Path:
+    """Where what can be made again is kept between commands."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically, creating its folder."""
     write_bytes(path, text.encode("utf-8"))

@@ -9,7 +9,7 @@ os.environ["PJRT_NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")  # code of exported models, of this process
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache")  # tokenised data, of this process
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache")  # tokenised data, fingerprints
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 from pathlib import Path

@@ -93,6 +93,8 @@ REFUSED: list[tuple[Any, str]] = [
     (PrefixConfig(placement="in_caht"), "prefix.placement is 'in_caht'; choose from before_bos, after_bos, in_chat"),
     (BackboneConfig(dtype="float16"), "backbone.dtype is 'float16'; choose from auto, float32, bfloat16"),
     (BackboneConfig(weights="none"), "backbone.weights is 'none'"),
+    (BackboneConfig(quantization="fp4"), "backbone.quantization is 'fp4'; choose from none, int8, int4, nf4"),
+    (BackboneConfig(quantization="int8", weights="random"), "backbone.quantization is of pretrained weights"),
     (ProjectorConfig(kind="resnet"), "projector.kind is 'resnet'; choose from mlp, linear"),
     (ProjectorConfig(num_tokens=0), "projector.num_tokens must be positive"),
     (ProjectorConfig(hidden_size=0), "projector.hidden_size must be positive"),

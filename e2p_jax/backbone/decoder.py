@@ -16,6 +16,7 @@ from flax import nnx
 
 from e2p_jax.backbone.attention import attention, soft_cap, visibility, whole_rows
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
+from e2p_jax.backbone.quantize import multiply
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
 
@@ -206,8 +207,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:
-    """Returns x @ W.T + b with W [out, in] and, where there are such, the bias `<name>_bias` and a low-rank adapter."""
-    y = jnp.einsum("...i,oi->...o", x, params[name].astype(x.dtype))
+    """Returns x @ W.T + b with W [out, in], quantised or not; bias `<name>_bias` and low-rank adapter as there are."""
+    y = multiply(x, params, name)
     if f"{name}_lora_out" in params:
         low = jnp.einsum("...i,ri->...r", x, params[f"{name}_lora_in"].astype(x.dtype))
         y = y + jnp.einsum("...r,or->...o", low, params[f"{name}_lora_out"].astype(x.dtype))

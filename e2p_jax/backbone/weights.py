@@ -1,26 +1,32 @@
-"""Hugging Face directories in and out: safetensors -> sharded arrays, slice by slice, and back."""
+"""Backbones in and out: the files of a directory -> sharded, perhaps quantised arrays, piece by piece, and back."""
 
-import hashlib
+import collections
+import functools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
+from e2p_jax.backbone import flax_checkpoint
+from e2p_jax.backbone.checkpoint import Checkpoint, Part, left_out, parts
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import read_config
-from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, tensor_names
+from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
+from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
+from e2p_jax.backbone.quantize import Kind, Quantization, quantize
 from e2p_jax.config import config_directory
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
+from e2p_jax.parallel.distributed import is_first
+from e2p_jax.tensors import write_tensors
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "backbone"
 
@@ -40,7 +46,7 @@ COMPANIONS = (
 
 
 def resolve(path: str, revision: str | None) -> Path:
-    """`embedded`, a directory, or a hub id -> a local directory.
+    """`embedded`, a directory, or a hub id -> a local directory: for an id, the snapshot in the hub's cache.
 
     Raises:
       UserError: not a directory, and the hub does not have it or cannot be reached.
@@ -54,14 +60,16 @@ def resolve(path: str, revision: str | None) -> Path:
         raise UserError(f"backbone.path {path!r}: no such directory, and not a hub id like org/model")
     import huggingface_hub
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+    wanted = ["model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
     try:
         return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen unrelated types
+        at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"backbone.path {path!r}: not a directory here, and the hub gave no model "
-            f"({type(error).__name__}). Download {', '.join(wanted[:2])}, config.json and the tokenizer files "
-            "on a machine with network into a directory, and name that directory"
+            f"backbone.path {path!r}: not a directory here, not in {huggingface_hub.constants.HF_HUB_CACHE}, and not "
+            f"to be had from the hub ({type(error).__name__}). Where there is a network, run `hf download {path}{at} "
+            f"--local-dir DIR` (it needs {', '.join(wanted[:2])}, config.json and the tokenizer files), copy DIR here "
+            "and set backbone.path to it"
         ) from error
 
 
@@ -77,72 +85,6 @@ def find_config(path: str, revision: str | None) -> Path:
     return shipped if (shipped / "config.json").is_file() else resolve(path, revision)
 
 
-class Checkpoint:
-    """The tensors of a model directory: one `model.safetensors`, or shards named by an index."""
-
-    def __init__(self, directory: Path):
-        """Opens every shard and checks its length.
-
-        Raises:
-          UserError: no safetensors, a shard missing, truncated or malformed, or a tensor in two shards.
-        """
-        self.directory = directory
-        self.shards = _shards(directory)
-        self._where: dict[str, Any] = {}  # tensor name -> its open file
-        for shard in self.shards:
-            if not shard.is_file():
-                raise UserError(f"{shard}: not found; a backbone needs its weights as safetensors")
-            try:
-                file = safe_open(shard, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{shard}: truncated or malformed safetensors ({error}); download it again") from error
-            for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                if name in self._where:
-                    raise UserError(f"{shard}: tensor {name!r} also stands in another shard")
-                self._where[name] = file
-        if not self._where:
-            raise UserError(f"{directory}: the safetensors hold no tensors")
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One slice of a tensor; only its bytes are read."""
-        return self._where[name].get_slice(name)[index]
-
-    def tensors(self, shard: int, prefix: str) -> dict[str, np.ndarray]:
-        """One shard's tensors, their names behind `prefix`."""
-        with safe_open(self.shards[shard], framework="np") as file:
-            return {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def equal(self, first: str, second: str) -> bool:
-        """Whether two tensors have the same shape and values."""
-        return np.array_equal(*(self._where[name].get_tensor(name) for name in (first, second)))
-
-    def fingerprint(self) -> str:
-        """SHA-256 over every tensor's name, dtype, shape and bytes, in name order; independent of sharding."""
-        digest = hashlib.sha256()
-        for name in sorted(self._where):
-            tensor = np.ascontiguousarray(self._where[name].get_tensor(name))
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            digest.update(tensor.reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
-
-
-def _shards(directory: Path) -> list[Path]:
-    """One file, or those that the index names; where both stand, transformers reads the one file."""
-    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    try:
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: malformed index ({error}); download it again") from error
-
-
 def choose_dtype(name: str, platform: str) -> jnp.dtype:
     """`auto` is float32 on the platform `cpu` and bfloat16 elsewhere."""
     if name == "auto":
@@ -150,144 +92,189 @@ def choose_dtype(name: str, platform: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-class _Part(NamedTuple):
-    """Where a parameter stands in the files: rows of a tensor, all of them unless it holds several parameters."""
-
-    template: str  # `{}` is the layer
-    start: int  # its first row, of the tensor as [out, in]
-    transposed: bool  # the tensor is [in, out]
-
-
-def _parts(config: DecoderConfig, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, _Part]:
-    """Parameter path -> its part, given the names and the stacked shapes."""
-    parts, rows = {}, dict.fromkeys(names.values(), 0)
-    for path, template in names.items():
-        stacked = "{}" in template
-        shape = shapes[path][stacked:]
-        parts[path] = _Part(template, rows[template], config.transposed and stacked and len(shape) == 2)
-        rows[template] += shape[0]
-    return parts
-
-
-def left_out(config: DecoderConfig, present: set[str]) -> str:
-    """What `present`, a checkpoint's names, lack in front: files of a model without its head have no `transformer.`."""
-    prefix, _, bare = tensor_names(config)["embedding"].partition(".")
-    return f"{prefix}." if bare in present else ""
-
-
-def check_names(config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Part]:
-    """Holds the checkpoint's tensors against the decoder's parameters.
-
-    Args:
-      config: read from `config.json`.
-      checkpoint: the tensors beside it.
-      shapes: parameter path -> stacked shape.
-
-    Returns:
-      Parameter path -> where it is.
+def open_checkpoint(directory: Path) -> Checkpoint | FlaxCheckpoint:
+    """The weights in a model directory, of either form.
 
     Raises:
-      UserError: listing all missing, extra and misshapen tensors together.
+      UserError: missing or unreadable files.
     """
-    present = checkpoint.names()
-    prefix = left_out(config, present)
-    names = {path: name.removeprefix(prefix) for path, name in tensor_names(config).items()}
-    parts = _parts(config, names, shapes)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for path, part in parts.items():  # of the parameters in one tensor, the last one ends it
-        stacked = "{}" in part.template
-        shape = shapes[path][stacked:]
-        shape = (part.start + shape[0], *shape[1:])
-        shape = shape[::-1] if part.transposed else shape
-        wanted |= {part.template.format(i): shape for i in range(config.num_layers if stacked else 1)}
-    # A tied head may be saved as well; rotary tables and GPT-2's causal masks are buffers of old exports.
-    ignored = {"lm_head.weight"} if config.tie_head else set()
-    buffers = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-    extra = {name for name in present - wanted.keys() - ignored if not name.endswith(buffers)}
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - present)]
-    problems += [f"unexpected {name}" for name in sorted(extra)]
-    for name in sorted(wanted.keys() & present):
-        if checkpoint.shape(name) != tuple(wanted[name]):
-            problems.append(f"{name} has shape {checkpoint.shape(name)}, config.json says {tuple(wanted[name])}")
-    if not problems and ignored & present and not checkpoint.equal("lm_head.weight", names["embedding"]):
-        problems.append(f"lm_head.weight is not {names['embedding']}, which tie_word_embeddings says it is")
-    if problems:
-        raise UserError(f"{checkpoint.directory}: weights and config.json disagree: {'; '.join(problems)}")
-    return parts
+    return FlaxCheckpoint(directory) if _is_flax(directory) else Checkpoint(directory)
+
+
+def published(directory: Path, path: str, revision: str | None) -> tuple[str, str | None]:
+    """Path and revision that other programs load the weights in `directory` by, given ours.
+
+    Of a Flax checkpoint, which they cannot read, it is the Hugging Face model that it was made from.
+    """
+    return FlaxCheckpoint(directory).name if _is_flax(directory) else (path, revision)
+
+
+def _is_flax(directory: Path) -> bool:
+    return (directory / flax_checkpoint.MANIFEST).is_file()
 
 
 def load(
     directory: Path,
     *,
-    dtype: jnp.dtype,
+    dtype: jnp.dtype | None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
+    quantization: Quantization = "none",
 ) -> Decoder:
     """Reads a backbone straight onto its devices; each host reads only the slices that its devices hold.
 
+    Host memory holds one tensor of the files at a time (of a Flax checkpoint, one parameter). A matrix to be
+    quantised is so as soon as it is on its devices.
+
     Args:
-      directory: of a Hugging Face model.
-      dtype: of the loaded parameters.
+      directory: of a Hugging Face model, or a Flax checkpoint.
+      dtype: of the loaded parameters; None keeps those of the files.
       sharding: parameter path under `backbone/` and stacked shape -> sharding.
+      quantization: of the layers' matrices.
 
     Raises:
       UserError: unreadable or mismatched files.
     """
     config = read_config(directory)
-    decoder = abstract(config, dtype=dtype)
-    checkpoint = Checkpoint(directory)
-    graph, state = nnx.split(decoder)
-    flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    parts = check_names(config, checkpoint, {path: variable.get_value().shape for path, variable in flat.items()})
-    for path, variable in flat.items():
-        shape = variable.get_value().shape
-        read = _reader(checkpoint, parts[path], shape, dtype)
-        variable.set_value(jax.make_array_from_callback(shape, sharding(f"backbone/{path}", shape), read))
-    return nnx.merge(graph, state)
+    decoder = abstract(config, dtype=dtype or jnp.dtype("float32"))
+    checkpoint = open_checkpoint(directory)
+    flat = parameters(decoder)
+    checkpoint.check(config, {path: leaf.shape for path, leaf in flat.items()})
+    for path, leaf in flat.items():
+        kind = None if quantization == "none" or path not in matrices(config) else quantization
+        place = sharding(f"backbone/{path}", leaf.shape)
+        pieces = checkpoint.pieces(path, leaf.shape, place)
+        stored = _assemble(pieces, path, leaf.shape, dtype or checkpoint.dtype(path), kind, sharding)
+        _store(decoder, path, stored)
+    return decoder
 
 
-def _reader(
-    checkpoint: Checkpoint, part: _Part, shape: tuple[int, ...], dtype: jnp.dtype
-) -> Callable[[Any], np.ndarray]:
-    def read_one(name: str, index: tuple[slice, ...], rows: int) -> np.ndarray:
-        first, last, _ = index[0].indices(rows)
-        index = (slice(part.start + first, part.start + last), *index[1:])
-        return checkpoint.read(name, index[::-1]).T if part.transposed else checkpoint.read(name, index)
+def _assemble(
+    pieces: Iterator[jax.Array],
+    path: str,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    kind: Kind | None,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
+) -> dict[str, jax.Array]:
+    """A parameter as it is kept, by suffix of its path, filled piece by piece along axis 0."""
+    whole: dict[str, jax.Array] = {}
+    start = 0
+    for piece in pieces:
+        form = _form(kind, dtype)
+        shapes = {s: (shape[0], *a.shape[1:]) for s, a in jax.eval_shape(form, piece).items()}
+        places = {s: sharding(f"backbone/{path}{s}", shape) for s, shape in shapes.items()}
+        kept = jax.jit(form, out_shardings=places)(piece)
+        if len(piece) == shape[0]:
+            return kept
+        for suffix, rows in kept.items():
+            if start == 0:
+                whole[suffix] = jnp.zeros(shapes[suffix], rows.dtype, device=places[suffix])
+            whole[suffix] = _write_rows(places[suffix])(whole[suffix], rows, start)
+        jax.block_until_ready(whole)  # before the next piece is read
+        start += len(piece)
+    return whole
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if "{}" not in part.template:
-            return read_one(part.template, index, shape[0]).astype(dtype)
-        layers = range(*index[0].indices(shape[0]))
-        sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-        stacked = np.empty(sizes, dtype)
-        for row, layer in enumerate(layers):
-            stacked[row] = read_one(part.template.format(layer), index[1:], shape[1])
-        return stacked
 
-    return read
+@functools.cache
+def _form(kind: Kind | None, dtype: jnp.dtype) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """What becomes of a piece: one function for each kind and dtype, so that jit knows it again."""
+    return (lambda piece: quantize(piece, kind)) if kind else (lambda piece: {"": piece.astype(dtype)})
 
 
-def abstract(config: DecoderConfig, *, dtype: jnp.dtype, execution: Execution = PLAIN) -> Decoder:
+@functools.cache
+def _write_rows(sharding: jax.sharding.Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """(whole, rows, start) -> whole, in place."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def matrices(config: DecoderConfig) -> list[str]:
+    """Paths of the parameters that quantisation changes."""
+    return [f"layers/{name}" for name, shape in layer_shapes(config).items() if len(shape) == 2]
+
+
+def parameters(decoder: Decoder) -> dict[str, Any]:
+    """Path -> array, or what stands in its place."""
+    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(decoder))}
+
+
+def _store(decoder: Decoder, path: str, stored: dict[str, jax.Array]) -> None:
+    """Puts arrays in the place of a parameter, under its name with their suffixes."""
+    *outer, name = path.split("/")
+    module = getattr(decoder, outer[0]) if outer else decoder
+    delattr(module, name)
+    for suffix, value in stored.items():
+        setattr(module, name + suffix, nnx.Param(value))
+
+
+def abstract(
+    config: DecoderConfig, *, dtype: jnp.dtype, execution: Execution = PLAIN, quantization: Quantization = "none"
+) -> Decoder:
     """The decoder with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, execution=execution, rngs=nnx.Rngs(0)))
+
+    def build() -> Decoder:
+        decoder = Decoder(config, dtype=dtype, execution=execution, rngs=nnx.Rngs(0))
+        return decoder if quantization == "none" else quantize_layers(decoder, quantization)
+
+    return nnx.eval_shape(build)
+
+
+def quantize_layers(decoder: Decoder, kind: Kind) -> Decoder:
+    """The decoder, its layers' matrices changed in place."""
+    full = parameters(decoder)
+    for path in matrices(decoder.config):
+        _store(decoder, path, quantize(full[path], kind))
+    return decoder
+
+
+def named_tensors(decoder: Decoder, present: Collection[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    """A decoder's parameters as Hugging Face tensors, gathered on the host one by one, in their own dtype.
+
+    In a run of several processes all must go through them.
+
+    Args:
+      decoder: not quantised.
+      present: names in the files that it came from, which tell whether the first part of each is left out there.
+    """
+    flat = parameters(decoder)
+    shapes = {path: value.shape for path, value in flat.items()}
+    held: dict[str, list[tuple[str, Part, int]]] = {}
+    for path, part in parts(decoder.config, shapes, left_out(decoder.config, present)).items():
+        for layer, name in enumerate(part.names()):
+            held.setdefault(name, []).append((path, part, layer))
+    for name, rows in held.items():
+        read = [
+            _gather(flat[path][layer] if part.layers else flat[path]).swapaxes(0, -1 if part.transposed else 0)
+            for path, part, layer in rows
+        ]
+        axis = -1 if rows[0][1].transposed else 0
+        yield name, np.ascontiguousarray(read[0] if len(read) == 1 else np.concatenate(read, axis))
+
+
+def _gather(value: jax.Array) -> np.ndarray:
+    """The whole array, wherever its parts are."""
+    return np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
 
 
 def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
-    """Writes `decoder` as a Hugging Face directory; config and tokenizer files are copied from `source`."""
-    flat = {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(decoder))}
-    names = tensor_names(decoder.config)
-    tensors: dict[str, np.ndarray] = {}
-    for path, part in _parts(decoder.config, names, {path: value.shape for path, value in flat.items()}).items():
-        value = np.asarray(jax.device_get(flat[path])).astype(dtype)
-        for i, rows in enumerate(value if "{}" in part.template else value[None]):
-            name, rows = part.template.format(i), rows.T if part.transposed else rows
-            axis = -1 if part.transposed else 0
-            tensors[name] = np.concatenate([tensors[name], rows], axis) if part.start else np.ascontiguousarray(rows)
+    """Writes `decoder` as a Hugging Face directory; config and tokenizer files are copied from `source`.
+
+    In a run of several processes all must call it; process 0 writes.
+    """
+    tensors = ((name, tensor.astype(dtype)) for name, tensor in named_tensors(decoder))
+    if not is_first():
+        collections.deque(tensors, maxlen=0)  # takes part in gathering them
+        return
     with replace_directory(out) as temporary:
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, temporary / name)
+        copy_companions(source, temporary)
         config = json.loads((temporary / "config.json").read_text())
         config.pop("torch_dtype", None)
         (temporary / "config.json").write_text(json.dumps(config | {"dtype": jnp.dtype(dtype).name}, indent=2) + "\n")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(0o644)  # the library writes it readable by its owner only
+        write_tensors(temporary, tensors)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """What a model directory holds beside its weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)

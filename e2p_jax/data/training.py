@@ -8,7 +8,6 @@ all, and holds the checksums of its files: what does not agree with them is made
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from e2p_jax.data.examples import Examples
 from e2p_jax.data.prepared import load_splits, load_training
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.files import user_cache
 
 _LAYOUT = 1  # of a cache directory
 _META = "meta.json"
@@ -69,7 +69,7 @@ def cache_directory(setting: str) -> Path | None:
     if setting == "none":
         return None
     if setting == "auto":
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax" / "tokens"
+        return user_cache() / "tokens"
     return Path(setting).expanduser()
 
 

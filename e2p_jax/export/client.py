@@ -17,7 +17,8 @@ from e2p_jax.config import from_json
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.export import payloads
-from e2p_jax.export.prefix_reader import MANIFEST, PrefixTable, read_tensors
+from e2p_jax.export.prefix_reader import MANIFEST, REMEDY, PrefixTable
+from e2p_jax.tensors import read_tensors
 
 if TYPE_CHECKING:
     from e2p_jax.data.encode import Encoder
@@ -39,7 +40,7 @@ class EngineClient:
         """
         payloads.refuse_scaled(table.manifest["embedding_scale"], str(table.directory))
         self.table, self.model = table, model
-        self._tokens = read_tensors(table.directory / "token_embeddings.safetensors")["embeddings"]  # [V, D]
+        self._tokens = read_tensors(table.directory / "token_embeddings.safetensors", REMEDY)["embeddings"]  # [V, D]
 
     def vllm_completion(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/v1/completions`.

@@ -56,7 +56,7 @@ def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> l
             "--format vllm-chat puts the soft tokens inside the first user turn, between tokens of the template; this "
             "run's placement or template says otherwise; use --format vllm, which sends the whole prompt"
         )
-    model, name = nnx.merge(run.model.graph, run.model.params), run.inputs.config.backbone.path
+    model, name = nnx.merge(run.model.graph, run.model.params), run.inputs.published()[0]
     vectors = vectors_for(run, users, [f"--user {user}" for user in users], "e2p")
     bodies = []
     for user, vector in zip(users, vectors, strict=True):

@@ -2,21 +2,22 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from e2p_jax.backbone.weights import COMPANIONS, Checkpoint
+from e2p_jax.backbone.checkpoint import Checkpoint
+from e2p_jax.backbone.weights import copy_companions
 from e2p_jax.config import Config, MeshConfig, from_json
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset, train_iterator
 from e2p_jax.errors import UserError
-from e2p_jax.export.transformers import TORCH_NAMES, save_shards
+from e2p_jax.export.transformers import TORCH_NAMES
 from e2p_jax.files import replace_directory
+from e2p_jax.tensors import write_tensors
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.run import claim_run
 from e2p_jax.train.setup import Model, build_model, initial_state, read_inputs
@@ -108,17 +109,11 @@ def _write_backbone(checkpoint: Checkpoint, settings: dict[str, Any], out: Path)
     """The LM of the directory as a model directory of its own, its tensors byte for byte."""
     prefix = settings["run"]["backbone_prefix"]
     out.mkdir()
-    for name in COMPANIONS:
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, out / name)
+    copy_companions(checkpoint.directory, out)
     (out / "config.json").write_text(json.dumps(settings["backbone_config"], indent=2) + "\n", encoding="utf-8")
 
-    def backbone(shard: int) -> dict[str, np.ndarray]:
-        held = checkpoint.tensors(shard, "")
-        return {name.removeprefix(prefix): held[name] for name in held if name.startswith(prefix)}
-
-    numbers = [number for number in range(len(checkpoint.shards)) if backbone(number)]
-    save_shards(out, len(numbers), lambda number: backbone(numbers[number]))
+    held = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    write_tensors(out, ((name.removeprefix(prefix), tensor) for name, tensor in held.items()))
 
 
 def _with_projector(model: Model, checkpoint: Checkpoint) -> Model:
@@ -126,10 +121,10 @@ def _with_projector(model: Model, checkpoint: Checkpoint) -> Model:
     projector = {}
     for name, leaf in model.params["projector"].items():
         stored = f"projector.{TORCH_NAMES.get(name, name)}"
-        if stored not in checkpoint.names() or checkpoint.shape(stored) != leaf.shape[::-1]:
+        value = checkpoint.tensors.get(stored)
+        if value is None or value.shape != leaf.shape[::-1]:
             raise UserError(f"{checkpoint.directory}: no tensor {stored} of shape {leaf.shape[::-1]}; export it again")
-        value = checkpoint.read(stored, (slice(None),)).T
-        projector[name] = jax.device_put(np.ascontiguousarray(value, leaf.dtype), leaf.sharding)
+        projector[name] = jax.device_put(np.array(value.T, leaf.dtype, order="C"), leaf.sharding)
     return dataclasses.replace(model, params={**model.params, "projector": projector})
 
 

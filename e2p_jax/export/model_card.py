@@ -1,6 +1,7 @@
 """README.md of an exported model."""
 
 import json
+from pathlib import Path
 
 from e2p_jax.train.run import Run
 
@@ -34,20 +35,27 @@ print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_spe
 
 `forward(..., user_embedding=...)` returns logits that are {tokens} position(s) longer than `input_ids`, the soft
 token(s) included. `model.backbone` is the LM without a prefix.
-{results}"""
+{quantization}{results}"""
+
+_QUANTIZED = """
+Trained, and measured below, in front of the LM with its layers' matrices in {kind}. Here it stands, or is named, as it
+was published: what it scores differs by what the quantisation costs.
+"""
 
 
 def model_card(run: Run) -> str:
     """What the model is, a runnable example, and what `e2p train` measured."""
     config = run.inputs.config.portable()
+    backbone, kind = run.inputs.published()[0], config.backbone.quantization
     return _CARD.format(
-        backbone=config.backbone.path,
+        backbone=Path(backbone).name if Path(backbone).is_absolute() else backbone,
         width=int(run.model.params["projector"]["input_mean"].shape[0]),
         tokens=config.projector.num_tokens,
         placement=config.prefix.placement,
         step=run.step,
         seed=config.train.seed,
         data=config.data.path,
+        quantization="" if kind == "none" else _QUANTIZED.format(kind=kind),
         results=_results(run),
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import vectors_for
 from e2p_jax.files import replace_directory
@@ -35,6 +36,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
             f"PEFT puts a prompt's soft tokens before BOS, this run's stand {config.prefix.placement}; "
             "export --format transformers, or train with prefix.placement=before_bos"
         )
+    path, revision = run.inputs.published()
     vectors = vectors_for(run, users, [f"--user {user}" for user in users], "e2p")
     soft = np.asarray(nnx.merge(run.model.graph, run.model.params).projector(vectors))  # [N, K, D]
     settings = {
@@ -45,8 +47,8 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
         "num_transformer_submodules": 1,
         "num_layers": decoder.num_layers,
         "num_attention_heads": decoder.num_heads,
-        "base_model_name_or_path": _name(run),
-        "revision": config.backbone.revision,
+        "base_model_name_or_path": str(EMBEDDED) if path == "embedded" else path,
+        "revision": revision,
         "inference_mode": True,
     }
     with replace_directory(out) as temporary:
@@ -56,9 +58,3 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
             (place / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
             save_file({"prompt_embeddings": prefix}, place / "adapter_model.safetensors", metadata={"format": "pt"})
             (place / "adapter_model.safetensors").chmod(0o644)
-
-
-def _name(run: Run) -> str:
-    """What transformers would load: a hub id stays one, anything else is a directory."""
-    path = run.inputs.config.backbone.path
-    return str(run.inputs.directory) if path == "embedded" or Path(path).exists() else path

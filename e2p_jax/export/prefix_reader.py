@@ -3,15 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from e2p_jax.errors import UserError
+from e2p_jax.tensors import read_tensors
 
 MANIFEST = "manifest.json"
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+REMEDY = "rerun `e2p prefixes`"  # of a damaged file
 
 
 class PrefixTable:
@@ -43,7 +42,7 @@ class PrefixTable:
         self.shape = (int(self.manifest["num_tokens"]), int(self.manifest["width"]))  # K, D
         shards = self.manifest["shards"]
         self._users_a_shard = shards[0]["users"]  # of all but the last
-        self._shards: list[np.memmap] = []
+        self._shards: list[np.ndarray] = []
         self._rows: dict[str, int] = {}
         for shard in shards:
             self._open(shard["name"], shard["users"])
@@ -51,7 +50,8 @@ class PrefixTable:
             raise UserError(f"{directory}: holds {len(self)} users, {MANIFEST} says {self.manifest['users']}")
 
     def _open(self, name: str, users: int) -> None:
-        rows, ids = read_tensors(self.directory / f"{name}.safetensors")["prefixes"], self.directory / f"{name}.ids.txt"
+        rows = read_tensors(self.directory / f"{name}.safetensors", REMEDY)["prefixes"]
+        ids = self.directory / f"{name}.ids.txt"
         names = ids.read_bytes().decode().removesuffix("\n").split("\n") if ids.is_file() else []
         if rows.shape != (users, *self.shape) or rows.dtype.name != self.manifest["dtype"] or len(names) != users:
             raise UserError(
@@ -80,26 +80,3 @@ class PrefixTable:
             shard, row = divmod(self._rows[user], self._users_a_shard)
             out[place] = self._shards[shard][row]
         return out
-
-
-def read_tensors(path: Path) -> dict[str, np.memmap]:
-    """The tensors of a safetensors file, memory-mapped (https://huggingface.co/docs/safetensors: eight bytes that
-    say how long the header is, little-endian; the header in JSON; the tensors).
-
-    Raises:
-      UserError: missing, truncated or malformed.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            tensors[name] = np.memmap(path, DTYPES[entry["dtype"]], "r", 8 + length + first, tuple(entry["shape"]))
-            if tensors[name].nbytes != last - first:
-                raise ValueError(f"{name} has the wrong length")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); rerun `e2p prefixes`") from error
-    return tensors

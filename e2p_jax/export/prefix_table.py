@@ -28,12 +28,13 @@ from safetensors.numpy import save_file
 from e2p_jax.data.embeddings import UserTable
 from e2p_jax.errors import UserError
 from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, serving_template
-from e2p_jax.export.prefix_reader import MANIFEST, read_tensors
+from e2p_jax.export.prefix_reader import MANIFEST, REMEDY
 from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import replace_directory, write_bytes, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import replicated
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.tensors import read_tensors
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
@@ -77,12 +78,13 @@ def export_prefixes(run: Run, out: Path, dtype: str) -> None:
     chat = can_chat(run.inputs.encoder)
     if chat:
         write_text(out / SERVING_TEMPLATE, serving_template(run.inputs.encoder.template))
+    path, revision = run.inputs.published()
     manifest = {
         "projector": projector_hash(projector),
         "step": run.step,
         "backbone": {
-            "path": config.backbone.path,
-            "revision": config.backbone.revision,
+            "path": path,
+            "revision": revision,
             "fingerprint": run.model.fingerprint,
         },
         "table": _describe(config.data.embeddings or "", table),
@@ -194,7 +196,7 @@ def _complete(out: Path, shard: Shard, projector: Projector) -> bool:
     """Whether a run before this one wrote the shard: its ids are written first, and both are moved into place."""
     shape = (shard.users, projector.num_tokens, projector.token_mean[...].shape[0])
     try:
-        return read_tensors(out / f"{shard.name}.safetensors")["prefixes"].shape == shape
+        return read_tensors(out / f"{shard.name}.safetensors", REMEDY)["prefixes"].shape == shape
     except UserError:  # missing or damaged
         return False
 

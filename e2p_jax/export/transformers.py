@@ -1,16 +1,17 @@
 """A run as a Hugging Face model directory: config, projector, tokenizer, modelling code, model card."""
 
 import dataclasses
+import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from e2p_jax.backbone.weights import Checkpoint, left_out
+from e2p_jax.backbone.checkpoint import left_out
+from e2p_jax.backbone.convert import hugging_face_tensors
+from e2p_jax.backbone.weights import open_checkpoint
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
@@ -18,6 +19,7 @@ from e2p_jax.evaluate.generate import stop_ids
 from e2p_jax.export.model_card import model_card
 from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import replace_directory
+from e2p_jax.tensors import write_tensors
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
@@ -47,7 +49,7 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
       UserError: the run trained the backbone itself, or the embedded backbone would have to be named.
     """
     refuse_trained_backbone(run.model.mask)
-    if run.inputs.config.backbone.path == "embedded" and not include_backbone:
+    if run.inputs.published()[0] == "embedded" and not include_backbone:
         raise UserError("the embedded backbone has no name that others could load it by; add --include-backbone")
     with replace_directory(out) as temporary:
         (temporary / "config.json").write_text(json.dumps(_config(run, include_backbone), indent=2) + "\n")
@@ -65,7 +67,7 @@ def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
     config = run.inputs.config
     named = None
     if not include_backbone:
-        path, revision = config.backbone.path, config.backbone.revision
+        path, revision = run.inputs.published()
         named = {"path": path, "revision": revision, "fingerprint": run.model.fingerprint}
     placement = config.prefix.placement
     return {
@@ -130,38 +132,15 @@ def _generation_config(run: Run) -> dict[str, Any]:
 
 
 def _write_weights(run: Run, out: Path, include_backbone: bool) -> None:
-    """One shard for the projector, and one for each shard of the backbone, whose bytes are copied."""
     projector = {
-        f"projector.{TORCH_NAMES.get(name, name)}": np.ascontiguousarray(np.asarray(value).T)
+        f"projector.{TORCH_NAMES.get(name, name)}": np.asarray(value).T
         for name, value in run.model.params["projector"].items()
     }
-    if not include_backbone:
-        save_file(projector, out / "model.safetensors", metadata={"format": "pt"})
-        return
-    checkpoint = Checkpoint(run.inputs.directory)
-    total = 1 + len(checkpoint.shards)
     prefix = _backbone_prefix(run)
-    save_shards(out, total, lambda n: checkpoint.tensors(n - 1, prefix) if n else projector)
+    held = hugging_face_tensors(run.inputs.directory) if include_backbone else ()
+    write_tensors(out, itertools.chain(projector.items(), ((prefix + name, tensor) for name, tensor in held)))
 
 
 def _backbone_prefix(run: Run) -> str:
     """What the exported names of the backbone's tensors have in front of the source's."""
-    return f"backbone.{left_out(run.inputs.decoder, Checkpoint(run.inputs.directory).names())}"
-
-
-def save_shards(out: Path, total: int, tensors: Callable[[int], dict[str, np.ndarray]]) -> None:
-    """Writes `total` safetensors, one after the other, and the index that names them.
-
-    Args:
-      tensors: number of a shard, from 0 -> what it holds.
-    """
-    weight_map: dict[str, str] = {}
-    size = 0
-    for number in range(total):
-        held = tensors(number)
-        name = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-        save_file(held, out / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(held, name)
-        size += sum(tensor.nbytes for tensor in held.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return f"backbone.{left_out(run.inputs.decoder, open_checkpoint(run.inputs.directory).names())}"

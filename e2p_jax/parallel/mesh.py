@@ -19,10 +19,13 @@ from e2p_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
+# What stands in a quantised matrix's place has its axes.
+_FORMS = "(_int8|_int4|_nf4|_scale)?"
+
 # First match wins; every parameter matches. Stacked layer weights are [L, out, in].
 RULES: tuple[tuple[str, P], ...] = (
-    (r"backbone/layers/(q|k|v|gate|up)", P(None, "tensor", "fsdp")),
-    (r"backbone/layers/(o|down)", P(None, "fsdp", "tensor")),
+    (rf"backbone/layers/(q|k|v|gate|up){_FORMS}", P(None, "tensor", "fsdp")),
+    (rf"backbone/layers/(o|down){_FORMS}", P(None, "fsdp", "tensor")),
     (r"backbone/(embedding|head)", P("tensor", "fsdp")),
     (r".*", P()),  # norms, biases, projector
 )

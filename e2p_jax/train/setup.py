@@ -43,6 +43,10 @@ class Inputs:
     encoder: Encoder
     table: UserTable | None
 
+    def published(self) -> tuple[str, str | None]:
+        """Path and revision that other programs load the backbone by."""
+        return weights.published(self.directory, self.config.backbone.path, self.config.backbone.revision)
+
 
 def read_inputs(config: Config) -> Inputs:
     """Reads and checks everything but the weights.
@@ -82,11 +86,17 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
     platform = mesh.devices.flat[0].platform
     dtype = weights.choose_dtype(config.backbone.dtype, platform)
     execution = Execution(config.backbone.remat, choose(config.backbone.attention, platform, decoder))
-    backbone = weights.abstract(decoder, dtype=dtype, execution=execution)
+    kind = config.backbone.quantization
+    backbone = weights.abstract(decoder, dtype=dtype, execution=execution, quantization=kind)
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))
     lora = nnx.eval_shape(lambda: _lora(config, decoder)) if config.backbone.lora_rank else None
     model = PrefixModel(backbone, projector, lora)
     mask = trainable_mask(model, config.train.trainable)
+    if kind != "none" and any(jax.tree.leaves(mask["backbone"])):
+        raise UserError(
+            f"train.trainable names weights of the backbone, and backbone.quantization={kind} freezes them; set one of "
+            "the two to its default"
+        )
     graph, state = nnx.split(model)
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct, trains: bool) -> jax.ShapeDtypeStruct:
@@ -154,10 +164,9 @@ def _backbone(inputs: Inputs, model: Model) -> tuple[PyTree, str]:
     config, shapes = inputs.config.backbone, model.params["backbone"]
     dtype = weights.choose_dtype(config.dtype, model.mesh.devices.flat[0].platform)
     if config.weights == "pretrained":
-        fingerprint = weights.Checkpoint(inputs.directory).fingerprint()
         sharding = functools.partial(param_sharding, model.mesh)
-        decoder = weights.load(inputs.directory, dtype=dtype, sharding=sharding)
-        return nnx.to_pure_dict(nnx.state(decoder)), fingerprint
+        decoder = weights.load(inputs.directory, dtype=dtype, sharding=sharding, quantization=config.quantization)
+        return nnx.to_pure_dict(nnx.state(decoder)), weights.open_checkpoint(inputs.directory).fingerprint()
 
     def initialise() -> PyTree:
         rngs = nnx.Rngs(inputs.config.train.seed + 1)

@@ -1,6 +1,11 @@
 """Hugging Face directories in and out: dtypes, shards, meshes, broken files, and the way back."""
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,9 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from e2p_jax.backbone.checkpoint import Checkpoint
 from e2p_jax.backbone.decoder import Decoder
-from e2p_jax.backbone.weights import Checkpoint, load, resolve, save
+from e2p_jax.backbone.weights import load, resolve, save
 from e2p_jax.errors import UserError
 
 TOKENS = random_tokens(2, 20)
@@ -84,6 +90,23 @@ def test_shards_are_one_model(model: torch.nn.Module, directory: Path, tmp_path:
     for path, value in whole.items():
         np.testing.assert_array_equal(shards[path], value)
     assert Checkpoint(directory).fingerprint() == Checkpoint(tmp_path / "shards").fingerprint()
+
+
+def test_fingerprint_is_kept_while_files_stay(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken from the user's cache, until a file is written again, even with the same length and time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = Checkpoint(directory).fingerprint()
+    (kept,) = (tmp_path / "cache" / "e2p_jax" / "fingerprints").iterdir()
+    assert kept.read_text() == found
+    kept.write_text("kept")
+    assert Checkpoint(directory).fingerprint() == "kept"
+    path = directory / "model.safetensors"
+    before = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert Checkpoint(directory).fingerprint() == found
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert Checkpoint(directory).fingerprint() == found
 
 
 def test_fingerprint_sees_one_weight(directory: Path) -> None:
@@ -144,6 +167,21 @@ def test_all_disagreements_are_reported_together(directory: Path) -> None:
         f"{directory}: weights and config.json disagree: missing lm_head.weight; "
         "missing model.layers.1.self_attn.k_proj.bias; unexpected model.layers.0.self_attn.q_norm.weight; "
         "model.norm.weight has shape (33,), config.json says (32,)"
+    )
+
+
+def test_a_tensor_in_two_shards_joins_the_report(model: torch.nn.Module, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    values, name = load_file(second), next(iter(load_file(first)))
+    lost = sorted(values)[0]
+    save_file({n: t for n, t in values.items() if n != lost} | {name: torch.ones(2)}, second, metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load_backbone(tmp_path)
+    shape = tuple(load_file(first)[name].shape)
+    assert str(error.value) == (
+        f"{tmp_path}: weights and config.json disagree: missing {lost}; {name} also stands in {second.name}; "
+        f"{name} has shape (2,), config.json says {shape}"
     )
 
 
@@ -209,7 +247,7 @@ def test_tensors_of_several_parameters_come_apart_and_back(tmp_path: Path, famil
 def test_a_truncated_file_is_named(directory: Path, keep: int) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"model\.safetensors: truncated or malformed safetensors") as error:
+    with pytest.raises(UserError, match=r"model\.safetensors: missing or damaged safetensors") as error:
         load_backbone(directory)
     assert str(path) in str(error.value)
 
@@ -225,7 +263,7 @@ def test_broken_directories(model: torch.nn.Module, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{second.name}: not found"):
         load_backbone(tmp_path)
     second.write_bytes(sorted(tmp_path.glob("*.safetensors"))[0].read_bytes())
-    with pytest.raises(UserError, match="also stands in another shard"):
+    with pytest.raises(UserError, match=r"missing .*; model\.\S+ also stands in model-00002-of-"):
         load_backbone(tmp_path)
     second.write_bytes(content)
     load_backbone(tmp_path)
@@ -273,5 +311,40 @@ def test_resolve(tmp_path: Path) -> None:
     assert resolve(str(tmp_path), None) == tmp_path
     with pytest.raises(UserError, match="no such directory, and not a hub id like org/model"):
         resolve(str(tmp_path / "nowhere"), None)
-    with pytest.raises(UserError, match="'org/absent-model': not a directory here, and the hub gave no model"):
-        resolve("org/absent-model", None)  # the tests run offline
+    with pytest.raises(UserError) as error:
+        resolve("org/absent-model", "v2")  # the tests run offline
+    assert "'org/absent-model': not a directory here, not in " in str(error.value)
+    assert "run `hf download org/absent-model --revision v2 --local-dir DIR`" in str(error.value)
+
+
+def test_hub_cache(model: torch.nn.Module, directory: Path, tmp_path: Path) -> None:
+    """The layout that huggingface_hub leaves behind, two revisions of one model: found by branch, tag or commit."""
+    cache = tmp_path / "hub"
+    place = cache / "models--org--model"
+    other = hf_model(model.config, seed=1)
+    other.save_pretrained(tmp_path / "second")
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    for (name, commit), source in zip(commits.items(), [directory, tmp_path / "second"], strict=True):
+        for folder in ("refs", "blobs", f"snapshots/{commit}"):
+            (place / folder).mkdir(parents=True, exist_ok=True)
+        (place / "refs" / name).write_text(commit)
+        for file in source.iterdir():
+            blob = hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copyfile(file, place / "blobs" / blob)
+            (place / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob}")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom e2p_jax.backbone.checkpoint import Checkpoint\n"
+        "from e2p_jax.backbone.weights import resolve\n"
+        "for revision in (None, 'v2', sys.argv[1]):\n"
+        "    directory = resolve('org/model', revision)\n"
+        "    print(directory.name, Checkpoint(directory).fingerprint())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, commits["main"]],
+        env={**os.environ, "HF_HUB_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = (Checkpoint(d).fingerprint() for d in (directory, tmp_path / "second"))
+    assert run.stdout.split() == [commits["main"], first, commits["v2"], second, commits["main"], first]

@@ -19,8 +19,9 @@ from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import UserTable, load_table, save_table
 from e2p_jax.errors import UserError
 from e2p_jax.export import prefix_table
-from e2p_jax.export.prefix_reader import PrefixTable, read_tensors
+from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
+from e2p_jax.tensors import read_tensors
 from e2p_jax.train.run import Run
 
 COUNT = 45  # users: six shards, the last one not full
@@ -278,4 +279,4 @@ def test_malformed_safetensors_are_refused(tmp_path: Path):
     for name, held in {"short": b"\x00", "header": b"\xff" * 16, "json": (2).to_bytes(8, "little") + b"[]"}.items():
         (tmp_path / name).write_bytes(held)
         with pytest.raises(UserError, match=f"{name}: missing or damaged"):
-            read_tensors(tmp_path / name)
+            read_tensors(tmp_path / name, "rerun it")

@@ -266,6 +266,7 @@ def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path
         {"train": {"steps": 7}},
         {"train": {"trainable": ("projector/**", "backbone/final_norm")}},
         {"backbone": {"weights": "random"}},
+        {"backbone": {"quantization": "nf4"}},
         {"backbone": {"lora_rank": 2}, "train": {"trainable": ("projector/**", "lora/**")}},
         {"data": {"dev_split": "other"}},
     ],
@@ -276,6 +277,13 @@ def test_every_field_changes_the_result(config: Config, tmp_path: Path, change: 
     for section, fields in change.items():
         changed = dataclasses.replace(changed, **{section: dataclasses.replace(getattr(changed, section), **fields)})
     assert numbers(train(changed, tmp_path / "run")) != reference
+
+
+def test_a_quantised_backbone_stays_frozen(config: Config, tmp_path: Path):
+    settings = dataclasses.replace(config.train, trainable=("backbone/layers/q*",))
+    backbone = dataclasses.replace(config.backbone, quantization="int8")
+    with pytest.raises(UserError, match=r"train\.trainable names weights of the backbone, and backbone\.quantization"):
+        train(dataclasses.replace(config, train=settings, backbone=backbone), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

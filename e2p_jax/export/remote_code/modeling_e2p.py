@@ -8,6 +8,8 @@
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -197,18 +199,20 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def fingerprint(directory):
-    """SHA-256 over every tensor's name, dtype, shape and bytes, in name order."""
+    """SHA-256 over every tensor's name, dtype, shape and SHA-256, in name order."""
     names = ["model.safetensors"]
     if not (directory / names[0]).is_file():
         names = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
     files = [safe_open(directory / name, framework="pt") for name in names]
     where = {name: file for file in files for name in file.keys()}
-    digest = hashlib.sha256()
-    for name in sorted(where):
+
+    def line(name):
         tensor = where[name].get_tensor(name).contiguous()
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        return f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {digest}\n".encode()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b"".join(pool.map(line, sorted(where)))).hexdigest()
 
 
 E2PConfig.register_for_auto_class()

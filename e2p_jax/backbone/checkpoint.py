@@ -1,0 +1,178 @@
+"""A Hugging Face directory's tensors: opened, held against the decoder, read piece by piece, fingerprinted."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e2p_jax.backbone.layout import DecoderConfig, tensor_names
+from e2p_jax.errors import UserError
+from e2p_jax.files import user_cache, write_text
+from e2p_jax.tensors import read_tensors
+
+
+class Checkpoint:
+    """The tensors of a model directory: one `model.safetensors`, or shards named by an index."""
+
+    def __init__(self, directory: Path):
+        """Opens every shard and checks its length.
+
+        Raises:
+          UserError: no safetensors, or a shard missing, truncated or malformed.
+        """
+        self.directory = directory
+        self.shards = _shards(directory)
+        self.tensors: dict[str, np.ndarray] = {}
+        """Name -> memory-mapped tensor."""
+        self.duplicates: dict[str, Path] = {}
+        """Name -> a further shard that has it."""
+        for shard in self.shards:
+            if not shard.is_file():
+                raise UserError(f"{shard}: not found; a backbone needs its weights as safetensors")
+            held = read_tensors(shard, "download it again")
+            self.duplicates |= dict.fromkeys(held.keys() & self.tensors.keys(), shard)
+            self.tensors |= held
+        if not self.tensors:
+            raise UserError(f"{directory}: the safetensors hold no tensors")
+
+    def names(self) -> set[str]:
+        return set(self.tensors)
+
+    def check(self, config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Holds the tensors against the decoder's parameters.
+
+        Args:
+          config: read from `config.json`.
+          shapes: parameter path -> stacked shape.
+
+        Raises:
+          UserError: listing all missing, unexpected, duplicated and misshapen tensors together.
+        """
+        present = self.names()
+        self.parts = parts(config, shapes, left_out(config, present))
+        wanted: dict[str, tuple[int, ...]] = {}
+        for path, part in self.parts.items():  # of the parameters in one tensor, the last one ends it
+            shape = shapes[path][part.layers > 0 :]
+            shape = (part.start + shape[0], *shape[1:])
+            wanted |= dict.fromkeys(part.names(), shape[::-1] if part.transposed else shape)
+        # A tied head may be saved as well; rotary tables and GPT-2's causal masks are buffers of old exports.
+        ignored = {"lm_head.weight"} if config.tie_head else set()
+        buffers = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+        extra = {name for name in present - wanted.keys() - ignored if not name.endswith(buffers)}
+        problems = [f"missing {name}" for name in sorted(wanted.keys() - present)]
+        problems += [f"unexpected {name}" for name in sorted(extra)]
+        problems += [f"{name} also stands in {shard.name}" for name, shard in sorted(self.duplicates.items())]
+        for name in sorted(wanted.keys() & present):
+            if self.tensors[name].shape != tuple(wanted[name]):
+                problems.append(f"{name} has shape {self.tensors[name].shape}, config.json says {tuple(wanted[name])}")
+        embedding = self.parts["embedding"].template
+        if (
+            not problems
+            and ignored & present
+            and not np.array_equal(self.tensors["lm_head.weight"], self.tensors[embedding])
+        ):
+            problems.append(f"lm_head.weight is not {embedding}, which tie_word_embeddings says it is")
+        if problems:
+            raise UserError(f"{self.directory}: weights and config.json disagree: {'; '.join(problems)}")
+
+    def dtype(self, path: str) -> jnp.dtype:
+        """The narrowest dtype that holds all of a parameter's tensors, once checked."""
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.dtype(jnp.result_type(*{self.tensors[name].dtype for name in self.parts[path].names()}))
+
+    def pieces(self, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Iterator[jax.Array]:
+        """A parameter in order, each layer [1, ...] by itself, in the dtype of the file; once checked.
+
+        Only what this host's devices hold is read. A layer may be a view of the file, so it has to be copied.
+        """
+        part = self.parts[path]
+        for name in part.names():
+            rows = slice(part.start, part.start + shape[1 if part.layers else 0])
+            tensor = self.tensors[name].T[rows] if part.transposed else self.tensors[name][rows]
+            tensor = tensor[None] if part.layers else tensor
+            copy = True if len(tensor) == shape[0] else None  # a piece that is the whole is kept
+            slices = functools.partial(_slice, tensor, copy)
+            yield jax.make_array_from_callback(tensor.shape, sharding, slices)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, dtype, shape and SHA-256, in name order; independent of sharding.
+
+        Kept in the user's cache, and taken from there for as long as no shard's inode, size and times change.
+        """
+        stats = [(str(shard.resolve()), shard.stat()) for shard in self.shards]
+        key = "\n".join(f"{path} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for path, s in stats)
+        known = user_cache() / "fingerprints" / hashlib.sha256(key.encode()).hexdigest()
+        if known.is_file():
+            return known.read_text()
+        found = fingerprint(self.tensors)
+        with contextlib.suppress(OSError):  # a home that cannot be written to costs the time again, no more
+            write_text(known, found)
+        return found
+
+
+def _slice(tensor: np.ndarray, copy: bool | None, index: tuple[slice, ...]) -> np.ndarray:
+    return np.array(tensor[index], order="C", copy=copy)
+
+
+def fingerprint(tensors: dict[str, np.ndarray]) -> str:
+    """What `Checkpoint.fingerprint` says of tensors in memory."""
+
+    def line(name: str) -> bytes:
+        tensor = tensors[name]
+        digest = hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
+        return f"{name} {tensor.dtype} {tensor.shape} {digest}\n".encode()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b"".join(pool.map(line, sorted(tensors)))).hexdigest()
+
+
+def _shards(directory: Path) -> list[Path]:
+    """One file, or those that the index names; where both stand, transformers reads the one file."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: malformed index ({error}); download it again") from error
+
+
+class Part(NamedTuple):
+    """Where a parameter stands in the files: rows of a tensor, all of them unless it holds several parameters."""
+
+    template: str  # `{}` is the layer
+    layers: int  # tensors that make up the parameter; 0 where it is one, unstacked
+    start: int  # its first row, of the tensor as [out, in]
+    transposed: bool  # the tensor is [in, out]
+
+    def names(self) -> list[str]:
+        return [self.template.format(layer) for layer in range(self.layers)] if self.layers else [self.template]
+
+
+def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> dict[str, Part]:
+    """Parameter path -> its part, given the stacked shapes and what the names lack in front."""
+    found: dict[str, Part] = {}
+    rows: dict[str, int] = {}
+    for path, name in tensor_names(config).items():
+        template = name.removeprefix(prefix)
+        stacked = "{}" in template
+        shape, start = shapes[path][stacked:], rows.get(template, 0)
+        transposed = config.transposed and stacked and len(shape) == 2
+        found[path] = Part(template, config.num_layers if stacked else 0, start, transposed)
+        rows[template] = start + shape[0]
+    return found
+
+
+def left_out(config: DecoderConfig, present: Collection[str]) -> str:
+    """What `present`, a checkpoint's names, lack in front: files of a model without its head have no `transformer.`."""
+    prefix, _, bare = tensor_names(config)["embedding"].partition(".")
+    return f"{prefix}." if bare in present else ""

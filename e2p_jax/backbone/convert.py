@@ -1,0 +1,82 @@
+"""A Hugging Face directory as a Flax checkpoint, and back: the same tensors, byte for byte."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from e2p_jax.backbone import flax_checkpoint
+from e2p_jax.backbone.checkpoint import Checkpoint
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
+from e2p_jax.backbone.weights import copy_companions, load, named_tensors, open_checkpoint, parameters
+from e2p_jax.config import MeshConfig
+from e2p_jax.errors import UserError
+from e2p_jax.files import replace_directory
+from e2p_jax.parallel.mesh import make_mesh, param_sharding
+from e2p_jax.tensors import write_tensors
+
+
+def convert(directory: Path, out: Path, path: str, revision: str | None) -> None:
+    """Writes the other form of the model in `directory`.
+
+    Args:
+      path: what the directory was found by; a Flax checkpoint keeps it as the name that others know the model by.
+      revision: of a hub id.
+
+    Raises:
+      UserError: unreadable or mismatched files, or a Flax checkpoint whose parameters were changed.
+    """
+    checkpoint = open_checkpoint(directory)
+    if isinstance(checkpoint, FlaxCheckpoint):
+        _to_hugging_face(checkpoint, out)
+    else:
+        _to_flax(checkpoint, out, path, revision)
+
+
+def _to_flax(checkpoint: Checkpoint, out: Path, path: str, revision: str | None) -> None:
+    decoder = _load(checkpoint.directory)
+    checkpoint.check(decoder.config, {name: value.shape for name, value in parameters(decoder).items()})
+    held = {name for part in checkpoint.parts.values() for name in part.names()}
+    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in held}
+    manifest = {
+        "fingerprint": checkpoint.fingerprint(),
+        "path": path,
+        "revision": revision,
+        "tensors": {name: tensor.dtype.name for name, tensor in sorted(checkpoint.tensors.items())},
+    }
+    with replace_directory(out) as temporary:
+        copy_companions(checkpoint.directory, temporary)
+        flax_checkpoint.write(temporary, nnx.to_pure_dict(nnx.state(decoder)), others, manifest)
+
+
+def _to_hugging_face(checkpoint: FlaxCheckpoint, out: Path) -> None:
+    with replace_directory(out) as temporary:
+        copy_companions(checkpoint.directory, temporary)
+        write_tensors(temporary, hugging_face_tensors(checkpoint.directory))
+        if Checkpoint(temporary).fingerprint() != checkpoint.fingerprint():
+            raise UserError(
+                f"{checkpoint.directory}: its parameters are not those that `e2p convert` wrote there; convert the "
+                "model again"
+            )
+
+
+def hugging_face_tensors(directory: Path) -> Iterable[tuple[str, np.ndarray]]:
+    """The tensors of a model in either form, under their Hugging Face names and in their own dtypes."""
+    checkpoint = open_checkpoint(directory)
+    return checkpoint.tensors.items() if isinstance(checkpoint, Checkpoint) else _unstacked(checkpoint)
+
+
+def _unstacked(checkpoint: FlaxCheckpoint) -> Iterator[tuple[str, np.ndarray]]:
+    for name, tensor in named_tensors(_load(checkpoint.directory), checkpoint.names()):
+        yield name, tensor.astype(jnp.dtype(checkpoint.dtypes[name]))
+    yield from checkpoint.others().items()
+
+
+def _load(directory: Path) -> Decoder:
+    """In the dtypes of the files, over all devices."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=jax.device_count()))
+    return load(directory, dtype=None, sharding=lambda path, shape: param_sharding(mesh, path, shape))

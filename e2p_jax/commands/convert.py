@@ -1,0 +1,24 @@
+"""`e2p convert`."""
+
+from pathlib import Path
+
+import tyro
+
+
+def convert(model: tyro.conf.Positional[str], /, out: Path, revision: str | None = None) -> None:
+    """Writes a Hugging Face model as a Flax (Orbax) checkpoint, or such a checkpoint as a Hugging Face model again.
+
+    The tensors keep their bytes and dtypes, and both forms have one fingerprint: either serves as backbone.path.
+
+    Args:
+      model: What backbone.path takes: a directory in either form, a hub id, or `embedded`.
+      out: Directory to write.
+      revision: Branch, tag or commit, when the model is a hub id.
+    """
+    from e2p_jax.backbone import convert as conversion
+    from e2p_jax.backbone.weights import resolve
+
+    directory = resolve(model, revision)
+    name = str(directory.resolve()) if Path(model).expanduser().is_dir() else model
+    conversion.convert(directory, out, name, revision)
+    print(out)

@@ -1,0 +1,166 @@
+"""Quantised weights against qwix, and that the decoder computes with them as if they stood there in full."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import qwix
+from flax import nnx
+from helpers import (
+    assert_close,
+    hf_config,
+    hf_model,
+    load_backbone,
+    logits,
+    mesh_of,
+    prefix_model,
+    random_batch,
+    random_tokens,
+    whole_rows,
+)
+from qwix._src.core.numerics import get_nf4_buckets
+
+from e2p_jax.backbone.convert import convert
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.families import parse_config
+from e2p_jax.backbone.layout import Execution
+from e2p_jax.backbone.quantize import KINDS, NF4_LEVELS, Kind, dequantize, quantize
+from e2p_jax.backbone.weights import abstract, load, matrices, parameters, quantize_layers
+from e2p_jax.config import TrainConfig
+from e2p_jax.parallel.mesh import param_sharding
+from e2p_jax.prefix.model import PrefixModel
+from e2p_jax.train.optimizer import make_optimizer
+from e2p_jax.train.partition import split, trainable_mask
+from e2p_jax.train.step import TrainState, make_train_step
+
+TOKENS = random_tokens(4, 20)
+
+
+def test_levels_of_nf4() -> None:
+    np.testing.assert_allclose(NF4_LEVELS, get_nf4_buckets(), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [128, 96, 6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_qwix(kind: Kind, width: int) -> None:
+    """Rows of different scales, one of zeros; blocks of 64, 32 and 2."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(3, 8, width)) * rng.lognormal(0, 3, (3, 8, 1))
+    weight[1, 2] = 0
+    weight = jnp.asarray(weight, jnp.float32)
+    stored = quantize(weight, kind)
+    ours = dequantize(stored[f"_{kind}"], stored["_scale"], kind, jnp.dtype("float32"))
+    tiles = {} if kind == "int8" else {"tiled_axes": {2: np.gcd(64, width)}}
+    theirs = qwix.quantize(weight, kind, channelwise_axes=(0, 1), **tiles)
+    np.testing.assert_allclose(ours, qwix.dequantize(theirs), rtol=1e-6)
+    assert ours[1, 2].tolist() == [0] * width
+    assert stored[f"_{kind}"].shape == (3, 8, width if kind == "int8" else width // 2)
+    assert stored[f"_{kind}"].dtype == (jnp.int8 if kind == "int8" else jnp.uint8)
+
+
+def read(directory: Path, kind: Kind, **axes: int) -> Decoder:
+    mesh = mesh_of(**axes)
+    return load(
+        directory,
+        dtype=jnp.dtype("float32"),
+        sharding=lambda path, shape: param_sharding(mesh, path, shape),
+        quantization=kind,
+    )
+
+
+def rounded(decoder: Decoder, kind: Kind) -> Decoder:
+    """The decoder with full matrices that hold quantised values."""
+    for path in matrices(decoder.config):
+        variable = getattr(decoder.layers, path.removeprefix("layers/"))
+        stored = quantize(variable[...], kind)
+        variable.set_value(dequantize(stored[f"_{kind}"], stored["_scale"], kind, jnp.dtype("float32")))
+    return decoder
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "int8"), ("phi3", "int4"), ("gpt2", "nf4")])
+def test_a_quantised_decoder_is_one_with_rounded_weights(tmp_path: Path, family: str, kind: Kind) -> None:
+    """Fused and transposed tensors too, on one device and on four, in full and with a cache."""
+    hf_model(hf_config(family)).save_pretrained(tmp_path / "hf")
+    one, four = read(tmp_path / "hf", kind), read(tmp_path / "hf", kind, fsdp=2, tensor=2)
+    for path, value in parameters(four).items():
+        np.testing.assert_array_equal(value, parameters(one)[path])
+    codes = parameters(four)[f"layers/q_{kind}"]
+    layers, rows, columns = codes.shape
+    assert codes.addressable_shards[0].data.shape == (layers, rows // 2, columns // 2)
+    assert not parameters(one).keys() & set(matrices(one.config))
+
+    inputs = whole_rows(TOKENS)
+    exact, expected = load_backbone(tmp_path / "hf"), rounded(load_backbone(tmp_path / "hf"), kind)
+    reference = logits(expected, *inputs)
+    assert np.abs(np.asarray(reference - logits(exact, *inputs))).max() > 1e-3 * np.abs(np.asarray(reference)).max()
+    assert_close(logits(one, *inputs), reference, 1e-5)
+    with jax.set_mesh(mesh_of(fsdp=2, tensor=2)):
+        assert_close(logits(four, *inputs), reference, 1e-5)
+
+    @nnx.jit
+    def cached(decoder: Decoder) -> jax.Array:
+        cache, out = decoder.empty_cache(4, 20), []
+        for start, end in [(0, 12), (12, 13), (13, 20)]:
+            tokens, positions, segments = (x[:, start:end] for x in inputs)
+            hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache)
+            out.append(decoder.logits(hidden))
+        return jnp.concatenate(out, axis=1)
+
+    assert_close(cached(one), reference, 1e-5)
+
+
+def test_both_forms_of_a_model_quantise_alike(tmp_path: Path) -> None:
+    hf_model(hf_config()).save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "flax", "hf", None)
+    hf, flax = (parameters(read(tmp_path / form, "nf4", fsdp=4)) for form in ("hf", "flax"))
+    assert hf.keys() == flax.keys() == parameters(abstract_decoder("nf4")).keys()
+    for path, value in hf.items():
+        np.testing.assert_array_equal(flax[path], value)
+
+
+def abstract_decoder(kind: Kind) -> Decoder:
+    config = parse_config(hf_config().to_dict(), Path("config.json"))
+    return abstract(config, dtype=jnp.dtype("float32"), quantization=kind)
+
+
+SIZES = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
+LAYER_BYTES = 4 * (2 * 256 * 256 + 2 * 64 * 256 + 3 * 256 * 512)
+
+
+def compiled_step(model: PrefixModel) -> tuple[Any, Any]:
+    """The train step of a projector, and its arguments."""
+    graph, state = nnx.split(model)
+    params, mask = nnx.to_pure_dict(state), trainable_mask(model, ("projector/**",))
+    config = TrainConfig(warmup_steps=0)
+    trainable, frozen = split(params, mask)
+    optimizer = make_optimizer(config, mask)
+    step = make_train_step(graph, mask, optimizer, optax.constant_schedule(1e-2), 1)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(0))
+    arguments = state, frozen, random_batch(rows=1)
+    return jax.jit(step).lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize(("kind", "remat"), [("int8", True), ("nf4", False)])
+def test_no_full_copy_of_the_model_exists(kind: Kind, remat: bool) -> None:
+    """Neither among the step's arguments nor in its temporary memory, and its update is that of rounded weights.
+
+    Beside the step with full weights it needs less than two layers' matrices more, where all would be eight.
+    """
+    full, model, reference = (prefix_model(execution=Execution(remat=remat), **SIZES) for _ in range(3))
+    exact, _ = compiled_step(full)
+    quantize_layers(model.backbone, kind)
+    quantised, arguments = compiled_step(model)
+    more, less = quantised.memory_analysis(), exact.memory_analysis()
+    assert more.temp_size_in_bytes - less.temp_size_in_bytes < 2 * LAYER_BYTES
+    share = {"int8": 1 / 4, "nf4": 1 / 8}[kind] + 1 / 64  # and the scales
+    assert less.argument_size_in_bytes - more.argument_size_in_bytes >= 8 * LAYER_BYTES * (1 - share)
+
+    rounded(reference.backbone, kind)
+    step, its_arguments = compiled_step(reference)
+    (_, metrics), (_, expected) = quantised(*arguments), step(*its_arguments)
+    assert_close(metrics.loss, expected.loss, 1e-5)
+    assert_close(metrics.grad_norm, expected.grad_norm, 1e-4)
