@@ -77,7 +77,7 @@ def open_table(path: Path, delimiter: str, columns: Sequence[str] | None = None,
         return Table(path, columns, delimiter, encoding, cells[0].strip(' "').lower() == columns[0].lower())
     names = [name.strip() for name in _split(decode(first, encoding), delimiter, 0)]
     if len(set(names)) != len(names) or not all(names):
-        raise UserError(f"{first.place}: the header must name every column once, and names {names}")
+        raise UserError(f"{first.place}: the header must name every column once, and names {shortened(names)}")
     return Table(path, names, delimiter, encoding, True)
 
 
@@ -141,6 +141,11 @@ def parse_json(text: str, place: str, remedy: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: malformed JSON ({error}); {remedy}") from error
     return values
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """What an error can show of them."""
+    return [name[:40] for name in names[:12]]
 
 
 def number(text: str, column: str, place: str) -> float:

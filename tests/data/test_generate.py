@@ -17,7 +17,7 @@ from e2p_jax.data.prepared import load_records
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
     directory = tmp_path_factory.mktemp("plays") / "release"
-    plays.write(directory, users=300, items=200)
+    plays.write(directory, users=300, items=400)
     return directory
 
 
@@ -31,16 +31,16 @@ def test_a_listeners_vector_ranks_the_next_title_and_popularity_does_not(log):
     table, _ = split(read_log(log, BadRecords()), options)
     asked = list(records(table, options, "test"))
     vectors = load_table(str(log / "vectors.npz")).lookup([r.user_id for r in asked], [r.user_id for r in asked])
-    words = sorted({word for title in table.titles for word in title.split()})
-    facets = np.array([[word in title.split() for word in words] for title in table.titles], np.float64)
-    # What each word is worth to a listener, by least squares from vectors to what they played before.
+    subject = dict(plays.catalogue(400))
+    of = np.array([subject[title] for title in table.titles])
+    # What each subject is worth to a listener, by least squares from vectors to what they played before.
     history = table.of("history")
-    played = np.zeros((len(table.user_ids), len(words)))
-    np.add.at(played, history.users, facets[history.items])
+    played = np.zeros((len(table.user_ids), len(plays.SUBJECTS)))
+    np.add.at(played, (history.users, of[history.items]), 1.0)
     everyone = load_table(str(log / "vectors.npz")).lookup(table.user_ids, table.user_ids)
     weights, *_ = np.linalg.lstsq(everyone, played, rcond=None)
     items = np.array([[table.titles.index(title) for title in r.candidates] for r in asked])
-    by_vector = hits(np.einsum("uw,ucw->uc", vectors @ weights, facets[items]))
+    by_vector = hits(np.take_along_axis(vectors @ weights, of[items], axis=1))
     popular = hits(np.bincount(history.items, minlength=len(table.titles))[items].astype(np.float64))
     assert by_vector > 0.6 and popular < 0.35, (by_vector, popular)
 

@@ -192,6 +192,8 @@ def test_the_order_of_a_log_without_times_is_the_seeds():
 def test_a_time_split_needs_times_and_enough_history():
     with pytest.raises(UserError, match=r"split=time needs a column of times"):
         split(make_log(3, 9, 30, 0, timed=False), Options(split="time"))
+    with pytest.raises(UserError, match=r"no interaction has a title and a weight of 99"):
+        split(make_log(3, 9, 30, 0, timed=True), Options(split="time", min_weight=99))
     with pytest.raises(UserError, match=r"no user has 99 items before those"):
         split(make_log(3, 9, 30, 0, timed=True), Options(min_history=99))
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import releases
 import tensorflow_datasets as tfds
 
 from e2p_jax.data import datasets
+from e2p_jax.data.prepare import prepare
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed ([test-tfds])")
@@ -50,3 +52,15 @@ def test_a_dataset_is_found_by_its_name(tmp_path):
     prepare = {"download_config": download, "file_format": "array_record"}
     source = tfds.data_source("pens", split="test", data_dir=tmp_path, download_and_prepare_kwargs=prepare)
     assert source[0]["user_id"] == b"NT1" and list(source[0]["references"]) == [b"Cheap flats: again"]
+
+
+def test_the_examples_of_the_page_on_data_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    releases.pens(tmp_path / "DIR")
+    prepare("interactions", releases.movielens(tmp_path / "plays"), tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    seen: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, seen)
+    assert capsys.readouterr().out.endswith("b'U1'\n")
+    assert len(seen["history"].users) == 34 and len(seen["everything"].titles) == 38

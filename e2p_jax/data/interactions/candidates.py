@@ -51,7 +51,7 @@ class _Sampler:
     def __call__(self, user: int, item: int, mine: np.ndarray) -> np.ndarray:
         """Item numbers that are not in `mine`: fewer than asked for where the catalogue has no more."""
         count = min(self.count, int(np.count_nonzero(self.share) - np.count_nonzero(self.share[mine])))
-        rng = np.random.default_rng([self.seed, user, item])  # the same candidates whatever other users there are
+        rng = np.random.default_rng([self.seed, user, item])  # the same whatever was drawn before
         chosen, size = np.zeros(0, np.int64), 2 * count
         while len(chosen) < count:
             drawn = np.searchsorted(self.cumulative[:-1], rng.integers(self.cumulative[-1], size=size), side="right")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from e2p_jax.data.bad_records import BadRecords
-from e2p_jax.data.tables import Line, Table, number, open_table
+from e2p_jax.data.tables import Line, Table, number, open_table, shortened
 from e2p_jax.errors import UserError
 
 
@@ -157,7 +157,7 @@ def _open(directory: Path, layout: Layout, file: File) -> tuple[Table, dict[str,
     table = open_table(directory / file.name, file.delimiter, file.columns, file.encoding)
     places = {role: table.columns.index(column) for role, column in file.roles.items() if column in table.columns}
     if missing := [column for role, column in file.roles.items() if role not in places.keys() | layout.optional]:
-        raise UserError(f"{table.path}:1: the header lacks {missing}; it has {list(table.columns)}")
+        raise UserError(f"{table.path}:1: the header lacks {missing}; it has {shortened(table.columns)}")
     return table, places
 
 
@@ -172,7 +172,8 @@ def _titles(directory: Path, layout: Layout, bad: BadRecords) -> dict[str, str] 
         cells = table.cells(line)
         item, title = cells[places["item"]].strip(), " ".join(cells[places["title"]].split())
         if titles.setdefault(item, title) != title:
-            raise UserError(f"{line.place}: item {item!r} is {title!r} here and {titles[item]!r} above; keep one")
+            both = f"{title[:40]!r} here and {titles[item][:40]!r} above"
+            raise UserError(f"{line.place}: item {item[:40]!r} is {both}; keep one")
         return item, title
 
     return dict(bad.parse(table.lines(), parse, table.path))

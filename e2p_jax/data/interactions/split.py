@@ -72,6 +72,11 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
     titled = np.array([bool(title) for title in log.titles])[log.items]
     heavy = log.weights >= options.min_weight
     rows = np.flatnonzero(titled & heavy)
+    if not len(rows):
+        raise UserError(
+            f"interactions: no interaction has a title and a weight of {options.min_weight} or more; "
+            "the items of both files must have the same ids"
+        )
     users, items, weights = log.users[rows], log.items[rows], log.weights[rows].astype(np.float64)
     pairs = users.astype(np.int64) * len(log.item_ids) + items
     if log.times is None:

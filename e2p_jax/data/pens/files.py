@@ -53,7 +53,7 @@ def read_news(path: Path, body_words: int, bad: BadRecords) -> dict[str, Article
             raise UserError(f"{place}: column {NEWS[0]!r} is empty")
         article = Article(headline, " ".join(cells[4].split(maxsplit=body_words)[:body_words]))
         if news.get(news_id, article) != article:
-            raise UserError(f"{place}: news id {news_id!r} has another article above; keep one")
+            raise UserError(f"{place}: news id {news_id[:40]!r} has another article above; keep one")
         return news_id, article
 
     for news_id, article in _rows(path, NEWS, parse, bad):
