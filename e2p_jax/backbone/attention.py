@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from e2p_jax.backbone.blocks import block_attention, soft_cap
 from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.errors import UserError
 
@@ -44,13 +45,13 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig) -> Cal
         return lambda q, k, v, window: splash_attention(
             q, k, v, segment_ids, window, config.windows, scale=scale, cap=cap
         )
-    index = jnp.arange(segment_ids.shape[1])
-    visible = visibility(segment_ids, segment_ids, index, index)
     if kind == "cudnn":
         from e2p_jax.backbone.kernels import cudnn_attention
 
+        index = jnp.arange(segment_ids.shape[1])
+        visible = visibility(segment_ids, segment_ids, index, index)
         return lambda q, k, v, window: cudnn_attention(q, k, v, within(visible, window), scale=scale)
-    return lambda q, k, v, window: attention(q, k, v, visible, window, scale=scale, cap=cap)
+    return lambda q, k, v, window: block_attention(q, k, v, segment_ids, window, scale=scale, cap=cap)
 
 
 def visibility(
@@ -75,11 +76,6 @@ def visibility(
 def within(visible: jax.Array, window: jax.Array | int) -> jax.Array:
     """The positions of `visibility` that a window (0 is unlimited) leaves visible, as booleans."""
     return (visible > 0) & ((visible <= window) | (jnp.asarray(window) == 0))
-
-
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """Returns cap * tanh(x / cap), Gemma 2's bound on scores and logits (arXiv 2408.00118, section 2); x at cap 0."""
-    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attention(

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.attention import attention, soft_cap, visibility, whole_rows
+from e2p_jax.backbone.attention import attention, visibility, whole_rows
+from e2p_jax.backbone.blocks import soft_cap
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
 from e2p_jax.backbone.quantize import multiply
 from e2p_jax.backbone.rope import Rope

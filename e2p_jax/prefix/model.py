@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.attention import soft_cap
+from e2p_jax.backbone.blocks import soft_cap
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.backbone.lora import Lora
 from e2p_jax.parallel.mesh import row_shards

@@ -1,0 +1,100 @@
+"""Attention by blocks against attention over whole score matrices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import mesh_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from e2p_jax.backbone.attention import attention, visibility
+from e2p_jax.backbone.blocks import block_attention, first_blocks
+from e2p_jax.parallel.mesh import row_sharding
+
+LENGTH = 384  # three blocks
+
+
+def packed(*lengths: int) -> list[int]:
+    """Segment ids of one row, padding last."""
+    row = [n + 1 for n, length in enumerate(lengths) for _ in range(length)]
+    return row + [0] * (LENGTH - len(row))
+
+
+ROWS = [packed(100, 140, 130), packed(384), packed(), packed(127, 1, 129, 2)]
+
+
+def inputs(groups: int) -> list[jax.Array]:
+    """Queries, keys, values, and what the output is weighed with."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(len(ROWS), LENGTH, n, 8)), jnp.float32) for n in (4, groups, groups, 4)]
+
+
+def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any, **options: float) -> jax.Array:
+    index = jnp.arange(q.shape[1])
+    return attention(q, k, v, visibility(segments, segments, index, index), window, **options)
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "groups"), [(0, 0.0, 2), (0, 1.5, 4), (1, 0.0, 1), (100, 0.0, 2), (200, 1.5, 1)]
+)
+@pytest.mark.parametrize("mesh", [None, {"data": 4}], ids=["one device", "four devices"])
+def test_values_and_gradients(window: int, cap: float, groups: int, mesh: dict[str, int] | None) -> None:
+    q, k, v, out = inputs(groups)
+    segments = jnp.asarray(ROWS, jnp.int32)
+    real = jnp.asarray(segments > 0, jnp.float32)[..., None, None]  # what padding sees differs, and is never read
+
+    def value(function: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mixed = function(q, k, v, segments, jnp.int32(window), scale=0.5, cap=cap) * real
+        return jnp.sum(mixed * out), mixed
+
+    place = (lambda x: x) if mesh is None else lambda x: jax.device_put(x, row_sharding(mesh_of(**mesh)))
+    arrays = [place(x) for x in (q, k, v)]
+    (_, ours), grads = jax.jit(jax.value_and_grad(lambda *x: value(block_attention, *x), (0, 1, 2), True))(*arrays)
+    (_, theirs), expected = jax.jit(jax.value_and_grad(lambda *x: value(whole, *x), (0, 1, 2), True))(q, k, v)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    for a, b in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_padding_is_finite() -> None:
+    q, k, v, _ = inputs(2)
+    nothing = jnp.zeros((len(ROWS), LENGTH), jnp.int32)
+    value, grad = jax.value_and_grad(lambda q: jnp.sum(block_attention(q, k, v, nothing, 0, scale=0.5)))(q)
+    assert np.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=2), st.integers(0, 8), st.booleans())
+def test_no_visible_block_is_skipped(lengths: list[list[int]], window: int, ordered: bool) -> None:
+    """Rows of three blocks of four positions; none is skipped that `visibility` shows something in, and with segments
+    in order none is kept in vain.
+    """
+    rows = np.zeros((len(lengths), 12), np.int32)
+    for row, members in enumerate(lengths):
+        ids = [n + 1 for n, length in enumerate(members) for _ in range(length)][:12]
+        rows[row, : len(ids)] = ids if ordered else ids[::-1]
+    segments, index = jnp.asarray(rows), jnp.arange(12)
+    visible = np.asarray(visibility(segments, segments, index, index))
+    seen = (visible > 0) & ((visible <= window) | (window == 0))
+    blocks = seen.reshape(-1, 3, 4, 3, 4).any(axis=(0, 2, 4))
+    first = np.asarray(first_blocks(segments, jnp.int32(window), 4))
+    assert all(first[i] <= int(np.argmax(blocks[i])) for i in range(3))
+    if ordered:
+        assert first.tolist() == [int(np.argmax(blocks[i])) for i in range(3)]
+
+
+def test_memory_grows_with_length_not_with_its_square() -> None:
+    def temporary(length: int) -> int:
+        q = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
+        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(q: jax.Array, segments: jax.Array) -> jax.Array:
+            return jnp.sum(block_attention(q, q, q, segments, 0, scale=0.5))
+
+        return jax.jit(jax.grad(loss)).lower(q, segments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 2.5 * temporary(2048)
