@@ -3,14 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
-
-# Before anything imports jax or tensorflow_datasets: their C++ parts log to stderr unless told not to.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-if sys.argv[1:2] == ["plan"]:  # jax must not look for TPUs that are not here
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent
 
 import absl.logging
 import tyro
@@ -29,10 +23,21 @@ from e2p_jax.commands.plan import plan_command
 from e2p_jax.commands.prefixes import prefixes
 from e2p_jax.commands.prepare import prepare
 from e2p_jax.commands.train import train_command
-from e2p_jax.errors import UserError
-from e2p_jax.parallel.distributed import RESTART, Preempted
+from e2p_jax.errors import RESTART, Preempted, UserError
 
-absl.logging.set_verbosity(absl.logging.ERROR)
+
+def set_environment(command: str) -> None:
+    """What jax, tensorflow_datasets and transformers read when they are imported, which is later, by the command."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # their C++ parts log to stderr unless told not to
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent
+    if command == "plan":  # jax must not look for TPUs that are not here
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # What was compiled once is loaded from then on; a variable that is set, even to nothing, holds.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    absl.logging.set_verbosity(absl.logging.ERROR)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command, rest = arguments[:1], arguments[1:]
+        set_environment("".join(command))
         commands: dict[str, Callable[..., Any]] = {
             "train": train_command(rest if command == ["train"] else []),
             "compare": compare_command(rest if command == ["compare"] else []),

@@ -1,8 +1,15 @@
-"""The one exception for mistakes a user can mend; the command line prints it as a single line."""
+"""What ends a command before its end; the command line prints it as a single line."""
 
 
 class UserError(Exception):
-    """Bad input, configuration or environment.
+    """A mistake that a user can mend: bad input, configuration or environment.
 
     The message names the file, row, key or flag at fault and the remedy.
     """
+
+
+class Preempted(Exception):
+    """The run was told to stop, and saved itself; the same command resumes it."""
+
+
+RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; the launchers run it again

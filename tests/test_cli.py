@@ -1,13 +1,16 @@
 """The command line end to end on a tiny backbone, and every mistake a user can make: one line, exit 1 or 2."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from e2p_jax.cli import main
+from e2p_jax.cli import main, set_environment
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.records import write_jsonl
@@ -253,3 +256,19 @@ def test_unknown_config_and_unknown_field(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "run" / "config.json").write_text('{"train": {"stepz": 3}}')
     assert main(["evaluate", str(tmp_path / "run")]) == 1
     assert "train.stepz" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, e2p_jax.cli; print([m for m in ('jax', 'numpy', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("given", [None, "", "/elsewhere"])
+def test_compiled_steps_are_kept_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if given is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    set_environment("train")
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == ("/cache/e2p_jax" if given is None else given)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import rich.console
 
 from e2p_jax.config import Config, load_config
-from e2p_jax.parallel.distributed import Processes
+from e2p_jax.options import Processes
 
 if TYPE_CHECKING:
     from e2p_jax.evaluate.table import Evaluation

@@ -10,7 +10,7 @@ import tyro
 from e2p_jax.baselines import Compared
 from e2p_jax.commands.common import DETECTED, named_config, print_tables, say
 from e2p_jax.config import Config
-from e2p_jax.parallel.distributed import Processes, is_first, session
+from e2p_jax.options import Processes
 
 ALL: tuple[Compared, ...] = ("none", "shuffled", "mean", "static", "e2p", "text", "e2p+text", "lora")
 
@@ -41,6 +41,7 @@ def compare_command(arguments: list[str]) -> Callable[..., None]:
         """
         from e2p_jax.evaluate.compare import compare
         from e2p_jax.files import write_text
+        from e2p_jax.parallel.distributed import is_first, session
 
         directory = workdir or Path("runs") / f"compare-{name}"
         with session(processes):

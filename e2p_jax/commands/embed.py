@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from e2p_jax.commands.common import say
-from e2p_jax.embed.make import EncoderSettings
+from e2p_jax.options import EncoderSettings
 
 DEFAULTS = EncoderSettings()
 

@@ -9,7 +9,7 @@ import tyro
 
 from e2p_jax.commands.common import DETECTED, print_tables
 from e2p_jax.config import Condition, Measures
-from e2p_jax.parallel.distributed import Processes, is_first, session
+from e2p_jax.options import Processes
 
 
 def evaluate(
@@ -42,6 +42,7 @@ def evaluate(
     """
     from e2p_jax.evaluate.table import evaluate_splits
     from e2p_jax.files import write_text
+    from e2p_jax.parallel.distributed import is_first, session
     from e2p_jax.train.run import open_run
 
     with session(processes):

@@ -8,7 +8,7 @@ import tyro
 
 from e2p_jax.config import Condition
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import Sampling
+from e2p_jax.options import Sampling
 
 GREEDY = Sampling()
 

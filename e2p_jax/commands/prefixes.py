@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from e2p_jax.commands.common import DETECTED
-from e2p_jax.parallel.distributed import Processes, is_first, session
+from e2p_jax.options import Processes
 
 
 def prefixes(
@@ -29,6 +29,7 @@ def prefixes(
       processes: Which process this is, where several project together.
     """
     from e2p_jax.export.prefix_table import export_prefixes
+    from e2p_jax.parallel.distributed import is_first, session
     from e2p_jax.train.run import open_run
 
     with session(processes):

@@ -9,7 +9,7 @@ import tyro
 
 from e2p_jax.commands.common import DETECTED, named_config, print_tables, say
 from e2p_jax.config import Config
-from e2p_jax.parallel.distributed import Processes, is_first, session
+from e2p_jax.options import Processes
 
 
 def train_command(arguments: list[str]) -> Callable[..., None]:
@@ -31,6 +31,8 @@ def train_command(arguments: list[str]) -> Callable[..., None]:
           processes: Which process this is, where a run has several.
           overrides: Any field of the config.
         """
+        from e2p_jax.parallel.distributed import session
+
         with session(processes):
             _train(overrides, name, workdir)
 
@@ -42,6 +44,7 @@ def _train(config: Config, name: str, workdir: Path | None) -> None:
     from e2p_jax.evaluate.curves import draw_loss
     from e2p_jax.evaluate.showcase import show_answers
     from e2p_jax.evaluate.table import evaluate_splits, save
+    from e2p_jax.parallel.distributed import is_first
     from e2p_jax.train.loop import train as run_training
     from e2p_jax.train.run import open_run
 

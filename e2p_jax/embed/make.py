@@ -1,10 +1,8 @@
 """Data, and an encoder's name -> a table of user vectors."""
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -12,26 +10,9 @@ from e2p_jax.data.embeddings import load_table, save_table
 from e2p_jax.data.interactions.table import INTERACTIONS, load_interactions
 from e2p_jax.embed.contexts import first_contexts
 from e2p_jax.errors import UserError
+from e2p_jax.options import EncoderSettings
 
 _BLOCK = 1 << 16  # rows
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderSettings:
-    """What some encoders need."""
-
-    backbone: str = "embedded"
-    """With backbone: a Hugging Face model directory, a hub id, or `embedded`."""
-    layer: int = -1
-    """With backbone: after how many layers the hidden states are taken; negative counts from the last."""
-    items: str | None = None
-    """With item-mean: table of item vectors, by item id for interactions, else by the texts of the contexts."""
-    width: int = 64
-    """With als and svd: of a vector."""
-    seed: int = 0
-    """With als and svd: where the iteration begins."""
-    dtype: Literal["auto", "float32", "float16"] = "auto"
-    """Of the written vectors; auto: with import as they are, else float32."""
 
 
 def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Generation with a key-value cache: several users a batch, greedy or sampled."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -18,31 +17,10 @@ from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.options import Sampling
 from e2p_jax.prefix.model import PrefixModel
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are ever compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 64
-    """Upper bound of a reply's length."""
-    temperature: float = 0.0
-    """0 takes the most likely token; higher is more varied."""
-    top_k: int = 0
-    """Only the k most likely tokens; 0 is all."""
-    top_p: float = 1.0
-    """Only the most likely tokens that together reach this probability (Holtzman et al., arXiv 1904.09751)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values without a meaning."""
-        if self.max_new_tokens < 1:
-            raise UserError("--max-new-tokens must be at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature and --top-k must not be negative, and --top-p must be in (0, 1]")
 
 
 def stop_ids(directory: Path, eos: int | None) -> tuple[int, ...]:

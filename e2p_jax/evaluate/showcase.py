@@ -9,7 +9,8 @@ from e2p_jax.config import Condition
 from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
-from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
+from e2p_jax.evaluate.generate import generate, vectors_for
+from e2p_jax.options import Sampling
 from e2p_jax.train.run import Run
 
 

@@ -15,12 +15,13 @@ from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.prepared import load_splits
 from e2p_jax.data.records import Record
-from e2p_jax.evaluate.generate import Sampling, generate
+from e2p_jax.evaluate.generate import generate
 from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval
 from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
 from e2p_jax.evaluate.score import Scorer, Scores, pack_conditions
 from e2p_jax.evaluate.texts import distinct, text_statistics
 from e2p_jax.files import write_text
+from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run

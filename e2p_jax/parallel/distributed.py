@@ -28,9 +28,9 @@ from jax._src import clusters
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
-from e2p_jax.errors import UserError
+from e2p_jax.errors import RESTART, Preempted, UserError
+from e2p_jax.options import Processes
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; the launchers run it again
 LOST_SECONDS = 30
 _RETRY_SECONDS = 0.2
 _SETTLE_SECONDS = 5  # a peer's death shows as an error of a collective before its connection is seen to close
@@ -41,24 +41,6 @@ _SIZES = {
     "OMPI_COMM_WORLD_SIZE": "an Open MPI job whose version jax does not know",
     "PMI_SIZE": "an MPI job that jax does not know",
 }
-
-
-class Preempted(Exception):
-    """The run was told to stop, and saved itself; the same command resumes it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Which process of how many this is; what is not given comes from the environment, or is detected."""
-
-    coordinator: str | None = None
-    """HOST:PORT on process 0 (JAX_COORDINATOR_ADDRESS)."""
-    num_processes: int | None = None
-    """All processes of the run, on all hosts (JAX_NUM_PROCESSES)."""
-    process_id: int | None = None
-    """This one, from 0 (JAX_PROCESS_ID)."""
-    start_timeout: int = 300
-    """Seconds to wait for the others."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from e2p_jax.data.conditions import Population, user_vectors
 from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator
 from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
-from e2p_jax.errors import UserError
+from e2p_jax.errors import Preempted, UserError
 from e2p_jax.evaluate.score import pack_conditions, score
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
@@ -142,4 +142,4 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
         checkpoints.close()
     recorder.close()
     if stop:
-        raise distributed.Preempted(f"told to stop; saved at step {number}, rerun the same command to resume")
+        raise Preempted(f"told to stop; saved at step {number}, rerun the same command to resume")

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from e2p_jax.config import Config
-from e2p_jax.errors import UserError
-from e2p_jax.parallel.distributed import RESTART, Preempted
+from e2p_jax.errors import RESTART, Preempted, UserError
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.loop import train
 from e2p_jax.train.metrics import read_metrics

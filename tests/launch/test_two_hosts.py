@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from e2p_jax.parallel.distributed import LOST_SECONDS, RESTART
+from e2p_jax.errors import RESTART
+from e2p_jax.parallel.distributed import LOST_SECONDS
 
 PROGRAM = """
 import sys, time

@@ -1,0 +1,60 @@
+"""What commands take beside a config. Light: the command line reads it before anything heavy is imported."""
+
+import dataclasses
+from typing import Literal
+
+from e2p_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Which process of how many this is; what is not given comes from the environment, or is detected."""
+
+    coordinator: str | None = None
+    """HOST:PORT on process 0 (JAX_COORDINATOR_ADDRESS)."""
+    num_processes: int | None = None
+    """All processes of the run, on all hosts (JAX_NUM_PROCESSES)."""
+    process_id: int | None = None
+    """This one, from 0 (JAX_PROCESS_ID)."""
+    start_timeout: int = 300
+    """Seconds to wait for the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    """Upper bound of a reply's length."""
+    temperature: float = 0.0
+    """0 takes the most likely token; higher is more varied."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability (Holtzman et al., arXiv 1904.09751)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values without a meaning."""
+        if self.max_new_tokens < 1:
+            raise UserError("--max-new-tokens must be at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature and --top-k must not be negative, and --top-p must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSettings:
+    """What some encoders need."""
+
+    backbone: str = "embedded"
+    """With backbone: a Hugging Face model directory, a hub id, or `embedded`."""
+    layer: int = -1
+    """With backbone: after how many layers the hidden states are taken; negative counts from the last."""
+    items: str | None = None
+    """With item-mean: table of item vectors, by item id for interactions, else by the texts of the contexts."""
+    width: int = 64
+    """With als and svd: of a vector."""
+    seed: int = 0
+    """With als and svd: where the iteration begins."""
+    dtype: Literal["auto", "float32", "float16"] = "auto"
+    """Of the written vectors; auto: with import as they are, else float32."""
