@@ -12,7 +12,8 @@ from e2p_jax.config import Condition
 from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import Sampling, stream, vectors_for
+from e2p_jax.evaluate.generate import stream, vectors_for
+from e2p_jax.options import Sampling
 from e2p_jax.train.run import Run
 
 HOST = "127.0.0.1"
