@@ -12,6 +12,7 @@ import tyro
 from e2p_jax.commands.common import say
 from e2p_jax.commands.compare import compare_command
 from e2p_jax.commands.convert import convert
+from e2p_jax.commands.data import data_command
 from e2p_jax.commands.demo import demo
 from e2p_jax.commands.drift import drift
 from e2p_jax.commands.embed import embed
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             "prepare": prepare,
             "embed": embed,
             "convert": convert,
+            "data": data_command(rest if command == ["data"] else []),
             "export": export,
             "prefixes": prefixes,
             "import": import_run,

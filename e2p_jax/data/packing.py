@@ -1,7 +1,6 @@
 """Examples -> rows: a plan made once, and the arrays of one row.
 
-Rows have three budgets: T tokens, M targets, S segments. An example is never torn. The plan is best-fit decreasing
-(Johnson, 1973): longest first, each into the fullest row that still takes it.
+Rows have three budgets: T tokens, M targets, S segments. An example is never torn.
 """
 
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ import numpy as np
 
 from e2p_jax.data.encode import Example
 from e2p_jax.data.examples import Examples
+
+_TRIES = 16  # lengths looked at for each place but the last two of a row
 
 
 class Budget(NamedTuple):
@@ -34,13 +35,21 @@ def choose_budget(examples: Examples, seq_len: int) -> Budget:
 
 
 def plan_rows(examples: Examples, budget: Budget) -> list[list[int]]:
-    """Rows of example numbers, every example in exactly one."""
+    """Rows of example numbers, every example in exactly one: the shorter of two plans.
+
+    Best fit wastes least where rows hold two or three examples, `fill_exactly` where they hold more.
+    """
     lengths, targets = examples.lengths.tolist(), examples.target_counts.tolist()
+    return min((plan(lengths, targets, budget) for plan in (best_fit, fill_exactly)), key=len)
+
+
+def best_fit(lengths: list[int], targets: list[int], budget: Budget) -> list[list[int]]:
+    """Best-fit decreasing (Johnson, 1973): longest first, each into the fullest row that still takes it."""
     rows: list[list[int]] = []
     room: list[int] = []  # targets left in a row
     by_space: list[list[int]] = [[] for _ in range(budget.tokens + 1)]  # open rows by tokens left
     spaces = 0  # bit n is set where by_space[n] is not empty: the fullest fitting row is one shift away
-    for number in sorted(range(len(examples)), key=lambda n: -lengths[n]):
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         space, row = lengths[number], -1
         while (open_spaces := spaces >> space) and row < 0:
             space += (open_spaces & -open_spaces).bit_length() - 1
@@ -61,6 +70,84 @@ def plan_rows(examples: Examples, budget: Budget) -> list[list[int]]:
             by_space[left].append(row)
             spaces |= 1 << left
     return rows
+
+
+def fill_exactly(lengths: list[int], targets: list[int], budget: Budget) -> list[list[int]]:
+    """Row by row: the longest examples left, then the one, two or three that leave least of the row, as minimum bin
+    slack does (Gupta & Ho, 1999).
+    """
+    stock = _Stock(lengths, targets, budget.tokens)
+    rows: list[list[int]] = []
+    mean = sum(lengths) / max(len(lengths), 1)
+    while stock.present:
+        row, space, room = [stock.take(stock.longest(budget.tokens))], budget.tokens, budget.targets
+        space, room = space - lengths[row[0]], room - targets[row[0]]
+        while len(row) < budget.segments and 0 < stock.shortest() <= space:
+            most = min(3, budget.segments - len(row))
+            chosen = stock.filling(space, room, most) if space <= 3 * mean else (stock.longest(space),)
+            if not chosen or sum(map(stock.least_targets, chosen)) > room:
+                break
+            for length in chosen:
+                row.append(stock.take(length))
+                space, room = space - length, room - targets[row[-1]]
+        rows.append(row)
+    return rows
+
+
+class _Stock:
+    """Examples left to place, by length; sets of lengths are the bits of whole numbers."""
+
+    def __init__(self, lengths: list[int], targets: list[int], longest: int):
+        self.targets, self._top = targets, longest
+        self._by_length: list[list[int]] = [[] for _ in range(longest + 1)]
+        for number in sorted(range(len(lengths)), key=lambda n: -targets[n]):
+            self._by_length[lengths[number]].append(number)
+        self.present = sum(1 << length for length in set(lengths))
+        self._mirrored = sum(1 << (longest - length) for length in set(lengths))
+
+    def take(self, length: int) -> int:
+        """The example of this length with the fewest targets."""
+        number = self._by_length[length].pop()
+        if not self._by_length[length]:
+            self.present ^= 1 << length
+            self._mirrored ^= 1 << (self._top - length)
+        return number
+
+    def least_targets(self, length: int) -> int:
+        return self.targets[self._by_length[length][-1]]
+
+    def longest(self, space: int) -> int:
+        return (self.present & ((1 << (space + 1)) - 1)).bit_length() - 1
+
+    def shortest(self) -> int:
+        return (self.present & -self.present).bit_length() - 1
+
+    def filling(self, space: int, room: int, most: int) -> tuple[int, ...] | None:
+        """Up to `most` lengths that leave as little of `space` as can be, and whose targets fit in `room`."""
+        for total in range(space, self.shortest() - 1, -1):
+            for count in range(1, most + 1):
+                chosen = self._summing(total, count)
+                if chosen and sum(map(self.least_targets, chosen)) <= room:
+                    return chosen
+        return None
+
+    def _summing(self, total: int, count: int) -> tuple[int, ...] | None:
+        """`count` lengths that sum to `total`, if a short search finds them; all examples that they name are there."""
+        if count == 1:
+            return (total,) if total > 0 and self.present >> total & 1 else None
+        tried = self.present & ((1 << max(total, 0)) - 1)
+        if count == 2:  # those whose complement is there, too
+            tried &= self._mirrored >> (self._top - total)
+        for _ in range(_TRIES):
+            length = tried.bit_length() - 1
+            if length * count < total:
+                return None
+            tried ^= 1 << length
+            rest = self._summing(total - length, count - 1)
+            chosen = (length, *(rest or ()))
+            if rest and all(len(self._by_length[each]) >= chosen.count(each) for each in chosen):
+                return chosen
+        return None
 
 
 def empty_rows(count: int, budget: Budget, width: int) -> dict[str, np.ndarray]:

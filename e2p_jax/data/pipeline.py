@@ -82,12 +82,12 @@ class _Steps(grain.sources.RandomAccessDataSource):
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         places = step * self.batch_rows + self.local
         epochs, within = np.divmod(places, len(self.dataset.rows))
-        rows = [_order(self.seed, int(e), len(self.dataset.rows))[i] for e, i in zip(epochs, within, strict=True)]
+        rows = [epoch_order(self.seed, int(e), len(self.dataset.rows))[i] for e, i in zip(epochs, within, strict=True)]
         return self.dataset.batch([int(row) for row in rows])
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
     """The rows of an epoch, shuffled."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
 

@@ -14,12 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import e2p_jax
 from e2p_jax.config import Config, DataConfig
 from e2p_jax.data import synthetic
 from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.examples import Examples
+from e2p_jax.data.packing import Budget, choose_budget, plan_rows
 from e2p_jax.data.prepared import load_splits, load_training
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
@@ -34,6 +37,8 @@ class Training:
     """The records of a run."""
 
     examples: Examples  # of the training records, under `data.condition`
+    budget: Budget
+    rows: Sequence[Sequence[int]]  # the plan: which examples share a row
     records: Sequence[Record]  # the training records' users and sources, without their text
     dev: list[Record]
     reported: dict[str, list[Record]]  # by split
@@ -89,7 +94,8 @@ def _read(config: Config, encoder: Encoder) -> Training:
 
     examples = Examples.of(fitted())
     records = [Record(record.user_id, (), (), source=record.source) for record in learned]
-    return Training(examples, records, dev, reported, dropped, bad.report())
+    budget = choose_budget(examples, encoder.max_length)
+    return Training(examples, budget, plan_rows(examples, budget), records, dev, reported, dropped, bad.report())
 
 
 def _key(config: Config, encoder: Encoder) -> str:
@@ -136,10 +142,13 @@ def _save(training: Training, place: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
     try:
         training.examples.save(temporary)
+        np.save(temporary / "rows.npy", np.concatenate([np.asarray(row, np.int64) for row in training.rows]))
+        np.save(temporary / "row_ends.npy", np.cumsum([len(row) for row in training.rows]))
         texts = {
             "records": [(record.user_id, record.source) for record in training.records],
             "dev": list(map(dataclasses.asdict, training.dev)),
             "reported": {name: list(map(dataclasses.asdict, held)) for name, held in training.reported.items()},
+            "budget": list(map(int, training.budget)),
             "dropped_messages": training.dropped_messages,
             "skipped": training.skipped,
         }
@@ -167,6 +176,8 @@ def _load(place: Path) -> Training:
     records = [Record(user, (), (), source=source) for user, source in texts["records"]]
     return Training(
         Examples.load(place, [record.user_id for record in records]),
+        Budget(*texts["budget"]),
+        [row.tolist() for row in np.split(np.load(place / "rows.npy"), np.load(place / "row_ends.npy")[:-1])],
         records,
         list(map(_record, texts["dev"])),
         {name: list(map(_record, held)) for name, held in texts["reported"].items()},

@@ -11,7 +11,7 @@ import numpy as np
 
 from e2p_jax.config import Config
 from e2p_jax.data.conditions import Population, user_vectors
-from e2p_jax.data.pipeline import PackedDataset, pack, to_devices, train_iterator
+from e2p_jax.data.pipeline import PackedDataset, to_devices, train_iterator
 from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
 from e2p_jax.errors import Preempted, UserError
@@ -46,7 +46,8 @@ def read_data(inputs: Inputs) -> Data:
     read = read_training(config, inputs.encoder)
     everyone = _one_vector_per_user(inputs, read.records)
     population = Population.of(everyone)
-    train = pack(read.examples, user_vectors(read.records, condition, inputs.table, population), inputs.encoder)
+    vectors = user_vectors(read.records, condition, inputs.table, population)
+    train = PackedDataset(read.examples, vectors, read.rows, read.budget, inputs.encoder.num_tokens)
     held_out = {}
     for name, others in ({"dev": read.dev} | read.reported if read.dev else read.reported).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)

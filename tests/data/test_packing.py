@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from e2p_jax.data.encode import Example
 from e2p_jax.data.examples import Examples
-from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
+from e2p_jax.data.packing import Budget, best_fit, choose_budget, empty_rows, fill_exactly, fill_row, plan_rows
 
 WIDTH = 3
 
@@ -34,16 +34,19 @@ def test_every_example_in_one_row_and_no_budget_exceeded(
     sizes: list[tuple[int, int]], segments: int, most: int
 ) -> None:
     examples, budget = examples_of(sizes), Budget(128, most, segments)
-    rows = plan_rows(examples, budget)
-    assert sorted(number for row in rows for number in row) == list(range(len(examples)))
-    for row in rows:
-        assert 1 <= len(row) <= segments
-        assert sum(len(examples[n].tokens) for n in row) <= 128
-        assert sum(int(examples[n].is_target.sum()) for n in row) <= most
+    lengths, targets = examples.lengths.tolist(), examples.target_counts.tolist()
+    plans = [best_fit(lengths, targets, budget), fill_exactly(lengths, targets, budget)]
+    for rows in plans:
+        assert sorted(number for row in rows for number in row) == list(range(len(examples)))
+        for row in rows:
+            assert 1 <= len(row) <= segments
+            assert sum(len(examples[n].tokens) for n in row) <= 128
+            assert sum(int(examples[n].is_target.sum()) for n in row) <= most
+    assert plan_rows(examples, budget) == min(plans, key=len)
 
 
 @given(sizes=SIZES)
-def test_plan_is_best_fit_decreasing(sizes: list[tuple[int, int]]) -> None:
+def test_best_fit_is_best_fit_decreasing(sizes: list[tuple[int, int]]) -> None:
     """Against the definition: look at every open row, take the fullest one that fits."""
     examples = examples_of(sizes)
     left: list[int] = []
@@ -53,7 +56,7 @@ def test_plan_is_best_fit_decreasing(sizes: list[tuple[int, int]]) -> None:
             left[min(fitting, key=lambda row: left[row])] -= length
         else:
             left.append(128 - length)
-    rows = plan_rows(examples, Budget(128, 128, 128))
+    rows = best_fit(examples.lengths.tolist(), examples.target_counts.tolist(), Budget(128, 128, 128))
     assert sorted(128 - sum(len(examples[n].tokens) for n in row) for row in rows) == sorted(left)
 
 
@@ -89,6 +92,17 @@ def test_tokens_run_out_before_targets_and_segments() -> None:
     examples = examples_of([(int(n), int(n) // 3) for n in rng.integers(40, 200, 300)])
     rows = plan_rows(examples, choose_budget(examples, 512))
     assert sum(len(e.tokens) for e in examples) / (512 * len(rows)) > 0.97
+
+
+@pytest.mark.parametrize(("length", "least"), [(1024, 0.975), (2048, 0.98)])
+def test_rows_of_several_examples_are_full(length: int, least: float) -> None:
+    """Lengths spread like real dialogues'; best fit alone leaves more."""
+    rng = np.random.default_rng(0)
+    examples = examples_of([(int(n), int(n) // 2) for n in np.clip(rng.normal(230, 42, 900), 100, 511)])
+    budget = choose_budget(examples, length)
+    rows = plan_rows(examples, budget)
+    assert len(examples.tokens) / (length * len(rows)) > least
+    assert len(rows) < len(best_fit(examples.lengths.tolist(), examples.target_counts.tolist(), budget))
 
 
 SEGMENTS = st.lists(st.tuples(st.integers(5, 20), st.integers(0, 4), st.integers(-1, 2)), min_size=0, max_size=5)

@@ -36,7 +36,7 @@ def assert_same(ours: Training, theirs: Training) -> None:
         assert a.dtype == b.dtype, name
         np.testing.assert_array_equal(a, b, err_msg=name)
     assert list(ours.examples.users) == list(theirs.examples.users)
-    for field in ("records", "dev", "reported", "dropped_messages", "skipped"):
+    for field in ("rows", "budget", "records", "dev", "reported", "dropped_messages", "skipped"):
         assert getattr(ours, field) == getattr(theirs, field), field
 
 
@@ -133,7 +133,7 @@ def test_directories_are_told_apart_by_content_and_names(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["tokens.npy", "is_target.npy", "ends.npy", "slot_starts.npy", "records.json", "meta.json"]
+    "name", ["tokens.npy", "is_target.npy", "ends.npy", "slot_starts.npy", "rows.npy", "records.json", "meta.json"]
 )
 @pytest.mark.parametrize("fault", ["cut", "flip", "gone"])
 def test_damaged_cache_is_made_anew(config: Config, make_tokenizer: Callable, name: str, fault: str) -> None:

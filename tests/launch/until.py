@@ -1,4 +1,4 @@
-"""Trains to a step and leaves, writing down which rows this process put into each batch: until.py CONFIG.json RUN STEP."""
+"""Trains to a step and leaves, writing down which rows this process put into each batch: CONFIG.json RUN STEP."""
 
 import contextlib
 import hashlib
