@@ -24,7 +24,7 @@ from flax import nnx
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.user_index import UserIndex
 from e2p_jax.export.prefix_reader import MANIFEST, PrefixTable
-from e2p_jax.export.prefix_table import Shard, project_table, rows_a_shard
+from e2p_jax.export.prefix_table import Shard, project_table, rows_a_shard, write_ids
 from e2p_jax.prefix.projector import Projector
 
 BLOCK = 1 << 16  # users made at once
@@ -113,10 +113,12 @@ def main(
     )
     out = workdir / "table"
     out.mkdir()
-    shards: list[Shard] = []
+    ids, shards = "", list[Shard]()
 
     def timed() -> float:
+        nonlocal ids
         started = time.perf_counter()
+        ids = write_ids(table, out)
         shards[:] = project_table(projector, table, out, dtype)
         os.sync()
         return time.perf_counter() - started
@@ -135,6 +137,7 @@ def main(
         "width": model_width,
         "dtype": dtype,
         "users": users,
+        "ids": ids,
         "shards": [{"name": shard.name, "users": shard.users} for shard in shards],
     }
     (out / MANIFEST).write_text(json.dumps(manifest))

@@ -17,14 +17,9 @@ def user_cache() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically, creating its folder."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

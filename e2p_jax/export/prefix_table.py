@@ -1,11 +1,12 @@
 """Every user's soft tokens, projected once, to be looked up when serving.
 
-A prefix table is a directory. Each shard is `<digest>.safetensors` (`prefixes` [n, K, D]) with its user ids beside it
-(`<digest>.ids.txt`, one a line in row order). The digest covers the projector, dtype, ids and vectors that it was made
-from, so a shard that is there is right: a killed run goes on with what is missing, and an update projects only shards
-in which something changed. `manifest.json` names the shards; it is swapped when all are there, so that readers see the
-old table or the new one. `token_embeddings.safetensors`, `tokenizer/` and, where vLLM's chat endpoint can say what the
-run was trained on, `chat_template.jinja` are for `e2p_jax.export.client`.
+A prefix table is a directory. `<digest>.ids.txt` holds the user ids, one a line, `<digest>.index.npy` the index that
+finds a line (`e2p_jax.data.user_index`). Shards, `<digest>.safetensors` (`prefixes` [n, K, D]), hold the lines' soft
+tokens in their order; all but the last have the same n. A shard's digest covers the projector, dtype, ids and vectors
+that it was made from, so a shard that is there is right: a killed run goes on with what is missing, and an update
+projects only shards in which something changed. `manifest.json` names these files; it is swapped when all are there, so
+that readers see the old table or the new one. `token_embeddings.safetensors`, `tokenizer/` and, where vLLM's chat
+endpoint can say what the run was trained on, `chat_template.jinja` are for `e2p_jax.export.client`.
 """
 
 import dataclasses
@@ -26,11 +27,12 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.user_index import UserIndex
 from e2p_jax.errors import UserError
 from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, serving_template
-from e2p_jax.export.prefix_reader import MANIFEST, REMEDY
+from e2p_jax.export.prefix_reader import MANIFEST, REMEDY, ids_name
 from e2p_jax.export.tokenizer import save_tokenizer
-from e2p_jax.files import replace_directory, write_bytes, write_text
+from e2p_jax.files import replace_directory, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import replicated
 from e2p_jax.prefix.projector import Projector
@@ -42,8 +44,9 @@ SHARD_BYTES = 1 << 26  # about; a shard is one call of the compiled projection
 TOKEN_EMBEDDINGS = "token_embeddings.safetensors"
 TOKENIZER = "tokenizer"
 _DIGEST_BYTES = 16
-_SHARD = re.compile(r"([0-9a-f]{32})\.(safetensors|ids\.txt)")
-_TEMPORARY = re.compile(r"\..*\.tmp")
+_BLOCK = 1 << 16  # user ids written at once
+_NAMED = re.compile(r"([0-9a-f]{32})\.(safetensors|ids\.txt|index\.npy)")
+_TEMPORARY = re.compile(r"\..*\.tmp(\.npy)?")
 
 
 def export_prefixes(run: Run, out: Path, dtype: str) -> None:
@@ -67,6 +70,7 @@ def export_prefixes(run: Run, out: Path, dtype: str) -> None:
     projector = nnx.merge(run.model.graph, run.model.params).projector
     made_by = f"{projector_hash(projector)} {dtype} {len(table)}"
     distributed.check_same("projector or vectors", lambda: hashlib.sha256(made_by.encode()).digest())
+    ids = write_ids(table, out) if distributed.is_first() else ""
     shards = project_table(projector, table, out, dtype)
     embeddings = _token_embeddings(run)
     if not distributed.is_first():
@@ -95,11 +99,12 @@ def export_prefixes(run: Run, out: Path, dtype: str) -> None:
         "width": run.inputs.decoder.hidden_size,
         "dtype": dtype,
         "users": len(table),
+        "ids": ids,
         "shards": [dataclasses.asdict(shard) for shard in shards],
         "config": dataclasses.asdict(config),
     }
     write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    _remove_unnamed(out, {shard.name for shard in shards})
+    _remove_unnamed(out, {ids, *(shard.name for shard in shards)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +142,9 @@ def project_table(projector: Projector, table: UserTable, out: Path, dtype: str)
     compiled = jax.jit(chex.assert_max_traces(project, n=1), out_shardings=by_row)
     ids, made_by = table.ids, f"{projector_hash(projector)} {dtype}\n".encode()
     digests = np.zeros((-(-len(ids) // rows), _DIGEST_BYTES), np.uint8)
-    waiting: tuple[Path, Shard, bytes, jax.Array] | None = None
+    waiting: tuple[Path, Shard, jax.Array] | None = None
     for number in range(jax.process_index(), len(digests), jax.process_count()):
-        shard, names, vectors = _shard(made_by, table, ids.rows(slice(number * rows, (number + 1) * rows)))
+        shard, vectors = _shard(made_by, table, ids.rows(slice(number * rows, (number + 1) * rows)))
         digests[number] = np.frombuffer(bytes.fromhex(shard.name), np.uint8)
         if _complete(out, shard, projector):
             continue
@@ -148,7 +153,7 @@ def project_table(projector: Projector, table: UserTable, out: Path, dtype: str)
         projected = compiled(state, jax.device_put(whole, by_row))
         if waiting:
             _write(*waiting)
-        waiting = out, shard, names, projected
+        waiting = out, shard, projected
     if waiting:
         _write(*waiting)
     everywhere = distributed.gather(digests).max(axis=0)  # zero where another process has the shard
@@ -171,15 +176,37 @@ def projector_hash(projector: Projector) -> str:
     return digest.hexdigest()
 
 
-def _shard(made_by: bytes, table: UserTable, rows: np.ndarray) -> tuple[Shard, bytes, np.ndarray]:
-    """The shard of some rows, their ids (a line feed between two) and vectors ([n, E] float32)."""
-    names, vectors = table.index.lines(rows), table.gather(rows)
-    if names.count(b"\n") >= len(rows):
-        broken = next(user for user in table.index.ids(rows) if "\n" in user)
-        raise UserError(f"{table.source}: user id {broken!r} holds a line break; rename that user")
-    digest = hashlib.sha256(made_by + names + b"\n\n")
+def write_ids(table: UserTable, out: Path) -> str:
+    """Writes the user ids and their index, unless they are there, and returns their name.
+
+    Raises:
+      UserError: naming a user whose id does not fit on a line.
+    """
+    temporary, ids = out / ".ids.tmp", table.ids
+    with temporary.open("wb") as file:
+        for first in range(0, len(ids), _BLOCK):
+            rows = ids.rows(slice(first, first + _BLOCK))
+            lines = table.index.lines(rows)
+            if lines.count(b"\n") >= len(rows):
+                broken = next(user for user in table.index.ids(rows) if "\n" in user)
+                raise UserError(f"{table.source}: user id {broken!r} holds a line break; rename that user")
+            file.write(lines + b"\n")
+    name = ids_name(temporary)
+    index = out / f"{name}.index.npy"
+    if not index.is_file():
+        unfinished = out / ".index.tmp.npy"
+        UserIndex.open(temporary).save(unfinished)
+        os.replace(unfinished, index)
+    os.replace(temporary, out / f"{name}.ids.txt")
+    return name
+
+
+def _shard(made_by: bytes, table: UserTable, rows: np.ndarray) -> tuple[Shard, np.ndarray]:
+    """The shard of some rows, and their vectors ([n, E] float32)."""
+    vectors = table.gather(rows)
+    digest = hashlib.sha256(made_by + table.index.lines(rows) + b"\n\n")
     digest.update(vectors.data)
-    return Shard(digest.hexdigest()[: 2 * _DIGEST_BYTES], len(rows)), names, vectors
+    return Shard(digest.hexdigest()[: 2 * _DIGEST_BYTES], len(rows)), vectors
 
 
 def _token_embeddings(run: Run) -> jax.Array:
@@ -193,7 +220,7 @@ def _token_embeddings(run: Run) -> jax.Array:
 
 
 def _complete(out: Path, shard: Shard, projector: Projector) -> bool:
-    """Whether a run before this one wrote the shard: its ids are written first, and both are moved into place."""
+    """Whether a run before this one wrote the shard, which is moved into place."""
     shape = (shard.users, projector.num_tokens, projector.token_mean[...].shape[0])
     try:
         return read_tensors(out / f"{shard.name}.safetensors", REMEDY)["prefixes"].shape == shape
@@ -201,8 +228,7 @@ def _complete(out: Path, shard: Shard, projector: Projector) -> bool:
         return False
 
 
-def _write(out: Path, shard: Shard, names: bytes, projected: jax.Array) -> None:
-    write_bytes(out / f"{shard.name}.ids.txt", names + b"\n")
+def _write(out: Path, shard: Shard, projected: jax.Array) -> None:
     _save(out / f"{shard.name}.safetensors", {"prefixes": np.asarray(projected)[: shard.users]})
 
 
@@ -225,7 +251,7 @@ def _refuse_foreign(out: Path, fingerprint: str) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; choose a new directory")
     names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    foreign = [n for n in names if n not in known and not _SHARD.fullmatch(n) and not _TEMPORARY.fullmatch(n)]
+    foreign = [n for n in names if n not in known and not _NAMED.fullmatch(n) and not _TEMPORARY.fullmatch(n)]
     if foreign:
         raise UserError(f"--out {out}: holds other files ({', '.join(foreign[:3])}); choose a new directory")
     if MANIFEST in names:
@@ -235,8 +261,8 @@ def _refuse_foreign(out: Path, fingerprint: str) -> None:
 
 
 def _remove_unnamed(out: Path, named: set[str]) -> None:
-    """Shards that the manifest no longer names, and what a killed run left half written."""
+    """What the manifest no longer names, and what a killed run left half written."""
     for path in out.iterdir():
-        shard = _SHARD.fullmatch(path.name)
-        if (shard and shard[1] not in named) or _TEMPORARY.fullmatch(path.name):
+        known = _NAMED.fullmatch(path.name)
+        if (known and known[1] not in named) or _TEMPORARY.fullmatch(path.name):
             path.unlink()

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save
 
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import UserTable, load_table, save_table
@@ -85,9 +86,9 @@ def test_one_pass_over_all_devices(
 ):
     write, seen = prefix_table._write, []
 
-    def look(out: Path, shard: prefix_table.Shard, ids: bytes, projected: jax.Array) -> None:
+    def look(out: Path, shard: prefix_table.Shard, projected: jax.Array) -> None:
         seen.append((shard.users, projected.shape, len(projected.sharding.device_set), projected.is_fully_replicated))
-        write(out, shard, ids, projected)
+        write(out, shard, projected)
 
     monkeypatch.setattr(prefix_table, "_write", look)
     export_prefixes(with_table(make_run(), tmp_path, vectors_of()), tmp_path / "out", "float32")
@@ -186,9 +187,9 @@ def test_update_writes_only_what_changed(make_run: Callable, small_shards: None,
     run = with_table(make_run(), tmp_path, changed, "2")
     export_prefixes(run, tmp_path / "out", "float32")
     after = contents(tmp_path / "out")
-    shards = [name for name in after if name in before and name.endswith((".safetensors", ".ids.txt"))]
-    assert all(after[name] == before[name] for name in shards if name != "token_embeddings.safetensors")
-    assert len(shards) == 1 + 2 * 4  # all but the third shard and the last
+    shards = [name for name in after if name in before and name.endswith(".safetensors")]
+    assert all(after[name] == before[name] for name in shards)
+    assert len(shards) == 1 + 4  # all but the third shard and the last
     assert len(after) == len(before)  # the old two are gone
     users = [f"user-{user}" for user in range(COUNT + 1)]
     new = PrefixTable(tmp_path / "out")
@@ -205,8 +206,9 @@ def test_shards_are_plain_safetensors(make_run: Callable, small_shards: None, tm
     name = table.manifest["shards"][1]["name"]
     with safe_open(tmp_path / "out" / f"{name}.safetensors", framework="np") as file:
         theirs = file.get_tensor("prefixes")
-    ids = (tmp_path / "out" / f"{name}.ids.txt").read_text().splitlines()
-    assert np.array_equal(table.lookup(ids), theirs) and ids[0] == "user-16"
+    ids = (tmp_path / "out" / f"{table.manifest['ids']}.ids.txt").read_text().splitlines()
+    start = table.manifest["shards"][0]["users"]
+    assert np.array_equal(table.lookup(ids[start : start + len(theirs)]), theirs) and ids[start] == "user-16"
 
 
 def test_mismatches_are_refused(make_run: Callable, small_shards: None, tmp_path: Path):
@@ -228,14 +230,23 @@ def test_mismatches_are_refused(make_run: Callable, small_shards: None, tmp_path
         PrefixTable(out)
     export_prefixes(run, out, "float32")  # as the message says
     assert first.read_bytes() == whole
-    ids = second.with_name(f"{second.stem}.ids.txt")
-    ids.write_text(ids.read_text().replace("user-9\n", ""))
+    second.write_bytes(prefix_table_of(out, rows=7))
     with pytest.raises(UserError, match=f"shard {second.stem} holds"):
+        PrefixTable(out)
+    ids = out / f"{table.manifest['ids']}.ids.txt"
+    ids.write_text(ids.read_text().replace("user-9\n", "user-x\n"))
+    with pytest.raises(UserError, match=f"{ids.name}: missing or damaged"):
         PrefixTable(out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
         export_prefixes(run, tmp_path / "full", "float32")
+
+
+def prefix_table_of(out: Path, rows: int) -> bytes:
+    """The first shard's file, as it would be with fewer rows."""
+    (name,) = (shard["name"] for shard in json.loads((out / "manifest.json").read_text())["shards"][:1])
+    return save({"prefixes": np.asarray(read_tensors(out / f"{name}.safetensors", "")["prefixes"])[:rows]})
 
 
 def test_bad_vectors_are_named(make_run: Callable, small_shards: None, tmp_path: Path):
