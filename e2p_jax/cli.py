@@ -23,6 +23,7 @@ from e2p_jax.commands.import_run import import_run
 from e2p_jax.commands.plan import plan_command
 from e2p_jax.commands.prefixes import prefixes
 from e2p_jax.commands.prepare import prepare
+from e2p_jax.commands.report import report
 from e2p_jax.commands.train import train_command
 from e2p_jax.errors import RESTART, Preempted, UserError
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             "plan": plan_command(rest if command == ["plan"] else []),
             "evaluate": evaluate,
             "drift": drift,
+            "report": report,
             "generate": generate,
             "demo": demo,
             "prepare": prepare,

@@ -12,7 +12,10 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")  # code of e
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache")  # tokenised data, fingerprints
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -22,6 +25,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
+disable-component-update disable-sync""".split()  # noqa: SIM905 (as one would type them)
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 
@@ -58,3 +63,60 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("backbones") / "tiny"
     weights.save(decoder, skeleton, out, jnp.dtype("float32"))
     return out
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Chromium by its driver; a profile of its own, nothing of it goes to the network."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("Chromium or its driver is absent: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is absent: pip install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS, f"user-data-dir={tmp_path / 'profile'}", "window-size=1280,900"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.fixture(scope="session")
+def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Projector and tiny backbone trained until a user's own vector tells what the user says; evaluated on the same."""
+    import numpy as np
+
+    from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
+    from e2p_jax.data import synthetic
+    from e2p_jax.data.embeddings import save_table
+    from e2p_jax.data.records import write_jsonl
+    from e2p_jax.train.loop import train
+
+    learned = range(24)
+    folder = tmp_path_factory.mktemp("learned")
+    write_jsonl([synthetic.record(user) for user in learned], folder / "records.jsonl")
+    vectors = np.stack([synthetic.vector(user) for user in learned])
+    save_table(folder / "table", [f"user-{user}" for user in learned], vectors, name="synthetic", version="1")
+    config = Config(
+        backbone=BackboneConfig(path=str(tiny_backbone)),
+        data=DataConfig(
+            path=str(folder / "records.jsonl"),
+            embeddings=str(folder / "table"),
+            train_split="all",
+            eval_splits=("all",),
+            seq_len=128,
+        ),
+        projector=ProjectorConfig(hidden_size=16, dropout=0.0),
+        train=TrainConfig(
+            trainable=("projector/**", "backbone/**"),
+            steps=150,
+            rows=8,
+            learning_rate=1e-2,
+            warmup_steps=5,
+            eval_every=50,
+            checkpoint_every=150,
+        ),
+        evaluate=EvaluateConfig(bootstrap_samples=200, prompts=("do you have any pets?",)),
+    )
+    return train(config, folder / "run")

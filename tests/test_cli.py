@@ -143,7 +143,8 @@ def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "compare", "drift", "generate", "prepare", "export", "prefixes", "import"]
+    "command",
+    ["train", "evaluate", "compare", "drift", "report", "generate", "prepare", "export", "prefixes", "import"],
 )
 def test_help_documents_every_flag(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:

@@ -1,7 +1,5 @@
 """Two held-out users answer the same prompts."""
 
-import dataclasses
-
 import rich.console
 import rich.table
 
@@ -9,8 +7,7 @@ from e2p_jax.config import Condition
 from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
-from e2p_jax.evaluate.generate import generate, vectors_for
-from e2p_jax.options import Sampling
+from e2p_jax.evaluate.users import ask
 from e2p_jax.train.run import Run
 
 
@@ -31,15 +28,8 @@ def show_answers(run: Run, console: rich.console.Console) -> None:
     for person in (first, second):
         table.add_column(f"{person.user_id}\n" + "\n".join(person.context))
     table.add_column("without prefix")
-    answers = []
     columns: list[tuple[Record, Condition]] = [(first, "e2p"), (second, "e2p"), (first, "none")]
-    for person, condition in columns:
-        asked = [
-            dataclasses.replace(person, messages=({"role": "user", "content": prompt},), source="evaluate.prompts")
-            for prompt in config.evaluate.prompts
-        ]
-        vectors = vectors_for(run, [r.user_id for r in asked], [r.source for r in asked], condition)
-        answers.append(generate(run, asked, vectors, condition, Sampling(max_new_tokens=32)))
+    answers = [ask(run, [person], config.evaluate.prompts, condition)[0] for person, condition in columns]
     for prompt, *replies in zip(config.evaluate.prompts, *answers, strict=True):
         table.add_row(prompt, *replies)
     console.print(table)

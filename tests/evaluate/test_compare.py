@@ -17,6 +17,7 @@ from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.records import write_jsonl
 from e2p_jax.evaluate import compare as comparison
 from e2p_jax.evaluate.compare import compare
+from e2p_jax.report.collect import find_source
 from e2p_jax.train.partition import split
 from e2p_jax.train.run import open_run
 
@@ -51,6 +52,9 @@ def test_the_whole_table_and_its_parts_again(
     assert len({row["nll_per_target"] for row in rows.values()}) == len(ARMS)  # every condition is another
     assert json.loads((tmp_path / "compared" / "report" / "evaluation.json").read_text())["splits"][0] == table
     assert {p.name for p in (tmp_path / "compared").iterdir()} == {*BASELINES, "scores", "report"}
+
+    source = find_source(tmp_path / "compared")  # as `e2p report` reads it
+    assert set(source.runs) == {f"compared/{name}" for name in BASELINES} and source.splits == [table]
 
     # A part of it again: nothing is trained or scored anew.
     def refuse(*args: object) -> None:

@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +21,6 @@ from e2p_jax.train.run import Run
 PROMPT = "where do you live, and do you have any pets?"
 USERS = ["user-1", "user-2", "user-1"]
 CONDITIONS: tuple[Condition, ...] = ("e2p", "e2p", "none")
-FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
-disable-component-update disable-sync""".split()  # noqa: SIM905 (as one would type them)
 # What the answers' element has held, one entry for every change that the page has drawn.
 WATCH = """
 window.seen = [];
@@ -69,23 +65,6 @@ def page(make_run: Callable) -> Iterator[tuple[Run, str]]:
     finally:
         server.terminate()
         server.communicate(timeout=60)
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    """Chromium by its driver; a profile of its own, nothing of it goes to the network."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("Chromium or its driver is absent: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is absent: pip install selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in [*FLAGS, f"user-data-dir={tmp_path / 'profile'}", "window-size=1280,900"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
 
 
 def wait(true: Callable[[], Any], seconds: float = 120) -> Any:

@@ -1,0 +1,97 @@
+"""Users as the backbone sees them: their soft tokens in two dimensions, the words nearest to them, their answers."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from e2p_jax.config import Condition
+from e2p_jax.data.conditions import user_vectors
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.generate import generate
+from e2p_jax.options import Sampling
+from e2p_jax.train.run import Run
+
+NEAREST = 3  # vocabulary tokens shown for a soft token
+BLOCK = 64  # users compared with the vocabulary at once
+
+
+@dataclasses.dataclass(frozen=True)
+class UserMap:
+    """N users, one record each."""
+
+    records: list[Record]
+    places: np.ndarray  # [N, 2], the first two principal components of the users' soft tokens
+    explained: float  # share of the soft tokens' variance that the two hold
+    nearest: list[list[str]]  # vocabulary tokens, by cosine after the vocabulary's mean is taken off, of all K tokens
+    apart: list[int]  # users that lie far from each other, farthest first
+
+
+def map_users(run: Run, records: Sequence[Record], most: int = 300, show: int = 4) -> UserMap:
+    """Projects the records' users, `most` of them at most.
+
+    Args:
+      run: trained on users' vectors.
+      records: their context and id are shown.
+      most: users.
+      show: how many users `apart` has.
+
+    Raises:
+      UserError: a user without a vector.
+    """
+    people = list({record.user_id: record for record in records}.values())[:most]
+    model = nnx.merge(run.model.graph, run.model.params)
+    soft = np.asarray(model.projector(user_vectors(people, "e2p", run.inputs.table, run.population)))  # [N, K, D]
+    flat = soft.reshape(len(people), -1)
+    centred = flat - flat.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    places = (left * sizes)[:, :2]
+    places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+    power = np.square(sizes)
+    explained = float(power[:2].sum() / max(power.sum(), 1e-30))
+    return UserMap(people, places, explained, _nearest_tokens(run, soft), _apart(centred, min(show, len(people))))
+
+
+def _nearest_tokens(run: Run, soft: np.ndarray) -> list[list[str]]:
+    tokenizer, count = run.inputs.encoder.tokenizer, run.inputs.decoder.vocab_size
+    model = nnx.merge(run.model.graph, run.model.params)
+    words = np.asarray(model.backbone.embed(jnp.arange(count)[None])[0], np.float32)
+    mean = words.mean(axis=0)
+    words = words - mean
+    words /= np.maximum(np.linalg.norm(words, axis=1, keepdims=True), 1e-9)
+    texts = [str(tokenizer.decode([token])).strip() for token in range(count)]
+    special = set(tokenizer.all_special_ids)
+    readable = np.array(
+        [token not in special and text.isprintable() and text != "" for token, text in enumerate(texts)]
+    )
+    out = []
+    for first in range(0, len(soft), BLOCK):
+        near = np.max((soft[first : first + BLOCK] - mean) @ words.T, axis=1)  # [n, V]; one scale a user: ranks stay
+        order = np.argsort(-np.where(readable[None], near, -np.inf), axis=1)[:, :NEAREST]
+        out += [[texts[token] for token in row] for row in order]
+    return out
+
+
+def _apart(points: np.ndarray, count: int) -> list[int]:
+    """Each next one is the farthest from those before it (Gonzalez, 1985); the first is the farthest from the mean."""
+    chosen = [int(np.argmax(np.linalg.norm(points, axis=1)))]
+    while len(chosen) < count:
+        distance = np.linalg.norm(points[:, None] - points[chosen][None], axis=2).min(axis=1)
+        chosen.append(int(np.argmax(distance)))
+    return chosen
+
+
+def ask(
+    run: Run, people: Sequence[Record], prompts: Sequence[str], condition: Condition, tokens: int = 32
+) -> list[list[str]]:
+    """Greedy answers: one list a person, one answer a prompt."""
+    asked = [
+        dataclasses.replace(person, messages=({"role": "user", "content": prompt},), source="evaluate.prompts")
+        for person in people
+        for prompt in prompts
+    ]
+    vectors = user_vectors(asked, condition, run.inputs.table, run.population)
+    replies = generate(run, asked, vectors, condition, Sampling(max_new_tokens=tokens))
+    return [replies[n : n + len(prompts)] for n in range(0, len(replies), len(prompts))]

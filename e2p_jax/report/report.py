@@ -1,0 +1,142 @@
+"""`e2p report`: one self-contained page, its pictures, and its numbers as CSV."""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from e2p_jax.evaluate.measures import MEASURES
+from e2p_jax.evaluate.table import BASELINES
+from e2p_jax.files import replace_directory
+from e2p_jax.report.collect import Collected, collect
+from e2p_jax.report.figures import Figures
+
+PAGE = Path(__file__).parent / "page.html.jinja"
+COLUMNS = ("value", "low", "high")
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Measures, draws and writes.
+
+    Args:
+      paths: run directories, or those of comparisons.
+      out: a directory, new or an earlier report.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: what `collect` refuses, or `out` holds something else.
+    """
+    found = collect(paths)
+    with replace_directory(out) as temporary:
+        figures = Figures(temporary)
+        _draw(figures, found)
+        _write_csvs(temporary, found)
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        environment.globals.update(number=number, span=span, label=label)
+        page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+            found=found,
+            svgs=figures.svgs,
+            tables=[table for source in found.sources for table in _tables(source.name, source.splits)],
+            tiles=_tiles(found),
+        )
+        (temporary / "index.html").write_text(page, encoding="utf-8")
+    return out / "index.html"
+
+
+def _draw(figures: Figures, found: Collected) -> None:
+    for place, split in enumerate(split for source in found.sources for split in source.splits):
+        for baseline in BASELINES:
+            rows = [
+                (name, apart["mean"], apart["low"], apart["high"])
+                for name, row in split["conditions"].items()
+                if (apart := row.get(f"minus_{baseline}"))
+            ]
+            if rows:
+                figures.conditions(f"conditions-{place}-{baseline}", rows, baseline)
+    figures.learning(found.learning, found.training)
+    figures.robustness(found.robustness)
+    figures.cost(found.costs)
+    figures.users(found.users)
+
+
+def _tables(source: str, splits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For the page: a table of NLL and differences a split, and one of the further measures."""
+    tables = []
+    for split in splits:
+        names = {name: 0 for row in split["conditions"].values() for name in row["measures"]}
+        further = [name for name in names if name not in ("nll_per_target", "word_perplexity")]
+        tables.append({"source": source, **split, "further": further})
+    return tables
+
+
+def _tiles(found: Collected) -> list[tuple[str, str, str]]:
+    """What matters most, in a few numbers: value, what it is, and its interval or what it is compared with."""
+    tiles = []
+    rows = found.sources[0].splits[0]["conditions"]
+    texts = {"none": "nats a target, saved by the soft token", "shuffled": "nats a target, better than another user's"}
+    for baseline, text in texts.items():
+        apart = rows.get("e2p", {}).get(f"minus_{baseline}")
+        if apart:
+            interval = f"95 %: {-apart['high']:.4f} to {-apart['low']:.4f}, p {apart['p']:.4f}"
+            tiles.append((f"{-apart['mean']:.4f}", text, interval))
+    tokens = {cost.condition: cost.prompt_tokens for cost in found.costs}
+    spent = tokens["e2p"] - tokens["none"]
+    spelled = tokens["text"] - tokens["none"]
+    tiles.append((f"{spent:.0f}", "prompt tokens a user", f"{spelled:.0f} with the context as text"))
+    size = found.bytes["soft tokens"]
+    tiles.append((f"{size:,.0f}", "bytes a user, as soft tokens", f"{found.trained[found.run].trainable:,} parameters"))
+    return tiles
+
+
+def _write_csvs(out: Path, found: Collected) -> None:
+    def write(name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        with (out / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    parts = ("mean", "low", "high", "p")
+    apart = [f"minus_{baseline}_{part}" for baseline in BASELINES for part in parts]
+    rows = []
+    for source in found.sources:
+        for split in source.splits:
+            for condition, row in split["conditions"].items():
+                for measure, entry in row["measures"].items():
+                    numbers = [entry.get(column, "") for column in COLUMNS]
+                    differences = [entry.get(f"minus_{b}", {}).get(part, "") for b in BASELINES for part in parts]
+                    rows.append([source.name, split["split"], condition, measure, *numbers, *differences])
+    write("conditions.csv", ["source", "split", "condition", "measure", *COLUMNS, *apart], rows)
+    curves = [(name, step, nll) for name, points in found.learning.items() for step, nll in points]
+    write("learning.csv", ["run", "step", "nll"], curves)
+    for name, items in (("robustness.csv", found.robustness), ("cost.csv", found.costs)):
+        write(name, [f.name for f in dataclasses.fields(items[0])], [dataclasses.astuple(item) for item in items])
+    people = zip(found.users.records, found.users.places.tolist(), found.users.nearest, strict=True)
+    write(
+        "users.csv",
+        ["user_id", "x", "y", "nearest", "context"],
+        [(record.user_id, *place, " ".join(near), " ".join(record.context)) for record, place, near in people],
+    )
+    answers = [(p.user_id, prompt, a) for p in found.people for prompt, a in zip(found.prompts, p.answers, strict=True)]
+    answers += [("", prompt, answer) for prompt, answer in zip(found.prompts, found.without, strict=True)]
+    write("answers.csv", ["user_id", "prompt", "answer"], answers)
+
+
+def number(entry: dict[str, float] | None, name: str) -> str:
+    """A measure's value as the tables show it."""
+    digits = MEASURES[name].digits if name in MEASURES else 3
+    return f"{entry['value']:.{digits}f}" if entry else ""
+
+
+def span(entry: dict[str, float] | None, name: str) -> str:
+    """Its interval, where there is one."""
+    digits = MEASURES[name].digits if name in MEASURES else 3
+    return f"{entry['low']:.{digits}f} to {entry['high']:.{digits}f}" if entry and "low" in entry else ""
+
+
+def label(name: str) -> str:
+    return MEASURES[name].label if name in MEASURES else name

@@ -1,0 +1,89 @@
+"""`e2p report`: its numbers, and its page in a real browser at two widths, light and dark."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2p_jax.cli import main
+from e2p_jax.config import Condition
+from e2p_jax.evaluate.table import evaluate_splits, save
+from e2p_jax.train.run import open_run
+
+CONDITIONS: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
+
+
+@pytest.fixture(scope="module")
+def report(learned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = open_run(learned_run)
+    save(run, evaluate_splits(run, ["all"], CONDITIONS))
+    out = tmp_path_factory.mktemp("reports") / "report"
+    assert main(["report", str(learned_run), "--out", str(out)]) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_numbers_are_those_of_the_run(report: Path, learned_run: Path):
+    run = open_run(learned_run)
+    (table,) = evaluate_splits(run, ["all"], CONDITIONS)
+    (evaluation,) = evaluate_splits(run, ["all"], ["none", "e2p"])  # without the text nothing is too long
+    found = {(row["condition"], row["measure"]): row for row in rows(report / "conditions.csv")}
+    assert float(found["e2p", "nll_per_target"]["value"]) == pytest.approx(table.scores["e2p"].per_target)
+    assert float(found["e2p", "nll_per_target"]["minus_none_mean"]) < 0
+    robust = {(row["disturbance"], float(row["level"])): float(row["nll"]) for row in rows(report / "robustness.csv")}
+    assert robust["as trained", 0.0] == pytest.approx(evaluation.scores["e2p"].per_target, rel=1e-4)
+    costs = {row["condition"]: float(row["prompt_tokens"]) for row in rows(report / "cost.csv")}
+    assert costs["e2p"] == costs["none"] + 1 and costs["text"] > costs["e2p"] + 10
+    users, answers = rows(report / "users.csv"), rows(report / "answers.csv")
+    assert len(users) == 24 and len({(row["x"], row["y"]) for row in users}) == 24
+    assert len(answers) == 5 and len({row["user_id"] for row in answers}) == 5  # four users, and without a prefix
+    assert len({row["answer"] for row in answers}) > 2  # users learned by heart answer differently
+    assert [float(row["step"]) for row in rows(report / "learning.csv")] == [50, 100, 150]
+
+
+def test_page_is_whole_by_itself(report: Path):
+    page = (report / "index.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!#)", page) and "@import" not in page and "url(http" not in page
+    assert page.count("<svg") == 6  # two of differences, learning, robustness, cost, users
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    pictures = {path.name for path in report.glob("*.png")}
+    assert {"learning.png", "robustness.png", "cost.png", "users.png", "conditions-0-none.png"} <= pictures
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_in_a_browser(report: Path, browser: Any, width: int, scheme: str):
+    """Nothing is wider than the window, text stands out from its background, and nothing is fetched."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get((report / "index.html").as_uri())
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    shade = """
+      const rgb = text => text.match(/[0-9.]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3;
+      const of = (element, what) => rgb(getComputedStyle(element)[what]);
+      return [of(document.body, 'backgroundColor'), of(document.querySelector('td'), 'color'),
+              of(document.querySelector('figure svg text'), 'fill')];
+    """
+    back, text, figure = browser.execute_script(shade)
+    assert (back > 200) == (scheme == "light")
+    assert abs(text - back) > 120 and abs(figure - back) > 120
+    narrow = "return [...document.querySelectorAll('figure svg')].every(s => s.getBoundingClientRect().width > 250)"
+    assert browser.execute_script(narrow)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_refusals(learned_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 1
+    assert "neither a run directory nor one that `e2p compare` made" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
