@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib
 import json
+import shutil
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,27 +47,45 @@ def prepare(
     manual_dir, data_dir = manual_dir.expanduser(), data_dir.expanduser()
     if not manual_dir.is_dir():
         raise UserError(f"--manual-dir {manual_dir}: not a directory; it must hold the dataset's original files")
-    import tensorflow_datasets as tfds
-
     builder_class = importlib.import_module(f"e2p_jax.data.{name}.{name}_dataset_builder").Builder
     builder = builder_class(config=_configuration(builder_class, name, config, options), data_dir=data_dir, bad=bad)
     directory = Path(builder.data_dir)
     sources = {path.name: _digest(path) for path in builder.sources(manual_dir)}
-    if directory.exists():
-        before = builder.info.metadata.get("sources", {})
-        if changed := sorted(file for file in before | sources if before.get(file) != sources.get(file)):
-            raise UserError(
-                f"{directory}: not prepared from what --manual-dir holds now ({', '.join(changed)}); "
-                "delete it to prepare it anew, or give another --data-dir"
-            )
-        return directory
+    if not directory.exists():
+        with _alone(directory):
+            if not directory.exists():  # else another command has just written it
+                _write(builder, manual_dir, sources)
+                return directory
+        builder = builder_class(config=builder.builder_config, data_dir=data_dir)
+    before = builder.info.metadata.get("sources", {})
+    if changed := sorted(file for file in before | sources if before.get(file) != sources.get(file)):
+        raise UserError(
+            f"{directory}: not prepared from what --manual-dir holds now ({', '.join(changed)}); "
+            "delete it to prepare it anew, or give another --data-dir"
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Waits for other commands that write `directory`, and clears away what a killed one left unfinished."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it back when this process ends
+        for unfinished in directory.parent.glob(f"incomplete.*_{directory.name}"):
+            shutil.rmtree(unfinished)
+        yield
+
+
+def _write(builder: "RecordBuilder", manual_dir: Path, sources: dict[str, str]) -> None:
+    import tensorflow_datasets as tfds
+
     builder.info.metadata["sources"] = sources
     download_config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells its progress on stdout, which is for results
         builder.download_and_prepare(download_config=download_config, file_format="array_record")
         for line in _report(builder):
             print(line)
-    return directory
 
 
 def _configuration(

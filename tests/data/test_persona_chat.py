@@ -185,7 +185,7 @@ def test_a_users_vector_is_the_mean_of_its_dialogues(manual, tmp_path):
         (np.ones((6, 3)), np.array([[0, 0, 0], [0, np.nan, 0]]), r"valid_embeddings.npy: row 1 \(.*:4\) holds NaN"),
         (np.ones(6), np.ones((2, 3)), r"train_embeddings.npy: float64 of shape \(6,\)"),
         (np.ones((6, 3), int), np.ones((2, 3)), r"train_embeddings.npy: int64 of shape"),
-        (np.array([[object()] * 3] * 6), np.ones((2, 3)), r"train_embeddings.npy: not a NumPy array of numbers"),
+        (np.array([[object()] * 3] * 6), np.ones((2, 3)), r"train_embeddings.npy: unreadable"),
         (None, np.ones((2, 3)), r"valid_embeddings.npy: needs train_embeddings.npy beside it"),
     ],
 )

@@ -72,6 +72,20 @@ def test_a_killed_run_is_not_in_the_way(manual, tmp_path):
     assert not list((tmp_path / "data").rglob("dataset_info.json"))
     directory = prepare("persona_chat", manual, tmp_path / "data")
     assert len(load_records(str(directory), "train")) == len(load_records(str(directory), "validation")) == 2
+    assert not list((tmp_path / "data").rglob("incomplete*"))
+
+
+def test_two_commands_at_once_write_one_data_set(manual, tmp_path):
+    """Both say where it is; only one of them tells of writing it."""
+    run = [sys.executable, "-m", "e2p_jax", "prepare", "persona_chat", "--manual-dir", str(manual)]
+    both = [
+        subprocess.Popen([*run, "--data-dir", str(tmp_path / "data")], stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
+    out, err = zip(*(process.communicate() for process in both), strict=True)
+    assert out[0] == out[1] == f"{tmp_path}/data/persona_chat/self_original/1.0.0\n", err
+    assert sum("records: 2 train" in text for text in err) == 1
+    assert len(load_records(out[0].strip(), "train")) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from e2p_jax.data.embeddings import save_table
+from e2p_jax.data.import_table import read_arrays
 from e2p_jax.data.persona_chat.dialogues import Dialogue, user_id
 from e2p_jax.errors import UserError
 
@@ -37,15 +38,9 @@ def save_vectors(parts: Sequence[tuple[Path, int, Sequence[Dialogue]]], table: P
 
 def _read(path: Path, count: int, dialogues: Sequence[Dialogue]) -> np.ndarray:
     """[len(dialogues), E] of any float type."""
-    try:
-        vectors = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a NumPy array of numbers ({str(error).splitlines()[0]})") from error
-    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
-        raise UserError(
-            f"{path}: {getattr(vectors, 'dtype', 'arrays')} of shape {getattr(vectors, 'shape', '?')}, "
-            "expected floats [dialogues, width]"
-        )
+    vectors: np.ndarray = read_arrays(path)
+    if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
+        raise UserError(f"{path}: {vectors.dtype} of shape {vectors.shape}, expected floats [dialogues, width]")
     if len(vectors) != count:
         raise UserError(f"{path}: {len(vectors)} rows for {count} dialogues; row i must belong to dialogue i")
     vectors = vectors[[dialogue.number for dialogue in dialogues]]
