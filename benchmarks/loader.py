@@ -1,0 +1,131 @@
+"""Start-up and throughput of the data pipeline on one core: prints one line of JSON for each row length.
+
+    python benchmarks/loader.py --data data/persona_chat/self_original/1.0.0 --workdir /tmp/loader
+    python benchmarks/loader.py --users 50000 --workdir /tmp/loader
+
+Two fresh processes start on the same data, the first with an empty cache, the second with a full one; each is held to
+one core, reads what a run reads before it trains, and then makes batches. Told: seconds to start and records tokenised
+a second; the process's memory (its own, and with the mapped pages of the cache); the share of the rows that is filled;
+tokens a second in batches, by the wall clock and by processor time (fairer on a machine that others use).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+ROWS = 32
+
+
+def make_records(path: Path, users: int) -> None:
+    """Generated dialogues, one a line."""
+    from e2p_jax.data import synthetic
+
+    with path.open("w", encoding="utf-8") as file:
+        for user in range(users):
+            record = synthetic.record(user)
+            file.write(json.dumps({"user_id": record.user_id, "messages": record.messages}) + "\n")
+
+
+def backbone(workdir: Path, positions: int) -> Path:
+    """The embedded backbone's tokenizer with a config that allows longer rows."""
+    from e2p_jax.backbone.weights import EMBEDDED
+
+    out = workdir / "backbone"
+    if not out.exists():
+        shutil.copytree(EMBEDDED, out)
+        settings = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": positions}))
+    return out
+
+
+def memory() -> dict[str, int]:
+    """Megabytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) // 1024 for line in lines if line.startswith(("Vm", "Rss"))}
+
+
+def measure(data: str, directory: Path, cache: Path, seq_len: int, steps: int) -> dict[str, float]:
+    """In a process of its own."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    import numpy as np
+
+    from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig
+    from e2p_jax.data.pipeline import PackedDataset, train_iterator
+    from e2p_jax.data.training import read_training
+    from e2p_jax.parallel.mesh import make_mesh
+    from e2p_jax.train.setup import read_inputs
+
+    config = Config(
+        backbone=BackboneConfig(path=str(directory)), data=DataConfig(path=data, cache=str(cache), seq_len=seq_len)
+    )
+    inputs = read_inputs(config)
+    clock = time.perf_counter(), time.process_time()
+    read = read_training(config, inputs.encoder)
+    started, processor = time.perf_counter() - clock[0], time.process_time() - clock[1]
+    vectors = np.zeros((len(read.examples), 128), np.float32)
+    dataset = PackedDataset(read.examples, vectors, read.rows, read.budget, 1)
+    iterator = train_iterator(dataset, make_mesh(MeshConfig()), batch_rows=ROWS, steps=steps + 10, seed=0)
+    for _ in range(10):  # the threads and their queue
+        next(iterator)
+    clock = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        next(iterator)
+    wall, cpu = time.perf_counter() - clock[0], time.process_time() - clock[1]
+    held = memory()
+    return {
+        "records": len(read.examples),
+        "start_s": round(started, 2),
+        "start_cpu_s": round(processor, 2),
+        "full": round(dataset.efficiency, 4),
+        "tokens_per_s": round(steps * ROWS * seq_len / wall),
+        "tokens_per_cpu_s": round(steps * ROWS * seq_len / cpu),
+        "private_mb": held["RssAnon"],
+        "resident_mb": held["VmRSS"],
+        "peak_resident_mb": held["VmHWM"],
+    }
+
+
+def main(
+    workdir: Path,
+    data: str | None = None,
+    users: int = 10_000,
+    lengths: tuple[int, ...] = (512, 1024, 2048),
+    steps: int = 200,
+    reader: bool = False,
+) -> None:
+    """Measures the pipeline.
+
+    Args:
+      workdir: New directory; removed at the end.
+      data: What `data.path` takes. Default: generated users.
+      users: How many are generated where no data is given.
+      lengths: T, of the rows.
+      steps: Batches of 32 rows made for the throughput.
+      reader: Only measure one process, on what is in `workdir`.
+    """
+    if reader:
+        place = data or str(workdir / "records.jsonl")
+        print(json.dumps(measure(place, backbone(workdir, 1 << 16), workdir / "cache", lengths[0], steps)))
+        return
+    workdir.mkdir(parents=True)
+    backbone(workdir, 1 << 16)
+    if data is None:
+        make_records(workdir / "records.jsonl", users)
+    for length in lengths:
+        flags = ["--reader", "--workdir", str(workdir), "--lengths", str(length), "--steps", str(steps)]
+        command = [sys.executable, __file__, *flags, *(["--data", data] if data else [])]
+        first, second = (
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(2)
+        )
+        print(json.dumps({"seq_len": length, "first": first, "second": second}), flush=True)
+    shutil.rmtree(workdir)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
