@@ -132,6 +132,10 @@ class TrainConfig:
     seed: int = 0
     eval_every: int = 100
     checkpoint_every: int = 100
+    keep_last: int = 2
+    """Newest checkpoints that stay: should the last one be damaged, the run resumes from the one before."""
+    keep_best: int = 1
+    """Checkpoints of the lowest dev NLL that stay beside them."""
     log_every: int = 10
 
 
@@ -198,6 +202,8 @@ class Config:
             ),
             (self.train.eval_every > 0, "train.eval_every must be positive"),
             (self.train.checkpoint_every > 0, "train.checkpoint_every must be positive"),
+            (self.train.keep_last > 0, "train.keep_last must be positive"),
+            (self.train.keep_best > 0, "train.keep_best must be positive"),
             (self.train.log_every > 0, "train.log_every must be positive"),
             (bool(self.train.trainable), "train.trainable is empty: nothing would be trained"),
             (

@@ -49,3 +49,21 @@ def replace_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explain_full_disk(directory: Path) -> Iterator[None]:
+    """Turns the errors that libraries make of a full disk into one that says so.
+
+    Raises:
+      UserError: no space is left for `directory`.
+    """
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore wrap it in types of their own
+        if isinstance(error, UserError) or "No space left on device" not in f"{error} {error.__cause__}":
+            raise
+        raise UserError(
+            f"{directory}: no space left on the device; what was saved before is whole. Make room and rerun the same "
+            "command to resume"
+        ) from error

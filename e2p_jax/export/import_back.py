@@ -62,7 +62,7 @@ def import_transformers(directory: Path, out: Path, data: str | None = None, emb
         model = _with_projector(model, checkpoint)
         claim_run(temporary, there, inputs, model)
         state, frozen = initial_state(model, there.train)
-        checkpoints = Checkpoints(temporary)
+        checkpoints = Checkpoints(temporary, there.train)
         checkpoints.save(state, frozen["projector"], _first_position(model, there), None)
         checkpoints.close()
     return there

@@ -3,18 +3,22 @@
 The frozen backbone is never written; `backbone.json` in the run directory names it by path, revision and fingerprint.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from e2p_jax.config import TrainConfig
 from e2p_jax.errors import UserError
+from e2p_jax.parallel import distributed
+from e2p_jax.train.manifest import find_damage, write_manifest
 from e2p_jax.train.partition import path_name
 from e2p_jax.train.step import TrainState
 
 PyTree = Any
+_BEST: dict[str, Any] = {"best_fn": lambda metrics: metrics["nll"], "best_mode": "min"}
 
 
 def _flatten(tree: PyTree) -> dict[str, jax.Array]:
@@ -27,26 +31,73 @@ def _unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
 
 
 class Checkpoints:
-    """The `checkpoints/<step>/` of a run: the last one and the best one are kept."""
+    """The `checkpoints/<step>/` of a run."""
 
-    def __init__(self, run: Path):
-        keep = [
-            policies.LatestN(1),
-            policies.BestN(get_metric_fn=lambda m: -m["nll"], n=1, keep_checkpoints_without_metrics=False),
-        ]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=lambda metrics: metrics["nll"],
-            best_mode="min",
-            cleanup_tmp_directories=True,
-        )
-        self.directory = (run / "checkpoints").absolute()
+    def __init__(self, run: epath.PathLike, keep: TrainConfig | None = None):
+        """Opens them to write as well where `keep` says how many of the last and the best stay, else to read.
+
+        What a crash left half-written is then removed, and what is damaged moved to `damaged/<step>` in the run
+        directory and named in `damaged`, as long as an older checkpoint is whole.
+
+        Raises:
+          UserError: every checkpoint is damaged.
+        """
+        self.directory = epath.Path(run).absolute() / "checkpoints"
+        self.damaged: list[str] = []
+        self._saving: int | None = None
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0, **_BEST)
+        else:
+            if distributed.is_first():
+                self._move_damaged()
+            distributed.wait_for_all("checkpoints are verified")
+            kept = [
+                policies.LatestN(keep.keep_last),
+                policies.BestN(
+                    get_metric_fn=lambda m: -m["nll"], n=keep.keep_best, keep_checkpoints_without_metrics=False
+                ),
+            ]
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                **_BEST,
+            )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "statistics": ocp.StandardCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def _move_damaged(self) -> None:
+        steps = self._steps_on_disk()
+        found = {step: find_damage(self.directory / str(step)) for step in steps}
+        broken = {step: damage for step, damage in found.items() if damage}
+        if steps and len(broken) == len(steps):
+            said = "; ".join(f"{step}: {damage}" for step, damage in broken.items())
+            raise UserError(
+                f"{self.directory}: every checkpoint is damaged ({said}); restore a copy, or start a new run"
+            )
+        for step, damage in broken.items():
+            place = self.directory.parent / "damaged" / str(step)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists():
+                place.rmtree()
+            (self.directory / str(step)).rename(place)
+            self.damaged.append(f"{self.directory / str(step)}: {damage}; moved to {place}")
+
+    def _steps_on_disk(self) -> list[int]:
+        names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax when all is written and the directory still has its temporary name, or its commit file
+        is still to come where storage cannot rename.
+        """
+        if distributed.is_first():
+            (place,) = (path for path in self.directory.iterdir() if path.name.partition(".")[0] == str(self._saving))
+            write_manifest(place)
 
     @property
     def latest_step(self) -> int | None:
@@ -70,10 +121,22 @@ class Checkpoints:
             raise UserError(f"--checkpoint {which}: {self.directory} has best, last and {steps}")
         return int(which)
 
+    def check(self, step: int) -> None:
+        """Holds a checkpoint's files against their SHA-256.
+
+        Raises:
+          UserError: naming the file that is damaged.
+        """
+        if damage := find_damage(self.directory / str(step)):
+            others = [other for other in self._steps_on_disk() if other != step]
+            raise UserError(f"{self.directory / str(step)}: {damage}; choose another with --checkpoint: {others}")
+
     def save(self, state: TrainState, statistics: PyTree, data: dict[str, Any], nll: float | None) -> None:
         """Writes in the background; `nll` is the evaluation result at this step, if there is one."""
+        self._manager.wait_until_finished()
+        self._saving = int(state.step)
         self._manager.save(
-            int(state.step),
+            self._saving,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_flatten(state._replace(key=jax.random.key_data(state.key)))),
                 statistics=ocp.args.StandardSave(_flatten(statistics)),

@@ -1,5 +1,6 @@
 """The training loop: read, resume or start, step, evaluate, keep."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
 from e2p_jax.errors import Preempted, UserError
 from e2p_jax.evaluate.score import pack_conditions, score
+from e2p_jax.files import explain_full_disk
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
 from e2p_jax.train.checkpoint import Checkpoints
@@ -79,7 +81,7 @@ def train(config: Config, run: Path) -> Path:
     data = read_data(inputs)
     distributed.check_same("training data", data.train.digest)
     model = build_model(inputs, data.user_vectors)
-    with lock_run(run):
+    with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
         _train(config, run, data, model)
     return run
@@ -89,7 +91,7 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
     settings, mesh = config.train, model.mesh
     state, frozen = initial_state(model, settings)
     iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
-    checkpoints = Checkpoints(run)
+    checkpoints = Checkpoints(run, settings)
     if checkpoints.latest_step is not None:  # resume, else start at step 0
         state, statistics, position = checkpoints.restore(checkpoints.latest_step, state, frozen["projector"])
         frozen = {**frozen, "projector": statistics}
@@ -106,6 +108,8 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
         tokens_per_step=settings.rows * config.data.seq_len,
     )
     say = recorder.progress.say
+    for damage in checkpoints.damaged:
+        say(damage)
     say(describe(model.params, model.mask))
     say(
         f"{len(data.train.examples):,} conversations in {len(data.train.rows):,} rows of {config.data.seq_len} tokens, "
@@ -119,7 +123,7 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
     )
 
     stop = False
-    with jax.set_mesh(mesh), distributed.preemption(first) as stop_here:
+    with contextlib.closing(recorder), jax.set_mesh(mesh), distributed.preemption(first) as stop_here:
         for number in range(first + 1, settings.steps + 1):
             batch = to_devices(next(iterator), mesh, settings.rows)
             with jax.transfer_guard("disallow"):
@@ -141,6 +145,5 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
             if stop:
                 break
         checkpoints.close()
-    recorder.close()
     if stop:
         raise Preempted(f"told to stop; saved at step {number}, rerun the same command to resume")

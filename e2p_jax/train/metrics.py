@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import rich.console
@@ -24,12 +24,11 @@ class MetricsLog:
             # A killed run may have logged past its checkpoint, or torn the last line.
             kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)  # a line is one write: whole, or an error here and now
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -139,7 +138,9 @@ class Recorder:
             self._log.sync()
 
     def close(self) -> None:
-        self.flush()
-        if self._log:
-            self._log.close()
-        self.progress.close()
+        try:
+            self.flush()
+        finally:
+            if self._log:
+                self._log.close()
+            self.progress.close()

@@ -149,6 +149,7 @@ def open_run(directory: Path, checkpoint: str = "best", embeddings: str | None =
     _check_fingerprint(directory, model)
     checkpoints = Checkpoints(directory)
     step = checkpoints.step_of(checkpoint)
+    checkpoints.check(step)
     state, frozen = initial_state(model, config.train)
     state, statistics, _ = checkpoints.restore(step, state, frozen["projector"])
     checkpoints.close()

@@ -1,5 +1,7 @@
-"""Checkpoints: bit for bit, whatever mesh they are read onto, and only the last and the best are kept."""
+"""Checkpoints: bit for bit, whatever mesh they are read onto; which are kept, and what damage does."""
 
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from e2p_jax.train.partition import split
 from e2p_jax.train.step import TrainState
 
 MASK = {"backbone": {"embedding": False, "layers": {"q": True}}, "projector": {"skip": True, "input_mean": False}}
+KEEP = TrainConfig(keep_last=1)
 DATA = {"next_index": 7, "nested": {"epoch": 1}}
 
 
@@ -62,7 +65,7 @@ def make_state(step: int = 0, width: int = 8, blank: bool = False) -> tuple[Trai
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, KEEP)
     yield checkpoints
     checkpoints.close()
 
@@ -84,7 +87,7 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
 def test_restored_bit_for_bit_onto_another_mesh(tmp_path: Path, saved_on: dict, read_onto: dict) -> None:
     state, statistics = make_state(12)
     state = sharded(state, **saved_on)
-    writer = Checkpoints(tmp_path)
+    writer = Checkpoints(tmp_path, KEEP)
     writer.save(state, statistics, DATA, 1.5)
     writer.close()
 
@@ -131,7 +134,7 @@ def test_the_last_and_the_best_are_kept(
 
 def test_best_is_remembered_over_a_restart(tmp_path: Path) -> None:
     for number, nll in enumerate([1.0, 2.0, 3.0], 1):
-        checkpoints = Checkpoints(tmp_path)
+        checkpoints = Checkpoints(tmp_path, KEEP)
         state, statistics = make_state(number)
         checkpoints.save(state, statistics, DATA, nll)
         checkpoints.close()
@@ -176,3 +179,102 @@ def test_checkpoint_of_another_config_is_refused(checkpoints: Checkpoints) -> No
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"input_mean has shape \(4,\) there, \(5,\) here"):
         checkpoints.restore(1, state, {**statistics, "input_mean": jnp.zeros(5)})
+
+
+def save_steps(run: Path, nlls: list[float | None], keep: TrainConfig) -> None:
+    checkpoints = Checkpoints(run, keep)
+    for number, nll in enumerate(nlls, 1):
+        state, statistics = make_state(number)
+        checkpoints.save(state, statistics, DATA, nll)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("last", "best", "kept"), [(1, 1, [2, 6]), (3, 1, [2, 4, 5, 6]), (1, 2, [2, 3, 6]), (2, 3, [1, 2, 3, 5, 6])]
+)
+def test_as_many_are_kept_as_the_config_says(tmp_path: Path, last: int, best: int, kept: list[int]) -> None:
+    save_steps(tmp_path, [3.0, 1.0, 2.0, 5.0, 4.0, None], TrainConfig(keep_last=last, keep_best=best))
+    assert steps_on_disk(tmp_path) == kept
+
+
+def largest_file(step: Path) -> Path:
+    """Of the state's arrays."""
+    return max((step / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": (flip, "differs from what was written"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "differs from what was written"),
+    "missing": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, kind: str) -> None:
+    save_steps(tmp_path, [1.0, 2.0, 3.0], TrainConfig(keep_last=2))
+    broken = largest_file(tmp_path / "checkpoints" / "3")
+    damage, words = DAMAGES[kind]
+    damage(broken)
+    said = rf"checkpoints/3: {broken.relative_to(tmp_path / 'checkpoints' / '3')} {words}"
+
+    reader = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=rf"{said}; choose another with --checkpoint: \[1, 2\]"):
+        reader.check(reader.step_of("last"))
+    reader.check(2)
+    reader.close()
+
+    writer = Checkpoints(tmp_path, TrainConfig(keep_last=2))
+    (message,) = writer.damaged
+    assert re.search(f"{said}; moved to .*damaged/3", message) and (tmp_path / "damaged" / "3" / "state").is_dir()
+    assert writer.latest_step == 2
+    blank, other = make_state(blank=True)
+    restored, *_ = writer.restore(2, blank, other)
+    assert_same_bits(restored, make_state(2)[0])
+    writer.save(*make_state(3), DATA, None)  # the step can be written again
+    writer.close()
+    assert Checkpoints(tmp_path, TrainConfig()).damaged == []
+    assert steps_on_disk(tmp_path) == [1, 2, 3]
+
+
+def test_a_second_damage_of_the_same_step_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    for _ in range(2):
+        save_steps(tmp_path, [1.0, 2.0], TrainConfig())
+        flip(largest_file(tmp_path / "checkpoints" / "2"))
+        Checkpoints(tmp_path, TrainConfig()).close()
+        shutil.rmtree(tmp_path / "checkpoints")
+    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["2"]
+
+
+def test_nothing_is_restored_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1.0, 2.0], TrainConfig())
+    flip(largest_file(tmp_path / "checkpoints" / "1"))
+    (tmp_path / "checkpoints" / "2" / "sha256.json").write_text("{")
+    with pytest.raises(UserError, match=r"every checkpoint is damaged \(1: .* differs.*; 2: sha256.json is damaged\)"):
+        Checkpoints(tmp_path, TrainConfig())
+    assert steps_on_disk(tmp_path) == [1, 2]
+
+
+def test_a_checkpoint_of_before_there_were_sums_is_taken_as_it_is(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1.0], TrainConfig())
+    (tmp_path / "checkpoints" / "1" / "sha256.json").unlink()
+    checkpoints = Checkpoints(tmp_path, TrainConfig())
+    checkpoints.check(1)
+    assert checkpoints.latest_step == 1 and checkpoints.damaged == []
+    checkpoints.close()
+
+
+def test_what_a_crash_left_half_written_is_removed_by_the_next_writer_alone(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1.0], TrainConfig())
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "1", left)
+    reader = Checkpoints(tmp_path)  # may read while the run writes
+    assert reader.latest_step == 1 and left.exists()
+    reader.close()
+    save_steps(tmp_path, [None, None], TrainConfig())  # step 1 is there, and stays as it is
+    assert not left.exists() and steps_on_disk(tmp_path) == [1, 2]

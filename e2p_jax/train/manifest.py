@@ -1,0 +1,52 @@
+"""SHA-256 of every file of a checkpoint: a truncated file or a flipped byte is found before anything is restored."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from etils import epath
+
+NAME = "sha256.json"
+# Orbax adds the time of the commit to it after everything else is written.
+_CHANGES_AFTERWARDS = "_CHECKPOINT_METADATA"
+
+
+def write_manifest(directory: epath.Path) -> None:
+    """Describes all files below `directory` as they are now."""
+    sums = {name: _digest(directory / name) for name in sorted(_files(directory, ""))}
+    (directory / NAME).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def find_damage(directory: epath.Path) -> str | None:
+    """What is wrong with the files, or None: `state/d/0a.. differs from what was written`.
+
+    A checkpoint without a manifest is taken as it is: nobody wrote down what it held.
+    """
+    if not (directory / NAME).exists():
+        return None
+    try:
+        sums = json.loads((directory / NAME).read_text())
+    except ValueError:
+        return f"{NAME} is damaged"
+    for name, written in sums.items():
+        if not (directory / name).exists():
+            return f"{name} is missing"
+        if _digest(directory / name) != written:
+            return f"{name} differs from what was written"
+    return None
+
+
+def _files(directory: epath.Path, prefix: str) -> Iterator[str]:
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _files(path, f"{prefix}{path.name}/")
+        elif path.name not in (NAME, _CHANGES_AFTERWARDS):
+            yield prefix + path.name
+
+
+def _digest(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

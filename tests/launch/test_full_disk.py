@@ -1,0 +1,69 @@
+"""A disk that fills up during a save."""
+
+import dataclasses
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2p_jax.config import Config
+from e2p_jax.errors import UserError
+from e2p_jax.files import explain_full_disk
+from e2p_jax.train import loop
+from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.loop import train
+from e2p_jax.train.metrics import read_metrics
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Four megabytes, apart from all others."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk needs root, and a machine that allows mounts")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(directory: Path, left: int) -> None:
+    free = os.statvfs(directory)
+    (directory / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
+
+
+def test_the_last_good_checkpoint_stays_readable(config: Config, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, settings = disk / "run", dataclasses.replace(config.train, steps=6, eval_every=6)
+    config = dataclasses.replace(config, train=settings)
+
+    class Filling(Checkpoints):
+        def save(self, state, *rest) -> None:  # type: ignore[no-untyped-def]
+            super().save(state, *rest)
+            if int(state.step) == 2:
+                self.wait()
+                fill(disk, left=32_768)  # enough for the lines of a few steps
+
+    monkeypatch.setattr(loop, "Checkpoints", Filling)
+    with pytest.raises(UserError, match=rf"{run}: no space left on the device; what was saved before is whole\. Make"):
+        train(config, run)
+    monkeypatch.undo()
+    checkpoints = Checkpoints(run)
+    assert checkpoints.step_of("last") == 2
+    checkpoints.check(2)
+    checkpoints.close()
+    (disk / "filler").unlink()
+    train(config, run)
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert Checkpoints(run).step_of("last") == 6
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    for error in (ValueError("shape"), OSError(errno.EIO, "Input/output error"), UserError("No space left on device")):
+        with pytest.raises(type(error), match=str(error).replace("[", r"\[")) as caught, explain_full_disk(tmp_path):
+            raise error
+        assert caught.value is error
+    with pytest.raises(UserError, match="no space left"), explain_full_disk(tmp_path):
+        raise RuntimeError("a background write failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
