@@ -33,11 +33,11 @@ def _unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
 class Checkpoints:
     """The `checkpoints/<step>/` of a run."""
 
-    def __init__(self, run: epath.PathLike, keep: TrainConfig | None = None):
-        """Opens them to write as well where `keep` says how many of the last and the best stay, else to read.
+    def __init__(self, run: epath.PathLike, settings: TrainConfig | None = None):
+        """Opens them to write as well where `settings` say how many of the last and the best stay, else to read.
 
         What a crash left half-written is then removed, and what is damaged moved to `damaged/<step>` in the run
-        directory and named in `damaged`, as long as an older checkpoint is whole.
+        directory and named in `damaged`, as long as another checkpoint is whole.
 
         Raises:
           UserError: every checkpoint is damaged.
@@ -45,16 +45,16 @@ class Checkpoints:
         self.directory = epath.Path(run).absolute() / "checkpoints"
         self.damaged: list[str] = []
         self._saving: int | None = None
-        if keep is None:
+        if settings is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0, **_BEST)
         else:
             if distributed.is_first():
                 self._move_damaged()
             distributed.wait_for_all("checkpoints are verified")
             kept = [
-                policies.LatestN(keep.keep_last),
+                policies.LatestN(settings.keep_last),
                 policies.BestN(
-                    get_metric_fn=lambda m: -m["nll"], n=keep.keep_best, keep_checkpoints_without_metrics=False
+                    get_metric_fn=lambda m: -m["nll"], n=settings.keep_best, keep_checkpoints_without_metrics=False
                 ),
             ]
             options = ocp.CheckpointManagerOptions(
