@@ -14,7 +14,10 @@ config = Config(
     data=DataConfig(
         path="data/interactions/leave_last_out/1.0.0",
         embeddings="data/interactions/embeddings",
-        eval_splits=("validation", "test"),
+        eval_splits=(
+            "validation",
+            "test",
+        ),  # of the same users: nobody is left for `dev`, the last counts
     ),
     train=TrainConfig(steps=500, rows=8, learning_rate=3e-3, eval_every=100, checkpoint_every=100),
     evaluate=EvaluateConfig(measures=("ranking",)),

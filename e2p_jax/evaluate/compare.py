@@ -17,7 +17,7 @@ from e2p_jax.baselines import ARMS, BASELINES, Compared, Trained
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.score import Scores
-from e2p_jax.evaluate.table import Evaluation, evaluate, read_splits
+from e2p_jax.evaluate.table import Evaluation, evaluate, rank_without, read_splits
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
@@ -56,7 +56,7 @@ def compare(config: Config, directory: Path, compared: Sequence[Compared]) -> li
         for name, scores in _scores(run, directory / "scores" / f"{trained}.npz", fitted, list(arms.values())).items():
             found[name] |= {arm: scores[front] for arm, front in arms.items()}
         kept = fitted
-    samples = config.evaluate.bootstrap_samples
+    samples, table = config.evaluate.bootstrap_samples, run.inputs.table
     return [
         Evaluation(
             name,
@@ -64,6 +64,7 @@ def compare(config: Config, directory: Path, compared: Sequence[Compared]) -> li
             {arm: found[name][arm] for arm in compared},
             sum(len(r.messages) for r in records) - sum(len(r.messages) for r in kept[name]),
             samples,
+            rank_without(config, table, kept[name]),
         )
         for name, records in splits.items()
     ]

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import rich.table
 
-from e2p_jax.config import Condition, DataConfig
+from e2p_jax.config import Condition, Config, DataConfig, EvaluateConfig
 from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.conditions import FRONTS, user_vectors
+from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.prepared import load_splits
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.generate import generate
 from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval
 from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
+from e2p_jax.evaluate.recommend import is_interactions, recommender_ranks
 from e2p_jax.evaluate.score import Scorer, Scores, pack_conditions
 from e2p_jax.evaluate.texts import distinct, text_statistics
 from e2p_jax.files import write_text
@@ -39,6 +41,8 @@ class Evaluation:
     scores: dict[str, Scores]
     dropped_messages: int
     bootstrap_samples: int
+    recommenders: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    """Statistics by measure of what ranks the same candidates without a language model."""
 
     def difference(self, condition: str, baseline: str, measure: str = "nll_per_target") -> Difference | None:
         """Condition minus baseline; None where one of the two was not measured so."""
@@ -59,7 +63,21 @@ class Evaluation:
             "words": int(any_scores.words.sum()),
             "dropped_messages": self.dropped_messages,
             "conditions": {name: self._condition(name) for name in self.scores},
+            "recommenders": {name: self._recommender(by) for name, by in self.recommenders.items()},
         }
+
+    def _recommender(self, by_measure: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """Every measure with its interval, and how much better or worse each condition is."""
+        users, out = [record.user_id for record in self.records], {}
+        for measure, statistics in by_measure.items():
+            value, low, high = interval(measure, statistics, users, self.bootstrap_samples)
+            entry: dict[str, Any] = {"value": value, "low": low, "high": high}
+            for name, scores in self.scores.items():
+                ours = scores.statistics[measure]
+                apart = difference(measure, ours, statistics, users, self.bootstrap_samples)
+                entry[f"{name}_minus"] = dataclasses.asdict(apart)
+            out[measure] = entry
+        return out
 
     def _condition(self, name: str) -> dict[str, Any]:
         """NLL, perplexity and differences by name; every measure again, with intervals, under `measures`."""
@@ -105,7 +123,38 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
         progress.update(number, condition, show=True)
     progress.close()
     scores = _measure(run, scorer, kept, scores, conditions)
-    return Evaluation(split_name, kept, scores, dropped, inputs.config.evaluate.bootstrap_samples)
+    samples = inputs.config.evaluate.bootstrap_samples
+    return Evaluation(split_name, kept, scores, dropped, samples, rank_without(inputs.config, inputs.table, kept))
+
+
+def rank_without(
+    config: Config, table: UserTable | None, records: Sequence[Record]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Statistics of the recommenders, where candidates are ranked and the data is of interactions."""
+    if "ranking" not in config.evaluate.measures or not is_interactions(config.data.path):
+        return {}
+    places = _asked(config.evaluate, records)
+    if not len(places) or not all(records[n].candidates for n in places):
+        return {}
+    found = recommender_ranks(config.data.path, [records[n] for n in places], table)
+    return {name: _spread(rank_statistics(rank), places, len(records)) for name, rank in found.items()}
+
+
+def _asked(settings: EvaluateConfig, records: Sequence[Record]) -> np.ndarray:
+    """Numbers of the records that `measures` take: those that end with an assistant turn, `max_records` at most."""
+    last = np.array([n for n, record in enumerate(records) if record.messages[-1]["role"] == "assistant"], int)
+    if settings.max_records and len(last) > settings.max_records:
+        last = last[np.linspace(0, len(last) - 1, settings.max_records).round().astype(int)]
+    return last
+
+
+def _spread(statistics: dict[str, np.ndarray], places: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """Statistics of the records at `places` -> of all: records that were not asked add nothing."""
+    out = {}
+    for name, values in statistics.items():
+        out[name] = np.zeros((count, values.shape[1]))
+        out[name][places] = values
+    return out
 
 
 def _measure(
@@ -113,11 +162,9 @@ def _measure(
 ) -> dict[str, Scores]:
     """Adds `evaluate.measures`, taken of records that end with an assistant turn."""
     settings = run.inputs.config.evaluate
-    last = np.array([n for n, record in enumerate(records) if record.messages[-1]["role"] == "assistant"], int)
+    last = _asked(settings, records)
     if not settings.measures or not len(last):
         return scores
-    if settings.max_records and len(last) > settings.max_records:
-        last = last[np.linspace(0, len(last) - 1, settings.max_records).round().astype(int)]
     chosen = [records[n] for n in last]
     more: dict[str, dict[str, np.ndarray]] = {condition: {} for condition in conditions}
     replies: dict[str, tuple[str, ...]] = dict.fromkeys(conditions, ())
@@ -135,14 +182,8 @@ def _measure(
             prompts = [dataclasses.replace(record, messages=record.messages[:-1]) for record in chosen]
             replies[condition] = tuple(generate(run, prompts, vectors, condition, REPLY))
             more[condition] |= text_statistics(replies[condition], chosen)
-
-    def everywhere(statistics: np.ndarray) -> np.ndarray:  # records that were not asked add nothing
-        out = np.zeros((len(records), statistics.shape[1]))
-        out[last] = statistics
-        return out
-
     return {
-        c: dataclasses.replace(s, more={m: everywhere(v) for m, v in more[c].items()}, replies=replies[c])
+        c: dataclasses.replace(s, more=_spread(more[c], last, len(records)), replies=replies[c])
         for c, s in scores.items()
     }
 
@@ -196,7 +237,7 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
 
 
 def _further(values: dict[str, Any]) -> list[rich.table.Table]:
-    rows = {name: row["measures"] for name, row in values["conditions"].items()}
+    rows = {name: row["measures"] for name, row in values["conditions"].items()} | values["recommenders"]
     shown = {"nll_per_target": 0, "word_perplexity": 0, **{m: 0 for row in rows.values() for m in row}}
     names = [name for name in shown if name not in ("nll_per_target", "word_perplexity")]
     if names == ["bits_per_byte"]:

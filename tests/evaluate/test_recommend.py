@@ -1,0 +1,70 @@
+"""Recommenders without a language model, on a log small enough to work out by hand."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.interactions.table import SPLITS, Interactions, save_interactions
+from e2p_jax.data.records import Record
+from e2p_jax.evaluate.recommend import is_interactions, recommender_ranks
+
+# ann and bob like rock, cat and dan like jazz; what is asked for is in no known interaction of its user.
+KNOWN = {"ann": "r1 r2 pop", "bob": "r1 r3 pop", "cat": "j1 j2 pop", "dan": "j1 j3 pop"}
+ASKED = {"ann": "r3", "cat": "j3"}
+TITLES = ["r1", "r2", "r3", "j1", "j2", "j3", "pop", "nobody's"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [(user, title, "history") for user, mine in KNOWN.items() for title in mine.split()]
+    rows += [(user, title, "test") for user, title in ASKED.items()]
+    rows.sort(key=lambda row: list(KNOWN).index(row[0]))
+    users, titles, splits = zip(*rows, strict=True)
+    log = Interactions(
+        list(KNOWN),
+        [f"id-{title}" for title in TITLES],
+        TITLES,
+        np.array([list(KNOWN).index(user) for user in users], np.int32),
+        np.array([TITLES.index(title) for title in titles], np.int32),
+        np.ones(len(rows), np.float32),
+        None,
+        np.array([SPLITS.index(split) for split in splits], np.int8),
+    )
+    directory = tmp_path_factory.mktemp("log")
+    save_interactions(directory, log)
+    return directory
+
+
+def records() -> list[Record]:
+    question = {"role": "user", "content": "what next?"}
+    wrong = {"ann": ("j2", "pop"), "cat": ("r2", "nobody's")}
+    asked = {user: (question, {"role": "assistant", "content": title}) for user, title in ASKED.items()}
+    return [Record(user, (), asked[user], (ASKED[user], *wrong[user])) for user in ASKED]
+
+
+def test_ranks_by_hand(folder: Path):
+    table = UserTable(list(KNOWN), np.array([[3.0, 1], [3, 1], [1, 3], [1, 3]], np.float32), "table")
+    found = {name: rank.tolist() for name, rank in recommender_ranks(str(folder), records(), table).items()}
+    # r3, j2, pop are had by 1, 1, 4 users; j3, r2, nobody's by 1, 1, 0. A tie counts half against.
+    assert found["popularity"] == [2.5, 1.5]
+    # r3 shares bob with r1 and pop; j2 shares cat with pop only. Of pop itself the user has all of it.
+    unit = {title: np.array([title in mine.split() for mine in KNOWN.values()]) for title in TITLES}
+    unit = {title: has / max(np.linalg.norm(has), 1) for title, has in unit.items()}
+    for number, record in enumerate(records()):
+        similar = [sum(unit[c] @ unit[mine] for mine in KNOWN[record.user_id].split()) for c in record.candidates]
+        assert found["item-kNN"][number] == 1 + sum(value > similar[0] for value in similar[1:])
+    assert found["vectors"] == [1, 1]
+    assert "vectors" not in recommender_ranks(str(folder), records(), None)
+
+
+def test_what_is_asked_for_is_not_known(folder: Path):
+    """Popularity counts neither validation nor test: without them `nobody's` item stays nobody's."""
+    record = dataclasses.replace(records()[0], candidates=("nobody's", "r3"))
+    assert recommender_ranks(str(folder), [record], None)["popularity"].tolist() == [2]
+
+
+def test_other_data_has_no_recommenders(folder: Path, tmp_path: Path):
+    assert is_interactions(str(folder)) and not is_interactions(str(tmp_path)) and not is_interactions("synthetic")
