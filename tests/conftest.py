@@ -68,7 +68,9 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
     """Chromium by its driver; a profile of its own, nothing of it goes to the network."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    names = ("chromium", "chromium-browser", "google-chrome")  # Debian's, Ubuntu's, GitHub's machines'
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    driver = shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("Chromium or its driver is absent: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is absent: pip install selenium")

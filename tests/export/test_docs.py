@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -59,6 +61,22 @@ def test_examples_are_well_typed(tmp_path: Path):
     settings = ["--config-file", str(DOCS.parent / "pyproject.toml"), "--cache-dir", str(DOCS.parent / ".mypy_cache")]
     out, err, code = mypy.api.run([*files, *settings])
     assert code == 0, out + err
+    wrong = tmp_path / "wrong.py"  # the examples are looked at with the package's types, not as `Any`
+    wrong.write_text((tmp_path / "library.py").read_text() + "nats.nothing\nreplies + 1\n")
+    out, err, code = mypy.api.run([str(wrong), *settings])
+    assert code == 1 and out.count("error:") == 2, out
+
+
+def test_api_reference_is_made_from_the_docstrings(tmp_path: Path):
+    """By the page's command; pdoc warns of annotations of other libraries (optax, TFDS) that it cannot evaluate."""
+    (line,) = re.findall(r"^pdoc .*$", (DOCS / "library.md").read_text(), re.MULTILINE)
+    strict = ["-W", "error::UserWarning", "-W", "ignore:Error parsing type annotation:UserWarning"]
+    command = [sys.executable, *strict, "-m", *shlex.split(line.replace("site", str(tmp_path / "site")))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "e2p_jax" / "evaluate" / "generate.html").read_text()
+    assert "The replies as they grow" in page and '<h6 id="yields">Yields:</h6>' in page
+    assert len(list((tmp_path / "site").rglob("*.html"))) > 100
 
 
 @pytest.fixture
