@@ -135,7 +135,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
         inputs = self.with_prefix(input_ids, attention_mask, user_embedding, None)
-        kwargs.setdefault("generation_config", self.generation_config)
+        self.backbone.generation_config = self.generation_config
         output = self.backbone.generate(**inputs, **kwargs)
         new = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = input_ids.to(new.device).repeat_interleave(len(new) // len(input_ids), dim=0)
