@@ -68,9 +68,10 @@ def _tables(source: str, splits: Sequence[dict[str, Any]]) -> list[dict[str, Any
     """For the page: a table of NLL and differences a split, and one of the further measures."""
     tables = []
     for split in splits:
-        names = {name: 0 for row in split["conditions"].values() for name in row["measures"]}
+        columns = {name: row["measures"] for name, row in split["conditions"].items()} | split["recommenders"]
+        names = {name: 0 for measures in columns.values() for name in measures}
         further = [name for name in names if name not in ("nll_per_target", "word_perplexity")]
-        tables.append({"source": source, **split, "further": further})
+        tables.append({"source": source, **split, "columns": columns, "further": further})
     return tables
 
 

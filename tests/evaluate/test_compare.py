@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import jax
@@ -95,3 +96,15 @@ def test_prompt_tuning_is_one_token_for_all(config: Config, tmp_path: Path):
     expected = projector.token_mean[...] + projector.token_std[...] * projector.bias[...]
     np.testing.assert_allclose(token[0], expected, atol=1e-6)
     assert np.abs(projector.bias[...]).max() > 0
+
+
+def test_script_of_the_papers_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Every comparison that it would run has flags that `e2p compare` knows: it ends at the missing backbone."""
+    script = Path(__file__).parents[2] / "benchmarks" / "paper.sh"
+    arguments = [str(tmp_path / "missing"), "chat", "news", "encoder", str(tmp_path)]
+    found = subprocess.run(["bash", script, "--dry-run", *arguments], capture_output=True, text=True, check=True)
+    commands = [line.split()[1:] for line in found.stdout.splitlines()]
+    assert [command[0] for command in commands] == ["prepare", "embed"] * 2 + ["compare"] * 6 + ["report"] * 2
+    for command in commands[4:6]:
+        assert main(command) == 1
+        assert "no such directory" in capsys.readouterr().err
