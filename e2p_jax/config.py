@@ -5,6 +5,7 @@ line as `--section.field value`.
 """
 
 import dataclasses
+import datetime
 import importlib.util
 import json
 import typing
@@ -76,6 +77,8 @@ class DataConfig:
     """A conversation longer than T loses its oldest turns, or is an error."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, else the plain one; or the path of a Jinja file with generation markers."""
+    template_date: str = "2024-07-26"
+    """What a chat template that asks for today's date is told (ISO 8601), so that no day changes the tokens."""
     context_prompt: str = "{context}"
     """System message of the `text` condition; `{context}` becomes the record's context, one sentence a line."""
 
@@ -220,6 +223,7 @@ class Config:
             ),
             (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
             ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
+            (_is_date(self.data.template_date), "data.template_date must be a date like 2024-07-26"),
             (0 <= self.data.max_bad_share < 1, "data.max_bad_share must be in [0, 1)"),
             (bool(self.data.eval_splits), "data.eval_splits is empty: name at least one split"),
             (
@@ -268,6 +272,14 @@ class Config:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_choices(section: str, values: Any) -> None:

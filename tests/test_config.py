@@ -84,6 +84,7 @@ REFUSED: list[tuple[Any, str]] = [
     (DataConfig(seq_len=500), "data.seq_len must be a multiple of 128"),
     (DataConfig(seq_len=0), "data.seq_len must be a multiple of 128"),
     (DataConfig(eval_splits=()), "data.eval_splits is empty"),
+    (DataConfig(template_date="26 Jul 2024"), "data.template_date must be a date like 2024-07-26"),
     (DataConfig(context_prompt="persona"), "data.context_prompt must contain {context}"),
     (DataConfig(condition="prefix"), "data.condition is 'prefix'; choose from none, e2p, text, e2p+text, static"),
     (DataConfig(too_long="cut"), "data.too_long is 'cut'; choose from drop_oldest, refuse"),

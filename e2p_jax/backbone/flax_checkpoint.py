@@ -6,6 +6,7 @@ what is needed to give the source back: the dtype of each of its tensors, its fi
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ class FlaxCheckpoint:
     def names(self) -> set[str]:
         """Of the source's tensors."""
         return set(self.dtypes)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest parameter."""
+        return max(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in self._metadata.values())
 
     def check(self, config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> None:
         """Holds the stored parameters against the decoder's.

@@ -143,7 +143,9 @@ def load(
         kind = None if quantization == "none" or path not in matrices(config) else quantization
         place = sharding(f"backbone/{path}", leaf.shape)
         pieces = checkpoint.pieces(path, leaf.shape, place)
-        stored = _assemble(pieces, path, leaf.shape, dtype or checkpoint.dtype(path), kind, sharding)
+        stored = _assemble(
+            pieces, path, leaf.shape, dtype or checkpoint.dtype(path), kind, sharding, checkpoint.largest
+        )
         _store(decoder, path, stored)
     return decoder
 
@@ -155,37 +157,46 @@ def _assemble(
     dtype: jnp.dtype,
     kind: Kind | None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
+    room: int,
 ) -> dict[str, jax.Array]:
-    """A parameter as it is kept, by suffix of its path, filled piece by piece along axis 0."""
-    whole: dict[str, jax.Array] = {}
-    start = 0
+    """A parameter as it is kept, by suffix of its path, filled piece by piece along axis 0.
+
+    The host holds two pieces, or one where two would take more than `room` bytes.
+    """
+    stored = jax.eval_shape(functools.partial(_stored, kind=kind, dtype=dtype), jax.ShapeDtypeStruct(shape, dtype))
+    places = {suffix: sharding(f"backbone/{path}{suffix}", leaf.shape) for suffix, leaf in stored.items()}
+    whole = {s: jnp.zeros(leaf.shape, leaf.dtype, device=places[s]) for s, leaf in stored.items()}
+    write, start = _writer(kind, dtype, tuple(places.items())), 0
     for piece in pieces:
-        form = _form(kind, dtype)
-        shapes = {s: (shape[0], *a.shape[1:]) for s, a in jax.eval_shape(form, piece).items()}
-        places = {s: sharding(f"backbone/{path}{s}", shape) for s, shape in shapes.items()}
-        kept = jax.jit(form, out_shardings=places)(piece)
-        if len(piece) == shape[0]:
-            return kept
-        for suffix, rows in kept.items():
-            if start == 0:
-                whole[suffix] = jnp.zeros(shapes[suffix], rows.dtype, device=places[suffix])
-            whole[suffix] = _write_rows(places[suffix])(whole[suffix], rows, start)
-        jax.block_until_ready(whole)  # before the next piece is read
+        jax.block_until_ready(whole)  # the piece was read while the one before was written
+        whole = write(whole, piece, start)
+        if 2 * piece.nbytes > room:
+            jax.block_until_ready(whole)
         start += len(piece)
     return whole
 
 
-@functools.cache
-def _form(kind: Kind | None, dtype: jnp.dtype) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """What becomes of a piece: one function for each kind and dtype, so that jit knows it again."""
-    return (lambda piece: quantize(piece, kind)) if kind else (lambda piece: {"": piece.astype(dtype)})
+def _stored(piece: jax.Array, kind: Kind | None, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    return quantize(piece, kind) if kind else {"": piece.astype(dtype)}
 
 
 @functools.cache
-def _write_rows(sharding: jax.sharding.Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    """(whole, rows, start) -> whole, in place."""
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+def _writer(
+    kind: Kind | None, dtype: jnp.dtype, places: tuple[tuple[str, jax.sharding.Sharding], ...]
+) -> Callable[[dict[str, jax.Array], jax.Array, int], dict[str, jax.Array]]:
+    """(whole, piece, start) -> whole with the piece in it, in place. Kept, so that jit knows it again."""
+
+    def put(whole: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+        """As integers: XLA on CPU converts all of a bfloat16 array to float32 and back to update a part of it."""
+        bits = jnp.dtype(f"uint{8 * rows.dtype.itemsize}")
+        as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+        changed = jax.lax.dynamic_update_slice_in_dim(as_bits(whole), as_bits(rows), start, 0)
+        return jax.lax.bitcast_convert_type(changed, rows.dtype)
+
+    def write(whole: dict[str, jax.Array], piece: jax.Array, start: int) -> dict[str, jax.Array]:
+        return {suffix: put(whole[suffix], rows, start) for suffix, rows in _stored(piece, kind, dtype).items()}
+
+    return jax.jit(write, donate_argnums=0, out_shardings=dict(places))
 
 
 def matrices(config: DecoderConfig) -> list[str]:

@@ -76,7 +76,7 @@ class Encoder:
 
     @classmethod
     def from_config(cls, config: Config, tokenizer: PreTrainedTokenizerBase) -> "Encoder":
-        template = choose_template(tokenizer, config.data.chat_template)
+        template = choose_template(tokenizer, config.data.chat_template, config.data.template_date)
         encoder = cls(
             tokenizer,
             template,

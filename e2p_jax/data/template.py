@@ -9,8 +9,12 @@ Targets are what a template puts between `{% generation %}` and `{% endgeneratio
    character that is not white space, is the target. It checks itself on every conversation: a template that
    rewrites earlier turns when later ones arrive, or whose generation prompt is not how a reply begins, is refused.
 4. The tokenizer has none: the plain one, `plain.jinja`.
+
+A template that asks for today's date (`strftime_now`, as Llama 3.2's) is answered here with `data.template_date`: the same
+tokens come out on every day, and of the template that goes with a run or an export.
 """
 
+import datetime
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from e2p_jax.errors import UserError
 
 PLAIN = Path(__file__).parent / "plain.jinja"
 
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # The first tag leaves white space that the original begins with alone (Transformers trims the line break after a tag).
@@ -66,8 +71,28 @@ def add_markers(template: str) -> str:
     return _WRAPPER.replace("ORIGINAL", template)
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
+def pin_date(template: str, date: str, source: str) -> str:
+    """The template with what `strftime_now` says on `date` (ISO 8601) in the place of its calls.
+
+    Raises:
+      UserError: a call whose format is not written out.
+    """
+    midnight = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time())
+    pinned = _DATE.sub(lambda call: call[1] + midnight.strftime(call[2]) + call[1], template)
+    if re.search(r"strftime_now\s*\(", pinned):
+        raise UserError(
+            f"{source}: the chat template calls strftime_now with something else than a quoted format; set "
+            "data.chat_template to a copy of it with a date written out"
+        )
+    return pinned
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, date: str) -> str:
     """The Jinja source that a run uses; see the module's docstring.
+
+    Args:
+      chat_template: of the config.
+      date: for templates that ask for it.
 
     Raises:
       UserError: no such file, no markers in it, or a template that cannot be given any.
@@ -79,7 +104,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> s
         template = path.read_text(encoding="utf-8")
         if not _MARKER.search(template):
             raise UserError(f"{path}: no {{% generation %}} ... {{% endgeneration %}} markers around assistant turns")
-        return template
+        return pin_date(template, date, str(path))
     if tokenizer.chat_template is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -93,6 +118,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> s
         raise UserError(
             f"{tokenizer.name_or_path}: several chat templates and none called default; set data.chat_template to one"
         ) from error
+    original = pin_date(original, date, tokenizer.name_or_path)
     if _MARKER.search(original):
         return original
     wrapped = add_markers(original)

@@ -13,6 +13,8 @@ from e2p_jax.data.records import Record
 from e2p_jax.data.template import PLAIN, choose_template
 from e2p_jax.errors import UserError
 
+DATE = "2024-07-26"
+
 # In the styles of published models: no markers anywhere.
 CHATML = """\
 {%- if messages[0]['role'] != 'system' -%}
@@ -127,7 +129,7 @@ STYLES: dict[str, tuple[str | None, Callable[[list[dict[str, str]]], Pieces]]] =
 
 def encode(tokenizer: PreTrainedTokenizerFast, record: Record) -> Any:
     """Token ids, targets and the rendered text under the template a run would use."""
-    template = choose_template(tokenizer, "auto")
+    template = choose_template(tokenizer, "auto", DATE)
     out = tokenizer.apply_chat_template(
         list(record.messages), chat_template=template, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -158,19 +160,19 @@ def test_targets_are_the_reply_and_its_end_of_turn(
             render = {"tokenize": False, "add_generation_prompt": prompt}
             messages = list(record.messages)
             wrapped = tokenizer.apply_chat_template(
-                messages, chat_template=choose_template(tokenizer, "auto"), **render
+                messages, chat_template=choose_template(tokenizer, "auto", DATE), **render
             )
             assert wrapped == tokenizer.apply_chat_template(messages, **render)
 
 
 def test_markers_of_the_tokenizers_own_are_kept(make_tokenizer: Any) -> None:
     template = PLAIN.read_text().replace("Assistant:", "Bot:").replace("{%- generation -%}", "{%generation%}")
-    assert choose_template(make_tokenizer(chat_template=template), "auto") == template
+    assert choose_template(make_tokenizer(chat_template=template), "auto", DATE) == template
 
 
 def test_template_that_renders_the_last_turn_differently_is_refused(make_tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"made-here: .*rewrites earlier turns.*set data\.chat_template") as caught:
-        choose_template(make_tokenizer(chat_template=LAST_DIFFERS), "auto")
+        choose_template(make_tokenizer(chat_template=LAST_DIFFERS), "auto", DATE)
     assert "\n" not in str(caught.value)
 
 
@@ -192,39 +194,76 @@ def test_generation_prompt_that_no_reply_begins_with_is_refused(make_tokenizer: 
     thinking = CHATML.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>' }}")
     assert thinking != CHATML
     with pytest.raises(UserError, match="its generation prompt is not how a reply begins"):
-        choose_template(make_tokenizer(chat_template=thinking), "auto")
+        choose_template(make_tokenizer(chat_template=thinking), "auto", DATE)
 
 
 def test_template_that_never_shows_the_reply_is_refused(make_tokenizer: Any) -> None:
     template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="cannot be given any"):
-        choose_template(make_tokenizer(chat_template=template), "auto")
+        choose_template(make_tokenizer(chat_template=template), "auto", DATE)
 
 
 def test_broken_template_is_refused(make_tokenizer: Any) -> None:
     with pytest.raises(UserError, match="cannot be given any"):
-        choose_template(make_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}"), "auto")
+        choose_template(make_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}"), "auto", DATE)
 
 
 def test_named_templates_need_a_default(make_tokenizer: Any) -> None:
     marked = PLAIN.read_text()
     tokenizer = make_tokenizer(chat_template={"default": marked, "rag": "x"})
-    assert choose_template(tokenizer, "auto") == marked
+    assert choose_template(tokenizer, "auto", DATE) == marked
     with pytest.raises(UserError, match=r"several chat templates.*set data\.chat_template"):
-        choose_template(make_tokenizer(chat_template={"rag": "x", "other": "y"}), "auto")
+        choose_template(make_tokenizer(chat_template={"rag": "x", "other": "y"}), "auto", DATE)
 
 
 def test_plain_template_needs_an_end_of_turn(make_tokenizer: Any) -> None:
     with pytest.raises(UserError, match="EOS"):
-        choose_template(make_tokenizer(eos_token=None), "auto")
+        choose_template(make_tokenizer(eos_token=None), "auto", DATE)
 
 
 def test_template_file_must_have_markers(make_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer, path = make_tokenizer(chat_template=CHATML), tmp_path / "chat.jinja"
     with pytest.raises(UserError, match=r"data\.chat_template: .*chat\.jinja does not exist"):
-        choose_template(tokenizer, str(path))
+        choose_template(tokenizer, str(path), DATE)
     path.write_text(CHATML)  # speaks of add_generation_prompt, which is no marker
     with pytest.raises(UserError, match=r"chat\.jinja: no \{% generation %\}"):
-        choose_template(tokenizer, str(path))
+        choose_template(tokenizer, str(path), DATE)
     path.write_text(PLAIN.read_text())
-    assert choose_template(tokenizer, str(path)) == PLAIN.read_text()
+    assert choose_template(tokenizer, str(path), DATE) == PLAIN.read_text()
+
+
+DATED = """\
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "01 Jan 2001" %}
+    {%- endif %}
+{%- endif %}
+{{- bos_token + "Today: " + date_string + " (" + strftime_now('%B') + ")\\n" }}
+{%- for message in messages %}
+    {{- message['role'] + ': ' + message['content'] + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}
+"""
+
+
+@pytest.mark.parametrize("date", [DATE, "2031-01-05"])
+def test_a_template_that_asks_for_the_date_gives_the_same_tokens_every_day(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], date: str
+) -> None:
+    """As transformers renders it when it is told the date; nothing is left to ask for."""
+    tokenizer = make_tokenizer(chat_template=DATED)
+    template = choose_template(tokenizer, "auto", date)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    shown = {DATE: ("26 Jul 2024", "July"), "2031-01-05": ("05 Jan 2031", "January")}[date]
+    theirs = DATED.replace("strftime_now('%B')", f"'{shown[1]}'")
+    expected = tokenizer.apply_chat_template(messages, chat_template=theirs, tokenize=False, date_string=shown[0])
+    assert tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False) == expected
+    assert "strftime_now(" not in template
+
+
+def test_a_date_in_an_unknown_form_is_refused(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
+    template = CHATML + "{% set form = '%Y' %}{{ strftime_now(form) }}"
+    with pytest.raises(UserError, match=r"made-here: the chat template calls strftime_now with something else"):
+        choose_template(make_tokenizer(chat_template=template), "auto", DATE)
