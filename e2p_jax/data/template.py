@@ -10,7 +10,7 @@ Targets are what a template puts between `{% generation %}` and `{% endgeneratio
    rewrites earlier turns when later ones arrive, or whose generation prompt is not how a reply begins, is refused.
 4. The tokenizer has none: the plain one, `plain.jinja`.
 
-A template that asks for today's date (`strftime_now`, as Llama 3.2's) is answered here with `data.template_date`: the same
+A template that asks for today's date (`strftime_now`, as Llama 3.2's) is told `data.template_date`: the same
 tokens come out on every day, and of the template that goes with a run or an export.
 """
 
