@@ -90,11 +90,17 @@ def train(config: Config, run: Path) -> Path:
 def _train(config: Config, run: Path, data: Data, model: Model) -> None:
     settings, mesh = config.train, model.mesh
     state, frozen = initial_state(model, settings)
+    digest = data.train.digest().hex()
     iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
     checkpoints = Checkpoints(run, settings)
     if checkpoints.latest_step is not None:  # resume, else start at step 0
         state, statistics, position = checkpoints.restore(checkpoints.latest_step, state, frozen["projector"])
         frozen = {**frozen, "projector": statistics}
+        if position.pop("data", digest) != digest:  # an imported run has not met its data yet
+            raise UserError(
+                f"{run}: its position is one in other training data: records, vectors or plan have changed since step "
+                f"{int(state.step)}; restore them, or choose another --workdir"
+            )
         iterator.set_state(position)
     first = int(state.step)
 
@@ -141,7 +147,7 @@ def _train(config: Config, run: Path, data: Data, model: Model) -> None:
             stop = stop_here(number) and not last
             if evaluated or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()
-                checkpoints.save(state, frozen["projector"], iterator.get_state(), nll)
+                checkpoints.save(state, frozen["projector"], {**iterator.get_state(), "data": digest}, nll)
             if stop:
                 break
         checkpoints.close()

@@ -81,7 +81,7 @@ def test_published_vectors_of_persona_chat_are_reproduced(shared: Path, tmp_path
     np.testing.assert_allclose(ours, np.load(source / "valid_embeddings.npy")[:24], atol=2e-4)
 
 
-@pytest.mark.parametrize("layer", [1, 2, -1, -2])
+@pytest.mark.parametrize("layer", [1, -1])
 def test_backbone_is_the_mean_of_hidden_states(tiny_backbone: Path, layer: int) -> None:
     contexts = [synthetic.record(user).context for user in range(5)] + [("x",)]
     ours = backbone_vectors(contexts, tiny_backbone, layer)

@@ -359,3 +359,23 @@ def test_attention_of_another_device_is_refused(config: Config, tmp_path: Path):
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention="splash"))
     with pytest.raises(UserError, match=r"backbone\.attention=splash needs a TPU"):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["records", "vectors"])
+def test_resuming_on_other_data_is_refused(config: Config, tmp_path: Path, what: str):
+    """A position means nothing in another order of rows."""
+    shutil.copyfile(config.data.path, tmp_path / "records.jsonl")
+    data = dataclasses.replace(config.data, path=str(tmp_path / "records.jsonl"), embeddings=str(tmp_path / "table"))
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    names = [f"user-{user}" for user in USERS]
+    save_table(tmp_path / "table", names, vectors, name="synthetic", version="1")
+    config = dataclasses.replace(config, data=data)
+    run = train(config, tmp_path / "run")
+    train(config, run)  # nothing has changed
+    if what == "vectors":
+        save_table(tmp_path / "table", names, vectors[::-1], name="synthetic", version="2")
+    else:
+        text = (tmp_path / "records.jsonl").read_text()
+        (tmp_path / "records.jsonl").write_text(text.replace("good", "bad"))
+    with pytest.raises(UserError, match=r"run: its position is one in other training data: .* since step 6; restore"):
+        train(config, run)
