@@ -17,7 +17,7 @@ from e2p_jax.data.prepared import load_records
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
     directory = tmp_path_factory.mktemp("plays") / "release"
-    plays.write(directory, users=300, items=400)
+    plays.write(directory, users=300, items=500)
     return directory
 
 
@@ -31,7 +31,7 @@ def test_a_listeners_vector_ranks_the_next_title_and_popularity_does_not(log):
     table, _ = split(read_log(log, BadRecords()), options)
     asked = list(records(table, options, "test"))
     vectors = load_table(str(log / "vectors.npz")).lookup([r.user_id for r in asked], [r.user_id for r in asked])
-    subject = dict(plays.catalogue(400))
+    subject = dict(plays.catalogue(500))
     of = np.array([subject[title] for title in table.titles])
     # What each subject is worth to a listener, by least squares from vectors to what they played before.
     history = table.of("history")

@@ -1,9 +1,8 @@
 """A synthetic log of plays, and the listeners' vectors: `python -m e2p_jax.data.interactions.generate DIR`.
 
 Everything here is made up. An item is an episode on one subject ("dog", "jazz"), and its title is a sentence that the
-embedded backbone has met as an answer; a listener likes some subjects of every topic and mostly plays episodes on
-those. So a listener's vector tells what comes next, popularity tells little, and a model must read the vector to rank
-titles.
+embedded backbone has met as an answer; a listener likes a few subjects and mostly plays episodes on those. So a
+listener's vector tells what comes next, popularity tells little, and a model must read the vector to rank titles.
 """
 
 import csv
@@ -17,8 +16,8 @@ from e2p_jax.files import replace_directory
 
 SUBJECTS = [(topic, subject) for topic in sorted(synthetic.TOPICS) for subject in synthetic.TOPICS[topic][0].split()]
 WIDTH = 64  # of a listener's vector
-LIKED = 1  # subjects of each topic
-FIT = 4.0  # how much more, in nats, a listener plays what is liked
+LIKED = 4  # subjects
+FIT = 6.0  # how much more, in nats, a listener plays what is liked
 
 
 def catalogue(items: int, seed: int = 0) -> list[tuple[str, int]]:
@@ -35,10 +34,7 @@ def catalogue(items: int, seed: int = 0) -> list[tuple[str, int]]:
 def likes(user: int, seed: int = 0) -> np.ndarray:
     """[subjects] bool: what a listener likes."""
     rng = np.random.default_rng([seed, 1, user])
-    mine = np.zeros(len(SUBJECTS), bool)
-    for topic in sorted(synthetic.TOPICS):
-        mine[rng.permutation([n for n, (other, _) in enumerate(SUBJECTS) if other == topic])[:LIKED]] = True
-    return mine
+    return np.isin(np.arange(len(SUBJECTS)), rng.permutation(len(SUBJECTS))[:LIKED])
 
 
 def vector(user: int, seed: int = 0) -> np.ndarray:
@@ -49,12 +45,12 @@ def vector(user: int, seed: int = 0) -> np.ndarray:
     return ((mine @ directions + noise) / np.sqrt(mine.sum())).astype(np.float32)
 
 
-def write(directory: Path, users: int = 2000, items: int = 400, plays: int = 20, seed: int = 0) -> None:
+def write(directory: Path, users: int = 2000, items: int = 500, plays: int = 12, seed: int = 0) -> None:
     """Writes `interactions.csv`, `items.csv`, and `vectors.npz`, a table of user vectors.
 
     Args:
       users: How many listeners.
-      items: How many items there are to play, at most some 500.
+      items: How many items there are to play, at most 580.
       plays: Different items that each plays.
       seed: Of everything random.
     """
