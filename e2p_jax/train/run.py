@@ -68,7 +68,10 @@ def claim_run(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
     if not path.exists():
         raise UserError(f"{run}: is not the directory that process 0 sees; --workdir must be on storage that all share")
     stored = config_lib.from_json(path.read_text(), path)
-    if stored != config:
+    if stored != config and dataclasses.replace(stored, evaluate=config.evaluate) == config:
+        if distributed.is_first():  # how a run is looked at may change
+            write_text(path, config.to_json())
+    elif stored != config:
         raise UserError(
             f"{run}: holds a run with other settings ({'; '.join(_differences(stored, config))}); "
             "rerun with those, or choose another --workdir"

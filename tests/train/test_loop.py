@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, MeshConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.records import write_jsonl
@@ -133,6 +133,10 @@ def test_rerun_with_other_settings_is_refused(config: Config, tmp_path: Path):
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=5e-4))
     with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 there, 0\.0005 here"):
         train(other, tmp_path / "run")
+    lines = numbers(tmp_path / "run")
+    train(dataclasses.replace(config, evaluate=EvaluateConfig(prompts=("hello?",))), tmp_path / "run")
+    assert open_run(tmp_path / "run").inputs.config.evaluate.prompts == ("hello?",)
+    assert numbers(tmp_path / "run") == lines  # how a run is looked at may change, and nothing is trained anew
 
 
 def test_best_checkpoint_is_picked_by_users_who_are_not_reported(config: Config, tmp_path: Path):
