@@ -15,12 +15,13 @@ from typing import Any
 import mypy.api
 import numpy as np
 import pytest
+from flax import nnx
 from test_engines import continue_in_torch, load_prompt_embeds
 
 from e2p_jax.cli import main
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
-from e2p_jax.train.run import Run
+from e2p_jax.train.run import Run, open_run
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -54,7 +55,7 @@ def test_library_example(run: Run):
 
 
 def test_examples_are_well_typed(tmp_path: Path):
-    pages = ["library.md", "serving.md"]
+    pages = ["library.md", "serving.md", "export.md"]
     for page in pages:
         (tmp_path / page).with_suffix(".py").write_text("\n".join(python_blocks(page)))
     files = [str((tmp_path / page).with_suffix(".py")) for page in pages]
@@ -104,6 +105,25 @@ def server(lively_backbone: Path) -> Iterator[str]:
     listening.shutdown()
     thread.join()
     listening.server_close()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's use of it
+def test_export_examples(run: Run, lively_backbone: Path):
+    data, users = run.inputs.config.data, ["user-3", "user-7"]
+    places = {"TABLE": str(data.embeddings), "records.jsonl": data.path}
+    for arguments in commands("export.md"):
+        assert main([places.get(word, word) for word in arguments]) == 0
+    vectors = vectors_for(run, users, users, "e2p")
+    np.save("vectors.npy", vectors)
+    seen: dict[str, Any] = {}
+    exec("".join(python_blocks("export.md")).replace("BACKBONE", str(lively_backbone)), seen)
+    asked = [Record(user, (), ({"role": "user", "content": "do you have any pets?"},)) for user in users]
+    wanted = generate(run, asked, vectors, "e2p", Sampling(max_new_tokens=12))
+    assert [reply.strip() for reply in seen["replies"]] == wanted
+    soft = seen["personal"].get_prompt(batch_size=1)[0].detach().numpy()
+    ours = nnx.merge(run.model.graph, run.model.params).projector(vectors[:1])[0]
+    np.testing.assert_allclose(soft, ours, rtol=1e-5, atol=1e-6)
+    assert open_run(Path("runs/imported")).step == 0
 
 
 def test_serving_examples(run: Run, server: str, capsys: pytest.CaptureFixture[str]):
