@@ -36,7 +36,7 @@ class BackboneConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     """random: only config.json and the tokenizer are read, to train a small backbone from nothing."""
     remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    """Recompute each layer in the backward pass instead of keeping what its products gave."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Training's kernel: auto is splash on TPU, XLA elsewhere; cudnn, on NVIDIA, has not been measured yet."""
     lora_rank: int = 0

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 128  # W; a row of another length than a multiple of it is one block
+SAVED = "attention"  # the name under which a checkpoint policy finds what the backward pass needs of the forward
 HIDDEN = -1e30  # in place of a hidden score: finite, so that no NaN comes out of a block without a visible one
 
 
@@ -119,7 +121,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask, cap: float) 
         most, total, mixed = jax.lax.fori_loop(mask.first[i], i + 1, keys, start)
         return (mixed / total[..., None]).astype(q.dtype), most + jnp.log(total)
 
-    out, log_total = jax.lax.map(queries, jnp.arange(q.shape[0]))
+    out, log_total = (checkpoint_name(x, SAVED) for x in jax.lax.map(queries, jnp.arange(q.shape[0])))
     return out, (q, k, v, mask, out, log_total)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
-from e2p_jax.backbone.blocks import soft_cap
+from e2p_jax.backbone.blocks import SAVED, soft_cap
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
 from e2p_jax.backbone.quantize import multiply
 from e2p_jax.backbone.rope import Rope
@@ -35,6 +35,12 @@ class Cache(NamedTuple):
 # apart, and with it what a head could copy: on the generated personas reading began at 0.4 million tokens from 0.1,
 # and had not at 0.7 million from 0.02 (4 layers, width 128, both with the attention below and learning rate 1e-3).
 EMBEDDING_SCALE = 0.1
+
+# Of a layer's activations the backward pass keeps what matrix products and attention gave, and works out the rest
+# again: less to write and read than to compute.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+)
 
 
 class Layers(nnx.Module):
@@ -190,8 +196,7 @@ class Decoder(nnx.Module):
             x = x + norm(linear(h, p, "down"), p, "mlp_post_norm", c)
             return shard_rows(x), (cached_k, cached_v)
 
-        if self.execution.remat:
-            body = jax.checkpoint(body)
+        body = jax.checkpoint(body, policy=None if self.execution.remat else KEPT)
         params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)) | (adapters or {})
         windows = jnp.asarray(c.windows, jnp.int32)
         x, (keys, values) = jax.lax.scan(body, shard_rows(x), (params, windows, layer_ropes, *kv))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
+from e2p_jax.backbone.blocks import SAVED
 from e2p_jax.parallel.mesh import ROWS
 
 SPLASH_BLOCKS = (512, 256, 128)  # the first that divides T; 128 lanes are the least
@@ -67,6 +68,7 @@ def splash_attention(
                 head_shards=1,
                 q_seq_shards=1,
                 attn_logits_soft_cap=cap or None,
+                residual_checkpoint_name=SAVED,
                 interpret=interpret,
             )
             heads_first = [x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]

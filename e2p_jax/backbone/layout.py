@@ -59,7 +59,7 @@ class Execution:
     """How the decoder runs: nothing here changes what it computes."""
 
     remat: bool = False
-    """Recompute each layer in the backward pass."""
+    """Recompute each layer in the backward pass, its products too."""
     attention: Literal["xla", "splash", "cudnn"] = "xla"
     """Whose attention: plain XLA, the TPU's splash kernel, or cuDNN's; see `attention.choose`."""
 
