@@ -31,6 +31,7 @@ import tyro
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data import synthetic
+from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.encode import Example
 from e2p_jax.data.persona_chat.parlai import read_dialogues
 from e2p_jax.data.pipeline import PackedDataset, pack, to_devices
@@ -84,7 +85,11 @@ class Work:
 
 def read_work(inputs: setup.Inputs, path: Path | None, rows: int) -> Work:
     """The first conversations, enough for several batches."""
-    records = synthetic.records("train") if path is None else read_dialogues(path)
+    records = (
+        synthetic.records("train")
+        if path is None
+        else [dialogue.record for dialogue in read_dialogues(path, BadRecords())]
+    )
     examples = [inputs.encoder.fit(record, ["e2p"]).examples["e2p"] for record in records[: 60 * rows]]
     vectors = np.random.default_rng(0).normal(size=(len(examples), WIDTH)).astype(np.float32)
     dataset = pack(examples, vectors, inputs.encoder)

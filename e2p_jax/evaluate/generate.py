@@ -20,7 +20,7 @@ from e2p_jax.errors import UserError
 from e2p_jax.options import Sampling
 from e2p_jax.prefix.model import PrefixModel
 
-PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are ever compiled
+SHORTEST_PROMPT = 64
 
 
 def stop_ids(directory: Path, eos: int | None) -> tuple[int, ...]:
@@ -134,12 +134,21 @@ _start_once = jax.jit(_start, static_argnames=_STATIC)
 _advance_once = jax.jit(_advance, static_argnames=_STATIC, donate_argnames="state")
 
 
+def padded_length(longest: int) -> int:
+    """Two lengths an octave (64, 128, 192, 256, 384, 512, 768, ...), so that few are ever compiled.
+
+    Slots come on top: a prompt with a soft token must not fall into the next length for it.
+    """
+    step = max(SHORTEST_PROMPT, 1 << max(0, (longest - 1).bit_length() - 2))
+    return -(-longest // step) * step
+
+
 def _left_padded(
     prompts: Sequence[Example], vectors: np.ndarray, pad: int, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What `_start` reads of B prompts, after the parameters."""
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    in_slots = num_tokens if any(prompt.slot_start >= 0 for prompt in prompts) else 0
+    length = padded_length(max(len(prompt.tokens) for prompt in prompts) - in_slots) + in_slots
     tokens = np.full((len(prompts), length), pad, np.int32)
     segments = np.zeros_like(tokens)
     slots = np.full_like(tokens, -1)

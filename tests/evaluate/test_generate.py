@@ -15,7 +15,15 @@ from e2p_jax.backbone import weights
 from e2p_jax.config import MeshConfig
 from e2p_jax.data.encode import Example, load_tokenizer
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import Sampling, choose, generate_tokens, stop_ids
+from e2p_jax.evaluate.generate import (
+    SHORTEST_PROMPT,
+    _left_padded,
+    choose,
+    generate_tokens,
+    padded_length,
+    stop_ids,
+)
+from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
@@ -141,3 +149,19 @@ def test_stop_ids_join_tokenizer_and_generation_config(tmp_path: Path):
     assert stop_ids(tmp_path, 2) == (2, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
     assert stop_ids(tmp_path, None) == (9,)
+
+
+def test_few_prompt_lengths_are_compiled() -> None:
+    lengths = [padded_length(longest) for longest in range(1, 8193)]
+    assert all(longest <= length < 1.5 * longest + SHORTEST_PROMPT for longest, length in enumerate(lengths, 1))
+    assert sorted(set(lengths)) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
+
+
+def test_a_soft_token_is_one_more_position() -> None:
+    """Not the next padded length, which would cost a prompt of 512 tokens half as much again."""
+    plain = Example(np.ones(512, np.int32), np.zeros(512, bool), -1, "")
+    prefixed = Example(np.ones(514, np.int32), np.zeros(514, bool), 0, "")
+    vectors = np.zeros((1, 3), np.float32)
+    assert _left_padded([plain], vectors, 0, 2)[0].shape == (1, 512)
+    assert _left_padded([prefixed], vectors, 0, 2)[0].shape == (1, 514)
+    assert _left_padded([plain, prefixed], vectors[[0, 0]], 0, 2)[0].shape == (2, 514)
