@@ -1,7 +1,7 @@
 """Training speed beside other ways to train the same thing: a table of ratios, measured side by side in one process.
 
     python benchmarks/training.py                                   # 41M parameters, generated personas, CPU
-    python benchmarks/training.py --persona-chat train_self_original.txt
+    python benchmarks/training.py --data data/persona_chat/self_original/1.0.0
     python benchmarks/training.py --shape llama-3.2-1b --seq-len 2048 --rows 8      # on a GPU
 
 Contenders, on the same weights and conversations: ours; naive torch (transformers with `inputs_embeds`, an example a
@@ -30,11 +30,9 @@ import torch_peers
 import tyro
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.encode import Example
-from e2p_jax.data.persona_chat.parlai import read_dialogues
 from e2p_jax.data.pipeline import PackedDataset, pack, to_devices
+from e2p_jax.data.prepared import load_records
 from e2p_jax.train import setup
 from e2p_jax.train.step import make_eval_step
 
@@ -83,13 +81,9 @@ class Work:
         return [self.dataset.examples[n] for n in numbers], [self.dataset.vectors[n] for n in numbers]
 
 
-def read_work(inputs: setup.Inputs, path: Path | None, rows: int) -> Work:
+def read_work(inputs: setup.Inputs, path: str, rows: int) -> Work:
     """The first conversations, enough for several batches."""
-    records = (
-        synthetic.records("train")
-        if path is None
-        else [dialogue.record for dialogue in read_dialogues(path, BadRecords())]
-    )
+    records = load_records(path, "train")
     examples = [inputs.encoder.fit(record, ["e2p"]).examples["e2p"] for record in records[: 60 * rows]]
     vectors = np.random.default_rng(0).normal(size=(len(examples), WIDTH)).astype(np.float32)
     dataset = pack(examples, vectors, inputs.encoder)
@@ -147,7 +141,7 @@ def check_losses(
 
 def main(
     shape: models.Shape = "41m",
-    persona_chat: Path | None = None,
+    data: str = "synthetic",
     seq_len: int = 512,
     rows: int = 8,
     turns: int = 16,
@@ -162,7 +156,7 @@ def main(
 
     Args:
       shape: Of the random Llama.
-      persona_chat: A ParlAI file of Persona-Chat; default: generated personas.
+      data: A prepared dataset's directory, a JSON Lines file, or synthetic: generated personas.
       seq_len: T.
       rows: B, of ours and of smart torch.
       turns: Examples a batch of naive torch and PEFT.
@@ -186,7 +180,7 @@ def main(
             train=TrainConfig(rows=rows),
         )
         inputs = setup.read_inputs(config)
-        work = read_work(inputs, persona_chat, rows)
+        work = read_work(inputs, data, rows)
         model = setup.build_model(inputs, work.dataset.vectors)
     values = {name: np.asarray(value) for name, value in model.params["projector"].items()}
     projector = torch_peers.Projector(values).to(device)
