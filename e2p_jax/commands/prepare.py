@@ -23,7 +23,7 @@ def prepare(
       dataset: persona_chat, pens, interactions or dialogue_corpus; or a configuration: persona_chat/self_revised.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
-      options: Options of the dataset to change, as name=value: interactions has candidates, seed and others.
+      options: Options to change, as name=value; docs/data.md lists them, and so does the error for an unknown one.
       on_bad_record: error: a record that breaks its format ends it; skip: it is left out and counted.
       max_bad_share: With skip: a larger share of bad records in a file is an error.
     """

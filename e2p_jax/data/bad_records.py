@@ -18,7 +18,12 @@ class BadRecords:
         Args:
           policy: error: the first bad record is an error; skip: it is left out and counted.
           max_share: skipping more than this share of a file's records is an error.
+
+        Raises:
+          UserError: a share that is not from 0 to 1.
         """
+        if not 0 <= max_share <= 1:
+            raise UserError(f"max_bad_share is {max_share}; it must be from 0 to 1")
         self.policy, self.max_share = policy, max_share
         self.files: dict[str, tuple[int, int]] = {}  # how many were skipped, of how many; a file may be read again
         self.first = ""  # what was wrong with the first one

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import releases
 
+from e2p_jax.cli import main
 from e2p_jax.data import synthetic
 from e2p_jax.data.dialogue_corpus import generate
 from e2p_jax.data.prepare import prepare
@@ -73,6 +75,23 @@ def test_a_killed_run_is_not_in_the_way(manual, tmp_path):
     directory = prepare("persona_chat", manual, tmp_path / "data")
     assert len(load_records(str(directory), "train")) == len(load_records(str(directory), "validation")) == 2
     assert not list((tmp_path / "data").rglob("incomplete*"))
+
+
+def test_flags_reach_the_data_set(tmp_path, capsys):
+    release = releases.pens(tmp_path / "release")
+    with (release / "valid.tsv").open("a") as file:
+        file.write("cut off\n")
+    arguments = ["prepare", "pens", "--manual-dir", str(release), "--data-dir", str(tmp_path / "data")]
+    assert main(arguments) == 1
+    assert "valid.tsv:4: 1 columns, expected 9" in capsys.readouterr().err
+    assert main([*arguments, "--on-bad-record", "skip", "--max-bad-share", "0.2"]) == 1
+    assert "1 of 3 records are bad, more than max_bad_share=0.2" in capsys.readouterr().err
+    more = ["--set", "targets=2", "question=So?", "--on-bad-record", "skip", "--max-bad-share", "0.5"]
+    assert main([*arguments, *more]) == 0
+    out, err = capsys.readouterr()
+    assert "skipped 1 of 18 records as bad" in err
+    train = load_records(out.strip(), "train")
+    assert len(train) == 4 and train[0].messages[0]["content"].startswith("So?\n\n")
 
 
 def test_two_commands_at_once_write_one_data_set(manual, tmp_path):

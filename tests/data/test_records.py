@@ -176,6 +176,12 @@ def test_bad_lines_are_skipped_and_counted_once(tmp_path: Path) -> None:
         records.read_jsonl(path, "train", BadRecords("skip", max_share=0.09))
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(UserError, match=r"max_bad_share is .*; it must be from 0 to 1"):
+        BadRecords("skip", share)
+
+
 def test_written_records_read_back(tmp_path: Path) -> None:
     written = [
         Record("zoë", ("i ❤ tea.",), (USER, REPLY), ("a", "b"), ("c",)),
