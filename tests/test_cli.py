@@ -144,7 +144,20 @@ def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "evaluate", "compare", "drift", "report", "generate", "prepare", "export", "prefixes", "import"],
+    [
+        "train",
+        "evaluate",
+        "compare",
+        "drift",
+        "report",
+        "generate",
+        "prepare",
+        "embed",
+        "data",
+        "export",
+        "prefixes",
+        "import",
+    ],
 )
 def test_help_documents_every_flag(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
