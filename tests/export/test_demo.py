@@ -29,10 +29,9 @@ new MutationObserver(() => window.seen.push([...document.querySelectorAll('.e2p-
 """
 
 
-@pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, temperature=1.0, top_k=50, seed=3)], ids=str)
-def test_the_last_of_a_stream_is_what_generate_says(make_run: Callable, sampling: Sampling):
+def test_the_last_of_a_stream_is_what_generate_says(make_run: Callable):
     """One batch of prompts with and without slots; a token more each time, until all have stopped."""
-    run = make_run("in_chat", 1, "mlp")
+    run, sampling = make_run("in_chat", 1, "mlp"), Sampling(12, temperature=1.0, top_k=50, seed=3)
     asked = [Record(user, (), ({"role": "user", "content": PROMPT},), source=user) for user in USERS]
     vectors = vectors_for(run, USERS, USERS, "e2p")
     seen = list(stream(run, asked, vectors, CONDITIONS, sampling))

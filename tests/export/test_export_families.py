@@ -132,12 +132,12 @@ def nats(exported: Exported, model: Any, side: str) -> list[float]:
 
 
 def test_nll_of_every_example_is_the_same(exported: Exported):
-    lines = evaluate(exported.run, spoken(), "all", ["e2p"]).per_example().splitlines()
-    ours = [json.loads(line)["nll"] for line in lines]
+    lines = evaluate(exported.run, spoken(), "all", ["e2p", "none"]).per_example().splitlines()
+    nll = [json.loads(line)["nll"] for line in lines]
+    ours, without = nll[:3], nll[3:]
     for side in ("left", "right"):
         assert nats(exported, exported.model, side) == pytest.approx(ours, rel=1e-4), side
-    lines = evaluate(exported.run, spoken(), "all", ["none"]).per_example().splitlines()
-    assert ours != pytest.approx([json.loads(line)["nll"] for line in lines], rel=1e-3)
+    assert ours != pytest.approx(without, rel=1e-3)
 
 
 def test_answers_are_the_same(exported: Exported):
@@ -186,9 +186,9 @@ def test_checkpointed_gradients_are_the_same(exported: Exported):
     torch.testing.assert_close(saved, plain)
 
 
-@pytest.mark.parametrize("include_backbone", [True, False])
-def test_imported_back_it_is_the_same(exported: Exported, tmp_path: Path, include_backbone: bool):
+def test_imported_back_it_is_the_same(exported: Exported, tmp_path: Path):
     """The backbone's tensors get back the names that they had (GPT-2's without a head), and so its fingerprint."""
+    include_backbone = exported.run.inputs.encoder.num_tokens > 1  # GPT-2's and half of the others
     export_transformers(exported.run, tmp_path / "out", include_backbone)
     import_transformers(tmp_path / "out", tmp_path / "run")
     again, run = open_run(tmp_path / "run"), exported.run
