@@ -225,8 +225,8 @@ def test_mesh_fields_are_the_axes() -> None:
 
 
 @pytest.mark.parametrize("name", ["persona_chat", "pens", "interactions"])
-def test_dataset_configs_take_a_file_of_ones_own(tmp_path: Path, tiny_backbone: Path, name: str) -> None:
-    """With nothing but a backbone, a JSON Lines file without splits, and a table."""
+def test_dataset_configs_take_a_file_of_ones_own(tmp_path: Path, name: str) -> None:
+    """With nothing but a JSON Lines file without splits, and a table."""
     import numpy as np
 
     from e2p_jax.data import synthetic
@@ -240,6 +240,5 @@ def test_dataset_configs_take_a_file_of_ones_own(tmp_path: Path, tiny_backbone: 
     save_table(tmp_path / "table", [f"user-{user}" for user in range(60)], vectors, name="own", version="1")
     _, config = config_lib.load_config(name)
     data = dataclasses.replace(config.data, path=str(tmp_path / "own.jsonl"), embeddings=str(tmp_path / "table"))
-    backbone = dataclasses.replace(config.backbone, path=str(tiny_backbone))
-    read = read_data(read_inputs(dataclasses.replace(config, data=data, backbone=backbone)))
+    read = read_data(read_inputs(dataclasses.replace(config, data=data)))
     assert len(read.train.examples) > 50 and "validation" in read.held_out
