@@ -92,7 +92,7 @@ def test_a_damaged_file_gives_correct_records_or_says_where(tmp_path, monkeypatc
     assert records and all(assert_correct(record) is None for record in records)
 
     @given(damages(whole))
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     def damaged(content: bytes) -> None:
         (manual / file).write_bytes(content)
         for policy in ("error", "skip"):
