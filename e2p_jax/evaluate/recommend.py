@@ -35,7 +35,7 @@ def recommender_ranks(path: str, records: Sequence[Record], table: UserTable | N
     asked = [[number[title] for title in record.candidates] for record in records]
     users = [record.user_id for record in records]
     popularity = np.bincount(known.items, minlength=len(known.titles)).astype(float)
-    scores = {"popularity": [popularity[items] for items in asked], "item-kNN": _neighbours(known, users, asked)}
+    scores = {"popularity": [popularity[items] for items in asked], "item-kNN": neighbour_scores(known, users, asked)}
     if table is not None:
         scores["vectors"] = _dot_products(known, users, asked, table)
     widest = max(map(len, asked))
@@ -45,7 +45,8 @@ def recommender_ranks(path: str, records: Sequence[Record], table: UserTable | N
     }
 
 
-def _neighbours(known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def neighbour_scores(known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Item-kNN: for each user, the score of each of the items that are asked for."""
     import scipy.sparse
 
     shape = (len(known.user_ids), len(known.titles))
