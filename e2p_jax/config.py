@@ -127,9 +127,6 @@ class TrainConfig:
     null_user_rate: float = 0.0
     """Share of training conversations whose user vector gives way to the null user's, a learned vector that then
     stands for users who have none; 0 learns no null user."""
-    contrast: float = 0.0
-    """Weight of the contrast term: -log of how surely a conversation's likelihood tells its user from another one of
-    the batch; twice the time a step."""
     clip_norm: float = 1.0
     """Global norm of the trainable gradient."""
     seed: int = 0
@@ -216,11 +213,6 @@ class Config:
             (self.projector.num_tokens > 0, "projector.num_tokens must be positive"),
             (self.projector.hidden_size > 0, "projector.hidden_size must be positive"),
             (self.projector.noise >= 0, "projector.noise must not be negative"),
-            (self.train.contrast >= 0, "train.contrast must not be negative"),
-            (
-                not self.train.contrast or self.data.condition in ("e2p", "e2p+text"),
-                "train.contrast needs users to tell apart: data.condition must be e2p or e2p+text",
-            ),
             (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
             ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
             (_is_date(self.data.template_date), "data.template_date must be a date like 2024-07-26"),

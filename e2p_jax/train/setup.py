@@ -209,7 +209,7 @@ def initial_state(model: Model, config: TrainConfig) -> tuple[TrainState, PyTree
 def jit_train_step(model: Model, config: TrainConfig, max_traces: int | None = None) -> Callable[..., Any]:
     """(state, frozen, batch) -> (state, metrics), the state donated; more than `max_traces` traces are an error."""
     optimizer, rate = make_optimizer(config, model.mask), schedule(config)
-    step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation, config.contrast)
+    step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation)
     return jax.jit(chex.assert_max_traces(step, n=max_traces) if max_traces else step, donate_argnums=0)
 
 

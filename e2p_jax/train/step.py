@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from e2p_jax.prefix.model import Batch, PrefixModel
+from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import join
 
 PyTree = Any
@@ -38,35 +38,31 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulation: int,
-    contrast: float = 0.0,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics).
 
     The loss is the mean over the batch's targets, whatever micro-batch they fall in: `accumulation` micro-batches
-    give the gradient of one large batch. `contrast` times `confusion` is added to what is differentiated, not to what
-    is reported.
+    give the gradient of one large batch.
     """
 
-    def objective(trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def summed_nll(trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
         model = nnx.merge(graph, join(trainable, frozen, mask))
-        nll = model.target_nll(batch, key)
-        total = jnp.sum(nll)
-        return total + contrast * confusion(model, batch, nll, key) if contrast else total, total
+        return jnp.sum(model.target_nll(batch, key))
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         targets = jnp.maximum(jnp.sum(batch["target_weights"]), 1.0)
-        gradient = jax.value_and_grad(objective, has_aux=True)
+        gradient = jax.value_and_grad(summed_nll)
         if accumulation == 1:
-            (_, nll), grads = gradient(state.trainable, frozen, batch, key)
+            nll, grads = gradient(state.trainable, frozen, batch, key)
         else:
             # Strided micro-batches: each keeps a share of every device's rows.
             micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
 
             def add(total: PyTree, inputs: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
                 index, rows = inputs
-                (_, nll), grads = gradient(state.trainable, frozen, rows, jax.random.fold_in(key, index))
-                return jax.tree.map(jnp.add, total, (nll, grads)), None
+                part = gradient(state.trainable, frozen, rows, jax.random.fold_in(key, index))
+                return jax.tree.map(jnp.add, total, part), None
 
             zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
             (nll, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulation), micro))
@@ -86,44 +82,9 @@ def make_eval_step(graph: nnx.GraphDef, mask: PyTree) -> Callable[[PyTree, PyTre
 
     def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
         model = nnx.merge(graph, join(trainable, frozen, mask))
-        return by_segment(model.target_nll(batch), batch)
+        nll = model.target_nll(batch)  # [B, M]
+        segment = jnp.take_along_axis(batch["segment_ids"], batch["target_positions"], axis=1) - 1
+        members = segment[:, :, None] == jnp.arange(batch["user_embeddings"].shape[1])[None, None]
+        return jnp.einsum("bm,bms->bs", nll, members.astype(nll.dtype))
 
     return eval_step
-
-
-def by_segment(values: jax.Array, batch: Batch) -> jax.Array:
-    """[B, M] per target -> [B, S], summed over each segment's."""
-    segment = jnp.take_along_axis(batch["segment_ids"], batch["target_positions"], axis=1) - 1
-    members = segment[:, :, None] == jnp.arange(batch["user_embeddings"].shape[1])[None, None]
-    return jnp.einsum("bm,bms->bs", values, members.astype(values.dtype))
-
-
-def confusion(model: PrefixModel, batch: Batch, nll: jax.Array, key: jax.Array) -> jax.Array:
-    """Sum over segments of -log P(the segment's user, rather than the batch's next one | what was said).
-
-    With both users as likely beforehand that is softplus of the log-likelihood ratio of the other to the own vector.
-
-    Args:
-      nll: [B, M] with the own vectors.
-      key: of the dropout that gave `nll`; the other vectors get the same.
-    """
-    other = batch | {"user_embeddings": next_users(batch)}
-    ratio = by_segment(nll - model.target_nll(other, key), batch)
-    return jnp.sum(jnp.where(_occupied(batch), jax.nn.softplus(ratio), 0.0))
-
-
-def _occupied(batch: Batch) -> jax.Array:
-    """[B, S] bool: there is such a segment."""
-    segments = jnp.arange(batch["user_embeddings"].shape[1]) + 1
-    return jnp.max(batch["segment_ids"], axis=1, keepdims=True) >= segments[None]
-
-
-def next_users(batch: Batch) -> jax.Array:
-    """[B, S, E]: every segment gets the vector of the next one, the last of the batch that of the first."""
-    vectors, occupied = batch["user_embeddings"], _occupied(batch).reshape(-1)
-    flat = vectors.reshape(len(occupied), -1)
-    order = jnp.argsort(~occupied, stable=True)  # the occupied ones, in order, then the others
-    place = jnp.arange(len(order))
-    count = jnp.maximum(jnp.sum(occupied), 1)
-    following = order[jnp.where(place < count, (place + 1) % count, place)]
-    return jnp.zeros_like(flat).at[order].set(flat[following]).reshape(vectors.shape)

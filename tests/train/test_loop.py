@@ -246,7 +246,6 @@ def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path
         {"projector": {"dropout": 0.5}},
         {"projector": {"init_scale": 3.0}},
         {"projector": {"noise": 0.5}},
-        {"train": {"contrast": 1.0}},
         {"projector": {"hidden_size": 8}},
         {"prefix": {"placement": "after_bos"}},
         {"prefix": {"placement": "in_chat"}},

@@ -18,17 +18,9 @@ from e2p_jax.config import TrainConfig
 from e2p_jax.parallel.mesh import param_sharding, row_sharding
 from e2p_jax.prefix.model import Batch, PrefixModel
 from e2p_jax.train.optimizer import make_optimizer
-from e2p_jax.train.partition import join, path_name, split, trainable_mask
+from e2p_jax.train.partition import path_name, split, trainable_mask
 from e2p_jax.train.setup import Model, initial_state
-from e2p_jax.train.step import (
-    Metrics,
-    TrainState,
-    by_segment,
-    confusion,
-    make_eval_step,
-    make_train_step,
-    next_users,
-)
+from e2p_jax.train.step import Metrics, TrainState, make_eval_step, make_train_step
 
 EVERYTHING = ("projector/**", "backbone/**")
 ROWS, LENGTH, TARGETS, VOCABULARY = 8, 128, 48, SIZES["vocab_size"]
@@ -59,8 +51,7 @@ def prepare(
     )
     model = Model(mesh, graph, params, trainable_mask(whole, trainable), "random")
     optimizer = make_optimizer(config, model.mask)
-    rate = optax.constant_schedule(1e-2)
-    step = make_train_step(graph, model.mask, optimizer, rate, accumulation, config.contrast)
+    step = make_train_step(graph, model.mask, optimizer, optax.constant_schedule(1e-2), accumulation)
     return Setting(model, *initial_state(model, config), step)
 
 
@@ -216,42 +207,6 @@ def test_frozen_weights_have_no_gradient_in_the_step() -> None:
     frozen, trained = (compiled(prepare(trainable=t)).as_text() for t in (("projector/**",), EVERYTHING))
     assert not dots.search(frozen)
     assert dots.search(trained)
-
-
-def test_contrast_is_how_surely_users_are_told_apart() -> None:
-    """Against the probability from each segment scored with its own and with the next one's vector."""
-    setting = prepare()
-    batch = {**batches(1)[0], **{name: np.array(value) for name, value in batches(1)[0].items()}}
-    batch["segment_ids"][2][batch["segment_ids"][2] == 3] = 0  # a row of two segments: the third vector is no user's
-    gone = np.take_along_axis(batch["segment_ids"], batch["target_positions"], axis=1) == 0
-    batch["target_weights"][gone] = 0
-    model: PrefixModel = nnx.merge(setting.model.graph, setting.model.params)
-    places = [(row, s) for row in range(ROWS) for s in range(3) if (row, s) != (2, 2)]
-    other = np.zeros_like(batch["user_embeddings"])
-    for (row, s), (next_row, next_s) in zip(places, [*places[1:], places[0]], strict=True):
-        other[row, s] = batch["user_embeddings"][next_row, next_s]
-    shifted = np.asarray(next_users(batch))
-    assert all((shifted[place] == other[place]).all() for place in places)
-    own, strange = (
-        np.asarray(by_segment(model.target_nll(b), b)) for b in (batch, {**batch, "user_embeddings": other})
-    )
-    expected = sum(-np.log(1 / (1 + np.exp(own[place] - strange[place]))) for place in places)
-    found = confusion(model, batch, model.target_nll(batch), jax.random.key(0))
-    assert float(found) == pytest.approx(expected, rel=1e-4)
-
-
-def test_contrast_teaches_users_apart_and_is_not_reported() -> None:
-    """It lowers the confusion of its batch faster than likelihood alone does; the loss shown is likelihood."""
-    (batch,) = batches(1)
-
-    def after(contrast: float) -> tuple[float, float]:
-        setting = prepare(contrast=contrast)
-        state, log = run(setting, [batch] * 6)
-        model = nnx.merge(setting.model.graph, join(state.trainable, setting.frozen, setting.model.mask))
-        return float(confusion(model, batch, model.target_nll(batch), jax.random.key(0))), float(log[0].loss)
-
-    (without, plain), (with_it, reported) = after(0.0), after(20.0)
-    assert with_it < without - 1 and reported == pytest.approx(plain, rel=1e-5)
 
 
 def test_eval_step_sums_by_segment() -> None:
