@@ -148,6 +148,7 @@ def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
         "train",
         "evaluate",
         "compare",
+        "convert",
         "drift",
         "report",
         "generate",

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
+from helpers import load_backbone
 
 from e2p_jax.backbone.convert import convert
+from e2p_jax.backbone.quantize import full
 from e2p_jax.data.prepared import load_records
 from e2p_jax.evaluate.table import evaluate
+from e2p_jax.export.backbone import export_backbone
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.peft import export_peft
 from e2p_jax.export.transformers import export_transformers
@@ -76,6 +80,11 @@ def test_a_quantised_run_exports_the_weights_as_published(runs: tuple[Run, Run],
     assert all(our_files[name].tobytes() == tensor.tobytes() for name, tensor in exact_files.items())
     cards = [(tmp_path / out / "README.md").read_text() for out in ("exact", "quantised")]
     assert "matrices in nf4" in cards[1] and "quantisation" not in cards[0]
+
+    export_backbone(run, tmp_path / "rounded", "float32")  # what a trained adapter would have stood beside
+    computed = full(run.model.params["backbone"]["layers"])
+    for name, value in nnx.to_pure_dict(nnx.state(load_backbone(tmp_path / "rounded").layers)).items():
+        np.testing.assert_array_equal(value, computed[name])
 
 
 def test_the_way_back(runs: tuple[Run, Run], tmp_path: Path) -> None:
