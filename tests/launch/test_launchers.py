@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,3 +100,31 @@ def test_sbatch_starts_a_process_a_task_and_gives_errors_on(
     assert done.returncode == 1, log.read_text()
     assert f"(host {os.uname().nodename}): " in log.read_text() and "nowhere.jsonl" in log.read_text()
     assert "restart" not in log.read_text()
+
+
+@pytest.mark.parametrize(("restarts", "ends"), [("1", ["75", "0"]), ("0", ["75"])])
+def test_sbatch_requeues_a_preempted_job(
+    slurm: None, environment: pytest.MonkeyPatch, tmp_path: Path, restarts: str, ends: list[str]
+) -> None:
+    """By scontrol, as often as it was told to; Slurm would let the job wait for two minutes, this test does not."""
+    (tmp_path / "program").write_text(
+        f"code=$((SLURM_RESTART_COUNT ? 0 : 75)); echo $code >> {tmp_path}/ends.$SLURM_PROCID; exit $code\n"
+    )
+    environment.setenv("E2P", "bash")
+    command = ["sbatch", "--parsable", "--ntasks", "2", "--output", tmp_path / "log", LAUNCH / "slurm.sbatch"]
+    arguments = ["--restarts", restarts, "--", tmp_path / "program"]
+    done = subprocess.run([*command, *arguments], cwd=LAUNCH.parent, capture_output=True, text=True, check=True)
+    job, deadline = done.stdout.strip(), time.monotonic() + TIMEOUT
+    while "JobState=COMPLETED" not in (state := _show(job)) and "JobState=FAILED" not in state:
+        assert time.monotonic() < deadline, state
+        if "Reason=BeginTime" in state:
+            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False, capture_output=True)
+        time.sleep(0.5)
+    assert ("JobState=COMPLETED" in state) == (restarts == "1")
+    for process in range(2):
+        assert (tmp_path / f"ends.{process}").read_text().split() == ends
+    assert ("exit code 75; restart 1 of 1" in (tmp_path / "log").read_text()) == (restarts == "1")
+
+
+def _show(job: str) -> str:
+    return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
