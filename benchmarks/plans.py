@@ -25,10 +25,8 @@ def size(nbytes: float) -> str:
 
 
 def shipped() -> None:
-    print(
-        "| config | pod | mesh | rows | step | arguments | temporary | peak, of | TFLOP | memory traffic | "
-        "collectives: received | best step |\n|" + "---|" * 12
-    )
+    head = "config, pod, mesh, rows, step, arguments, temporary, peak, TFLOP, traffic, received, best step"
+    print(f"| {head.replace(', ', ' | ')} |\n|" + "---|" * 12)
     for config, topology in SHIPPED:
         values = plan(config, topology, "--no-suggest")
         mesh = " ".join(f"{axis}={n}" for axis, n in values["mesh"].items() if n > 1)
@@ -37,7 +35,7 @@ def shipped() -> None:
             longest = max(step["seconds"], key=lambda part: step["seconds"][part])
             print(
                 f"| {config} | {topology} | {mesh} | {values['rows']} | {name} | {size(step['arguments'])} | "
-                f"{size(step['temporary'])} | {size(step['peak'])}, {size(values['device_memory'])} | "
+                f"{size(step['temporary'])} | {size(step['peak'])} of {size(values['device_memory'])} | "
                 f"{step['flops'] / 1e12:.1f} | {size(step['traffic'])} | {size(step['collective_bytes'])} | "
                 f"{1000 * seconds:,.0f} ms ({longest}) |",
                 flush=True,
