@@ -42,8 +42,9 @@ class Chip:
 
 
 _ROW_TRIALS = 4
-# What libtpu would ask a metadata server for, and complain about.
+# What libtpu would ask a metadata server for, and complain about; and that no other process can hold a TPU.
 _NO_MACHINE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -96,7 +97,7 @@ def find_topology(name: str) -> Topology:
                 f"--topology {name}: libtpu is not installed, and compiles for TPUs; pip install 'e2p-jax[tpu]' into "
                 "an environment (no TPU is needed), or plan for cpu:N"
             ) from error
-        raise UserError(f"--topology {name}: libtpu knows no such grid ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--topology {name}: libtpu does not give it: {str(error).splitlines()[0]}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,10 @@ def train(config: Config, run: Path) -> Path:
         command trains in `run`.
       Preempted: SIGTERM came; the run is saved.
     """
+    if run.parts[:1] and run.parts[0].endswith(":"):  # what is left of gs:// in a path
+        raise UserError(
+            f"--workdir {run}: runs are files in directories; mount the bucket on every host, name the mount"
+        )
     chex.clear_trace_counter()  # it counts by call site: a second run in this process traces its own steps
     inputs = read_inputs(config)
     data = read_data(inputs)

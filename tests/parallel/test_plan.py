@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -209,11 +208,9 @@ def test_without_libtpu_the_remedy_is_named() -> None:
 @pytest.mark.parametrize(("topology", "axes"), [("v5e:2x2", (1, 4)), ("v5p:2x2x1", (2, 2)), ("v6e:2x2", (4, 1))])
 def test_tpu(config: Config, shapes: Path, topology: str, axes: tuple[int, int]) -> None:
     """Splash attention stands in both compiled steps: forward alone, and with its two backward kernels."""
-    values: dict[str, Any] = json.loads((shapes / "config.json").read_text())
-    decoder = dataclasses.replace(read_config(shapes), head_dim=128)
-    assert values["num_key_value_heads"] == 1
-    config = dataclasses.replace(config, mesh=MeshConfig(*axes))
-    plan = planning.make_plan(config, decoder, find_topology(topology), SHAPE)
+    decoder = dataclasses.replace(read_config(shapes), head_dim=128)  # of a width that the kernel takes
+    plan = planning.make_plan(
+        dataclasses.replace(config, mesh=MeshConfig(*axes)), decoder, find_topology(topology), SHAPE
+    )
     assert plan.steps["evaluate"].kernels >= 1 and plan.steps["train"].kernels >= 3
-    gathers = plan.steps["train"].collectives.get("all-gather", (0, 0)), plan.steps["train"].collectives
-    assert plan.fits and (plan.steps["train"].received > 0), gathers
+    assert plan.fits and plan.steps["train"].received > 0

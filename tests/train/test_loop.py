@@ -382,3 +382,8 @@ def test_resuming_on_other_data_is_refused(config: Config, tmp_path: Path, what:
         (tmp_path / "records.jsonl").write_text(text.replace("good", "bad"))
     with pytest.raises(UserError, match=r"run: its position is one in other training data: .* since step 6; restore"):
         train(config, run)
+
+
+def test_a_bucket_is_not_taken_for_a_directory(config: Config):
+    with pytest.raises(UserError, match=r"--workdir gs:/bucket/run: .*mount the bucket on every host"):
+        train(config, Path("gs://bucket/run"))
