@@ -85,7 +85,7 @@ def fill_exactly(lengths: list[int], targets: list[int], budget: Budget) -> list
         while len(row) < budget.segments and 0 < stock.shortest() <= space:
             most = min(3, budget.segments - len(row))
             chosen = stock.filling(space, room, most) if space <= 3 * mean else (stock.longest(space),)
-            if not chosen or sum(map(stock.least_targets, chosen)) > room:
+            if not chosen or stock.targets_of(chosen) > room:
                 break
             for length in chosen:
                 row.append(stock.take(length))
@@ -113,8 +113,13 @@ class _Stock:
             self._mirrored ^= 1 << (self._top - length)
         return number
 
-    def least_targets(self, length: int) -> int:
-        return self.targets[self._by_length[length][-1]]
+    def targets_of(self, chosen: tuple[int, ...]) -> int:
+        """Targets of the examples that `take` would give for these lengths."""
+        return sum(
+            self.targets[number]
+            for length in set(chosen)
+            for number in self._by_length[length][-chosen.count(length) :]
+        )
 
     def longest(self, space: int) -> int:
         return (self.present & ((1 << (space + 1)) - 1)).bit_length() - 1
@@ -127,7 +132,7 @@ class _Stock:
         for total in range(space, self.shortest() - 1, -1):
             for count in range(1, most + 1):
                 chosen = self._summing(total, count)
-                if chosen and sum(map(self.least_targets, chosen)) <= room:
+                if chosen and self.targets_of(chosen) <= room:
                     return chosen
         return None
 

@@ -28,7 +28,7 @@ from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.files import user_cache
 
-_LAYOUT = 1  # of a cache directory
+_LAYOUT = 2  # of a cache directory
 _META = "meta.json"
 
 

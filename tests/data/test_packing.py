@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example as example_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ def examples_of(sizes: list[tuple[int, int]]) -> Examples:
 SIZES = st.lists(st.tuples(st.integers(2, 128), st.integers(1, 40)), min_size=1, max_size=80)
 
 
+@example_of(sizes=[(16, 1), (16, 1), (16, 2), (44, 37)], segments=4, most=40)  # equal lengths, unequal targets
 @given(sizes=SIZES, segments=st.integers(1, 8), most=st.integers(40, 128))
 def test_every_example_in_one_row_and_no_budget_exceeded(
     sizes: list[tuple[int, int]], segments: int, most: int
