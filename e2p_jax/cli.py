@@ -35,6 +35,8 @@ def set_environment(command: str) -> None:
     if command == "plan":  # jax must not look for TPUs that are not here
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # What is compiled for absent devices is written to the cache, but cannot be read from it.
+        os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     # What was compiled once is loaded from then on; a variable that is set, even to nothing, holds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

@@ -69,6 +69,13 @@ def test_the_planned_step_is_the_one_that_runs(config: Config, shapes: Path, pla
     assert 0 <= plan.steps["train"].arguments - local - rows < 1024  # the key, and a table of pointers
 
 
+@pytest.fixture(autouse=True)
+def kept_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command turns the compilation cache off in its environment; not in that of later tests."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     code = main(["plan", *arguments])
     said = capsys.readouterr()
@@ -205,6 +212,7 @@ def test_without_libtpu_the_remedy_is_named() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'e2p-jax[tpu]'")
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # which the command turns off
 @pytest.mark.parametrize(("topology", "axes"), [("v5e:2x2", (1, 4)), ("v5p:2x2x1", (2, 2)), ("v6e:2x2", (4, 1))])
 def test_tpu(config: Config, shapes: Path, topology: str, axes: tuple[int, int]) -> None:
     """Splash attention stands in both compiled steps: forward alone, and with its two backward kernels."""
