@@ -132,6 +132,7 @@ def test_what_does_not_fit_ends_with_1(
     ],
 )
 def test_topologies_that_are_not_understood(topology: str, message: str) -> None:
+    assert jax.device_count() == 4  # jax has started
     with pytest.raises(UserError, match=message):
         find_topology(topology)
 
