@@ -127,7 +127,7 @@ def test_two_processes_are_started_again_and_end_alike(
     """
     steps, random = longer.train.steps, np.random.default_rng(0)
     if KILLS > 1:
-        steps = 150 * KILLS
+        steps = 300 * KILLS
         more = {"steps": steps, "eval_every": steps // 2, "checkpoint_every": 50, "log_every": 10}
         settings = dataclasses.replace(longer.train, **more)
         longer = dataclasses.replace(longer, train=settings)
@@ -153,6 +153,7 @@ def test_two_processes_are_started_again_and_end_alike(
         for number in range(2, KILLS + 2):
             if number > 2:  # from the first import to some way into the steps
                 time.sleep(random.uniform(0.5, 1.5 * start))
+            assert launcher.poll() is None, f"ended before kill {number - 1}: {log.read_text()}"
             killed = time.monotonic()
             os.kill(worker(int(random.integers(-2, 0))), signal.SIGKILL)
             wait_for_log(f"restart {number} of {KILLS + 1}")
