@@ -227,7 +227,8 @@ def test_bad_backbones_are_one_line(
     shutil.copytree(tiny_backbone, other)
     config = json.loads((other / "config.json").read_text()) | {"vocab_size": 100}
     (other / "config.json").write_text(json.dumps(config))
-    for backbone, word in ((cut, "truncated"), (other, "vocab_size 100"), (tmp_path / "nowhere", "no such directory")):
+    nowhere = tmp_path / "nowhere"
+    for backbone, word in ((cut, "damaged safetensors"), (other, "vocab_size 100"), (nowhere, "no such directory")):
         assert main(train_arguments(place, backbone, tmp_path / "run")) == 1
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and word in message and str(backbone) in message, message

@@ -35,6 +35,8 @@ def fill(directory: Path, left: int) -> None:
     (directory / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
 
 
+# Of a save that failed, tensorstore's threads still report to an event loop that Orbax has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_last_good_checkpoint_stays_readable(config: Config, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, settings = disk / "run", dataclasses.replace(config.train, steps=6, eval_every=6)
     config = dataclasses.replace(config, train=settings)
