@@ -1,10 +1,13 @@
 """Real launchers start two processes of two devices; their loss curves are those of one process of four."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,15 +76,23 @@ def test_mpirun(program: pytest.MonkeyPatch, config: Config, reference: Path, tm
 
 @pytest.fixture
 def slurm(tmp_path: Path, program: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Slurm of one node."""
+    """A Slurm of one node; one at a time on this machine, whichever test process asks."""
     if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "srun")):
         pytest.skip(f"Slurm is {WITHOUT}")
     command = [HERE / "slurm_cluster.sh", tmp_path / "slurm"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as cluster:
-        assert cluster.stdout is not None and cluster.stdout.readline() == "ready\n"
-        program.setenv("SLURM_CONF", str(tmp_path / "slurm" / "slurm.conf"))
-        yield
-        cluster.send_signal(signal.SIGTERM)
+    with (Path(tempfile.gettempdir()) / "e2p_jax_slurm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        ) as cluster:
+            assert cluster.stdout is not None and cluster.stdout.readline() == "ready\n"
+            program.setenv("SLURM_CONF", str(tmp_path / "slurm" / "slurm.conf"))
+            yield
+            cluster.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                cluster.wait(60)
+            if cluster.returncode is None:  # a job step that outlived its test keeps slurmd waiting for ever
+                os.killpg(cluster.pid, signal.SIGKILL)
 
 
 def test_srun(slurm: None, config: Config, reference: Path, tmp_path: Path) -> None:
