@@ -50,6 +50,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "smollm3": {"pad_token_id": 0, "no_rope_layer_interval": 2},
     "gemma2": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0, "sliding_window": 5},
     "gemma3_text": {"sliding_window": 5, "sliding_window_pattern": 2},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 256},
 }
 
@@ -62,7 +64,8 @@ def hf_config(family: str = "llama", **changes: Any) -> transformers.PreTrainedC
 
 def hf_model(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Module:
     """The transformers model in float32, its weights large enough that no part of it goes unnoticed."""
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **eager).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,9 +67,9 @@ class Checkpoint:
         self.parts = parts(config, shapes, left_out(config, present))
         wanted: dict[str, tuple[int, ...]] = {}
         for path, part in self.parts.items():  # of the parameters in one tensor, the last one ends it
-            shape = shapes[path][part.layers > 0 :]
+            shape = shapes[path][len(part.stack) :]
             shape = (part.start + shape[0], *shape[1:])
-            wanted |= dict.fromkeys(part.names(), shape[::-1] if part.transposed else shape)
+            wanted |= dict.fromkeys(part.names().values(), shape[::-1] if part.transposed else shape)
         # A tied head may be saved as well; rotary tables and GPT-2's causal masks are buffers of old exports.
         ignored = {"lm_head.weight"} if config.tie_head else set()
         buffers = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -92,19 +93,22 @@ class Checkpoint:
     def dtype(self, path: str) -> jnp.dtype:
         """The narrowest dtype that holds all of a parameter's tensors, once checked."""
         with jax.numpy_dtype_promotion("standard"):
-            return jnp.dtype(jnp.result_type(*{self.tensors[name].dtype for name in self.parts[path].names()}))
+            return jnp.dtype(jnp.result_type(*{self.tensors[n].dtype for n in self.parts[path].names().values()}))
 
     def pieces(self, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Iterator[jax.Array]:
-        """A parameter in order, each layer [1, ...] by itself, in the dtype of the file; once checked.
+        """A parameter in order, each layer [1, ...] by itself, in the dtype of its tensors; once checked.
 
         Only what this host's devices hold is read.
         """
-        part = self.parts[path]
-        for name in part.names():
-            rows = slice(part.start, part.start + shape[1 if part.layers else 0])
-            tensor = self.tensors[name].T[rows] if part.transposed else self.tensors[name][rows]
-            tensor = tensor[None] if part.layers else tensor
-            yield jax.make_array_from_callback(tensor.shape, sharding, functools.partial(_slice, tensor))
+        part, dtype = self.parts[path], self.dtype(path)
+        rows = slice(part.start, part.start + shape[len(part.stack)])
+        names = list(part.names().values())
+        each = len(names) // (part.stack[0] if part.stack else 1)
+        for start in range(0, len(names), each):
+            whole = [self.tensors[name] for name in names[start : start + each]]
+            tensors = [tensor.T[rows] if part.transposed else tensor[rows] for tensor in whole]
+            piece = (1, *shape[1:]) if part.stack else shape
+            yield jax.make_array_from_callback(piece, sharding, functools.partial(_slice, tensors, dtype))
 
     def fingerprint(self) -> str:
         """SHA-256 over every tensor's name, dtype, shape and SHA-256, in name order; independent of sharding.
@@ -122,12 +126,22 @@ class Checkpoint:
         return found
 
 
-def _slice(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    """A copy that begins at a multiple of 64 bytes, which JAX on CPU takes without a further one."""
-    part = tensor[index]
-    buffer = np.empty(part.nbytes + 64, np.uint8)
-    aligned = np.ndarray(part.shape, part.dtype, buffer, -buffer.ctypes.data % 64)
-    aligned[...] = part
+def _slice(tensors: list[np.ndarray], dtype: jnp.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """A copy that begins at a multiple of 64 bytes, which JAX on CPU takes without a further one.
+
+    Args:
+      tensors: one, or the experts of a layer.
+      dtype: of the copy.
+      index: of a tensor, of a layer's [1, ...], or of its experts' [1, X, ...].
+    """
+    inner = tensors[0].ndim
+    outer, within = index[:-inner], index[-inner:]
+    chosen = [tensor[within] for tensor in (tensors[outer[1]] if len(outer) > 1 else tensors)]
+    shape = (*(1, len(chosen))[: len(outer)], *chosen[0].shape)
+    buffer = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    aligned = np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % 64)
+    for place, tensor in zip(aligned.reshape(len(chosen), *chosen[0].shape), chosen, strict=True):
+        place[...] = tensor
     return aligned
 
 
@@ -157,13 +171,14 @@ def _shards(directory: Path) -> list[Path]:
 class Part(NamedTuple):
     """Where a parameter stands in the files: rows of a tensor, all of them unless it holds several parameters."""
 
-    template: str  # `{}` is the layer
-    layers: int  # tensors that make up the parameter; 0 where it is one, unstacked
+    template: str  # `{}` is the layer, a second one the expert
+    stack: tuple[int, ...]  # how many tensors make up the parameter: layers, and experts; empty where it is one
     start: int  # its first row, of the tensor as [out, in]
     transposed: bool  # the tensor is [in, out]
 
-    def names(self) -> list[str]:
-        return [self.template.format(layer) for layer in range(self.layers)] if self.layers else [self.template]
+    def names(self) -> dict[tuple[int, ...], str]:
+        """Place in the stack -> tensor, in order."""
+        return {index: self.template.format(*index) for index in np.ndindex(self.stack)}
 
 
 def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> dict[str, Part]:
@@ -172,10 +187,10 @@ def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], prefix: str
     rows: dict[str, int] = {}
     for path, name in tensor_names(config).items():
         template = name.removeprefix(prefix)
-        stacked = "{}" in template
-        shape, start = shapes[path][stacked:], rows.get(template, 0)
-        transposed = config.transposed and stacked and len(shape) == 2
-        found[path] = Part(template, config.num_layers if stacked else 0, start, transposed)
+        axes = template.count("{}")
+        stack, shape, start = shapes[path][:axes], shapes[path][axes:], rows.get(template, 0)
+        transposed = config.transposed and axes > 0 and len(shape) == 2
+        found[path] = Part(template, stack, start, transposed)
         rows[template] = start + shape[0]
     return found
 

@@ -40,7 +40,7 @@ def convert(directory: Path, out: Path, path: str, revision: str | None) -> None
 def _to_flax(checkpoint: Checkpoint, out: Path, path: str, revision: str | None) -> None:
     decoder = _load(checkpoint.directory)
     checkpoint.check(decoder.config, {name: value.shape for name, value in parameters(decoder).items()})
-    held = {name for part in checkpoint.parts.values() for name in part.names()}
+    held = {name for part in checkpoint.parts.values() for name in part.names().values()}
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in held}
     manifest = {
         "fingerprint": checkpoint.fingerprint(),

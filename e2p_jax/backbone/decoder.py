@@ -1,10 +1,11 @@
 """The frozen LLM: a decoder-only transformer whose layers are one scan over stacked weights.
 
 Axis letters: B rows, T positions, D model width, L layers, H heads, G key-value heads, C head width,
-F feed-forward width, V vocabulary, S cache length. Weights keep the Hugging Face orientation [out, in],
+F feed-forward width, X experts, V vocabulary, S cache length. Weights keep the Hugging Face orientation [out, in],
 so that loading and saving copy bytes.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,8 +70,9 @@ class Layers(nnx.Module):
         (q, k), (o, v) = mimetic(0.7), mimetic(0.22)
         rotations = {"q": q, "k": k, "v": v, "o": o.swapaxes(1, 2)}
         for name, shape in shapes.items():
-            if len(shape) == 2:
-                value = normal(name, 0.02 / (2 * c.num_layers) ** 0.5 if name in ("o", "down") else 0.02)
+            if len(shape) > 1:
+                residual = name in ("o", "down", "expert_down")
+                value = normal(name, 0.02 / (2 * c.num_layers) ** 0.5 if residual else 0.02)
                 value = rotations[name] + value if name in rotations else value
             else:
                 value = jnp.full((c.num_layers, *shape), first_value(c, name), dtype)
@@ -188,15 +190,11 @@ class Decoder(nnx.Module):
             mixed = attend(q, k, v, window=window)
             mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
             x = x + norm(mixed, p, "attention_post_norm", c)
-            h = norm(x, p, "mlp_norm", c)
-            if c.gated:
-                h = ACTIVATIONS[c.activation](linear(h, p, "gate")) * linear(h, p, "up")
-            else:
-                h = ACTIVATIONS[c.activation](linear(h, p, "up"))
-            x = x + norm(linear(h, p, "down"), p, "mlp_post_norm", c)
+            x = x + norm(mlp(norm(x, p, "mlp_norm", c), p, c), p, "mlp_post_norm", c)
             return shard_rows(x), (cached_k, cached_v)
 
-        body = jax.checkpoint(body, policy=None if self.execution.remat else KEPT)
+        # Kept, the products of all experts would stand there for every token.
+        body = jax.checkpoint(body, policy=None if self.execution.remat or c.num_experts else KEPT)
         params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)) | (adapters or {})
         windows = jnp.asarray(c.windows, jnp.int32)
         x, (keys, values) = jax.lax.scan(body, shard_rows(x), (params, windows, layer_ropes, *kv))
@@ -210,6 +208,45 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+def mlp(x: jax.Array, params: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
+    """[B, T, D] -> [B, T, D]: a layer's MLP, gated or plain, or its experts, each of which is one.
+
+    Every expert works on all tokens, and the router's weights, 0 but for a token's own experts, choose among what
+    they say: X / `experts_per_token` times the products that are needed. `jax.lax.ragged_dot`, which needs no more,
+    is a kernel on TPU alone; elsewhere it multiplies all sorted tokens by all experts, as often again, and lays them
+    out in memory X times.
+    """
+    if config.num_experts:
+        one = dataclasses.replace(config, num_experts=0)
+        weights = jnp.moveaxis(route(x, params, config), -1, 0)  # [X, B, T] float32
+        own = {n.removeprefix("expert_"): value for n, value in params.items() if n.startswith("expert_")}
+
+        # Worked out again one by one, when the backward pass works out the layer again.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def add(total: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
+            expert, weight = inputs
+            return total + mlp(x, expert, one).astype(jnp.float32) * weight[..., None], None
+
+        total, _ = jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (own, weights))
+        return total.astype(x.dtype)
+    activate = ACTIVATIONS[config.activation]
+    h = linear(x, params, "up")
+    h = activate(linear(x, params, "gate")) * h if config.gated else activate(h)
+    return linear(h, params, "down")
+
+
+def route(x: jax.Array, params: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
+    """[B, T, D] -> [B, T, X] float32: softmax over all experts, 0 but for each token's largest.
+
+    Computed in float32, the scores from the products on, where transformers rounds them first.
+    """
+    scores = jnp.einsum("...i,xi->...x", x, params["router"].astype(x.dtype), preferred_element_type=jnp.float32)
+    largest, chosen = jax.lax.top_k(jax.nn.softmax(scores), config.experts_per_token)
+    if config.normalise_topk:
+        largest = largest / jnp.sum(largest, axis=-1, keepdims=True)
+    return jnp.sum(largest[..., None] * jax.nn.one_hot(chosen, config.num_experts, dtype=jnp.float32), axis=-2)
 
 
 def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:

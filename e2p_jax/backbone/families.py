@@ -154,6 +154,32 @@ def _phi3_off(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _experts(reader: _Reader, count: int, normalise: bool) -> dict[str, Any]:
+    chosen = int(reader.take("num_experts_per_tok"))
+    if not 1 <= chosen <= count:
+        raise UserError(f"{reader.source}: num_experts_per_tok={chosen} of {count} experts (num_local_experts)")
+    return {"num_experts": count, "experts_per_token": chosen, "normalise_topk": normalise}
+
+
+def _mixtral_experts(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    reader.require("router_jitter_noise", (0, 0.0), 0.0)
+    return _experts(reader, int(reader.take("num_local_experts")), normalise=True)
+
+
+def _qwen_experts(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """In every layer. Published configs say `num_experts`, transformers 5 writes `num_local_experts`."""
+    step, dense = reader.take("decoder_sparse_step"), reader.take("mlp_only_layers", [])
+    if step != 1 or dense:
+        raise UserError(
+            f"{reader.source}: decoder_sparse_step={step} and mlp_only_layers={dense} put dense layers among those with "
+            "experts; the decoder, one scan over like layers, needs 1 and []"
+        )
+    count = int(reader.take("num_local_experts", reader.take("num_experts", 128)))
+    reader.require("num_experts", (count,), count)
+    read = _experts(reader, count, bool(reader.take("norm_topk_prob", False)))
+    return read | {"intermediate_size": int(reader.take("moe_intermediate_size"))}
+
+
 def _query_scalar(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"attention_scale": float(reader.take("query_pre_attn_scalar")) ** -0.5}
 
@@ -296,6 +322,11 @@ def _late_windows(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return _layer_windows(reader, fields, window, [bool(window) and i >= first for i in range(layers)])
 
 
+def _all_windows(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-MoE: all layers have the window, if there is one."""
+    return {"windows": (_switched_window(reader),) * fields["num_layers"]}
+
+
 def _nope_windows(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """SmolLM3: the layers without positions are those with a window, if there is one."""
     window = _switched_window(reader)
@@ -326,6 +357,8 @@ class Family:
 _GEMMA = {"norm": "rms_one_plus"}
 _SANDWICH = {"post_norms": True, "naming": "sandwich"}
 _GEMMA_ABSENT = {"tie_word_embeddings": True, "head_dim": 256}
+# Training's: the loss that balances experts.
+_ROUTER = frozenset({"router_aux_loss_coef", "output_router_logits"})
 _QWEN_ABSENT = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: dict[str, Family] = {
@@ -338,6 +371,19 @@ FAMILIES: dict[str, Family] = {
         (_sizes, _hidden_act, _rope, _late_windows, _attention_bias),
         {"qk_norm": "head"},
         _QWEN_ABSENT | {"head_dim": 128},
+    ),
+    "mixtral": Family(
+        (_sizes, _hidden_act, functools.partial(_rope, theta=1_000_000.0), _one_window, _mixtral_experts),
+        {"naming": "mixtral"},
+        {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+        _ROUTER,
+    ),
+    "qwen3_moe": Family(
+        (_sizes, _hidden_act, _rope, _all_windows, _attention_bias, _qwen_experts),
+        {"qk_norm": "head", "naming": "qwen3_moe"},
+        {"num_key_value_heads": 4, "sliding_window": 4096}
+        | {"decoder_sparse_step": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        _ROUTER | {"intermediate_size", "max_window_layers"},  # of dense layers; what transformers does not read here
     ),
     "phi3": Family(
         (_sizes, _hidden_act, _phi3_rope, _one_window, _phi3_off),
@@ -391,14 +437,11 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_EXPERTS = "a mixture of experts, which the decoder has not; docs/backbones.md says what it would take"
 # Families that one might expect here.
 _REFUSED = {
     "gemma3": "it reads images as well; docs/backbones.md says how to save its language model apart",
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
-    "phimoe": _EXPERTS,
+    "qwen2_moe": "it has an expert that all tokens share, which the decoder has not",
+    "phimoe": "it has its own way to choose experts, which the decoder has not",
 }
 
 

@@ -42,13 +42,18 @@ class DecoderConfig:
     """Norm of queries and keys: none, over each head, or over all heads together."""
     gated: bool = True
     """The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
+    num_experts: int = 0
+    """Gated MLPs of `intermediate_size` in place of each layer's own; 0 is none."""
+    experts_per_token: int = 0
+    normalise_topk: bool = False
+    """The weights of a token's experts are divided by their sum."""
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     """Soft caps, cap * tanh(x / cap), of attention scores and logits; 0 is none."""
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    naming: Literal["llama", "sandwich", "fused", "gpt2"] = "llama"
+    naming: Literal["llama", "sandwich", "fused", "gpt2", "mixtral", "qwen3_moe"] = "llama"
     """Which table of tensor names."""
     transposed: bool = False
     """Layer matrices are stored [in, out], as GPT-2's Conv1D keeps them."""
@@ -68,13 +73,17 @@ PLAIN = Execution()
 
 
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Parameters of one layer -> shape: matrices [out, in], norms and biases [out]."""
+    """Parameters of one layer -> shape: matrices [out, in], those of experts [X, out, in], norms and biases [out]."""
     c = config
     width, q, kv, hidden = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"q": (q, width), "k": (kv, width), "v": (kv, width), "o": (width, q)}
-    if c.gated:
-        shapes["gate"] = (hidden, width)
-    shapes |= {"up": (hidden, width), "down": (width, hidden)}
+    mlp = {"gate": (hidden, width)} if c.gated else {}
+    mlp |= {"up": (hidden, width), "down": (width, hidden)}
+    if c.num_experts:
+        shapes["router"] = (c.num_experts, width)
+        shapes |= {f"expert_{name}": (c.num_experts, *shape) for name, shape in mlp.items()}
+    else:
+        shapes |= mlp
     for names, biased in [(("q", "k", "v"), c.qkv_bias), (("o",), c.output_bias), (("gate", "up", "down"), c.mlp_bias)]:
         if biased:
             shapes |= {f"{name}_bias": shapes[name][:1] for name in names if name in shapes}
@@ -113,6 +122,15 @@ _NAMES: dict[str, dict[str, str]] = {
     "fused": _LLAMA_NAMES
     | {f"layers/{name}": "model.layers.{}.self_attn.qkv_proj" for name in "qkv"}
     | {f"layers/{name}": "model.layers.{}.mlp.gate_up_proj" for name in ("gate", "up")},
+    "mixtral": _LLAMA_NAMES
+    | {"layers/router": "model.layers.{}.block_sparse_moe.gate"}
+    | {
+        f"layers/expert_{name}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}"
+        for name, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    },
+    "qwen3_moe": _LLAMA_NAMES
+    | {"layers/router": "model.layers.{}.mlp.gate"}
+    | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
     "gpt2": {
         "embedding": "transformer.wte",
         "position_embedding": "transformer.wpe",
@@ -129,7 +147,7 @@ _NAMES: dict[str, dict[str, str]] = {
 
 
 def tensor_names(config: DecoderConfig) -> dict[str, str]:
-    """Parameter path -> Hugging Face tensor name; `{}` stands for the layer, stacked on axis 0.
+    """Parameter path -> Hugging Face tensor name; `{}` stands for the layer, stacked on axis 0, then for the expert.
 
     Parameters with the same name are its rows, in this order.
     """

@@ -15,12 +15,13 @@ class Lora(nnx.Module):
     """For every matrix W [L, out, in]: `<name>_lora_in` A [L, r, in] and `<name>_lora_out` B [L, out, r], in float32.
 
     A layer computes x @ (W + B A).T: PEFT's with `lora_alpha` = r. B starts at zero: a fresh adapter changes nothing.
+    Experts and their router have none.
     """
 
     def __init__(self, config: DecoderConfig, rank: int, *, rngs: nnx.Rngs):
         layers = config.num_layers
         for name, shape in layer_shapes(config).items():
-            if len(shape) == 2:
+            if len(shape) == 2 and name != "router":
                 start = jax.random.normal(rngs.params(), (layers, rank, shape[1])) * shape[1] ** -0.5
                 setattr(self, f"{name}_lora_in", nnx.Param(start))
                 setattr(self, f"{name}_lora_out", nnx.Param(jnp.zeros((layers, shape[0], rank))))

@@ -122,8 +122,8 @@ def load(
 ) -> Decoder:
     """Reads a backbone straight onto its devices; each host reads only the slices that its devices hold.
 
-    Host memory holds one tensor of the files at a time (of a Flax checkpoint, one parameter). A matrix to be
-    quantised is so as soon as it is on its devices.
+    Host memory holds one tensor of the files at a time (a matrix of all experts of a layer; of a Flax checkpoint, one
+    parameter). A matrix to be quantised is so as soon as it is on its devices.
 
     Args:
       directory: of a Hugging Face model, or a Flax checkpoint.
@@ -200,8 +200,8 @@ def _writer(
 
 
 def matrices(config: DecoderConfig) -> list[str]:
-    """Paths of the parameters that quantisation changes."""
-    return [f"layers/{name}" for name, shape in layer_shapes(config).items() if len(shape) == 2]
+    """Paths of the parameters that quantisation changes; a router, small and decisive, is not among them."""
+    return [f"layers/{name}" for name, shape in layer_shapes(config).items() if len(shape) > 1 and name != "router"]
 
 
 def parameters(decoder: Decoder) -> dict[str, Any]:
@@ -249,14 +249,14 @@ def named_tensors(decoder: Decoder, present: Collection[str] = ()) -> Iterator[t
     """
     flat = parameters(decoder)
     shapes = {path: value.shape for path, value in flat.items()}
-    held: dict[str, list[tuple[str, Part, int]]] = {}
+    held: dict[str, list[tuple[str, Part, tuple[int, ...]]]] = {}
     for path, part in parts(decoder.config, shapes, left_out(decoder.config, present)).items():
-        for layer, name in enumerate(part.names()):
-            held.setdefault(name, []).append((path, part, layer))
+        for index, name in part.names().items():
+            held.setdefault(name, []).append((path, part, index))
     for name, rows in held.items():
         read = [
-            _gather(flat[path][layer] if part.layers else flat[path]).swapaxes(0, -1 if part.transposed else 0)
-            for path, part, layer in rows
+            _gather(flat[path][index] if index else flat[path]).swapaxes(0, -1 if part.transposed else 0)
+            for path, part, index in rows
         ]
         axis = -1 if rows[0][1].transposed else 0
         yield name, np.ascontiguousarray(read[0] if len(read) == 1 else np.concatenate(read, axis))

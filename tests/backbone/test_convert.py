@@ -32,8 +32,9 @@ def head_saved_twice(values: Values) -> Values:
 
 
 def mixed_dtypes(values: Values) -> Values:
-    """Of one stacked parameter too: a layer's query matrix in another dtype than the others'."""
+    """Of one stacked parameter too: a layer's query matrix, or an expert's, in another dtype than the others'."""
     odd = "model.layers.1.self_attn.q_proj.weight"
+    odd = odd if "model.layers.0.mlp.gate_proj.weight" in values else "model.layers.1.mlp.experts.2.up_proj.weight"
     mixed = {name: value if "norm" in name else value.to(torch.bfloat16) for name, value in values.items()}
     return mixed | {odd: values[odd].to(torch.float16)}
 
@@ -42,6 +43,7 @@ SOURCES: dict[str, tuple[str, Callable[[Values], Values]]] = {
     "llama-mixed": ("llama", mixed_dtypes),
     "gemma-two-heads": ("gemma", head_saved_twice),
     "gpt2-bare": ("gpt2", as_published_gpt2),
+    "qwen3-moe-mixed": ("qwen3_moe", mixed_dtypes),
     "phi3": ("phi3", lambda values: values),
 }
 
@@ -98,7 +100,7 @@ def test_orbax_alone_reads_the_parameters(forms: tuple[Path, Path]) -> None:
             dict(checkpointer.metadata(forms[1].absolute() / "params").item_metadata.tree),
         )
         read = checkpointer.restore(forms[1].absolute() / "params", restore_args=shardings)
-    np.testing.assert_array_equal(read["layers"]["down"].astype(np.float32), ours.layers.down[...])
+    np.testing.assert_array_equal(read["layers"]["o"].astype(np.float32), ours.layers.o[...])
     assert not [path for path in forms[1].rglob("*") if "pickle" in path.name or path.suffix == ".pkl"]
 
 

@@ -23,6 +23,8 @@ from helpers import (
     whole_rows,
 )
 
+from safetensors.numpy import load_file
+
 from e2p_jax.backbone.families import FAMILIES, parse_config, read_config
 from e2p_jax.backbone.layout import DecoderConfig, tensor_names
 from e2p_jax.backbone.weights import abstract
@@ -157,6 +159,23 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("gemma3_text", {"rope_parameters": None}, "rope_local_base_freq", 100.0, "logits"),
     ("gemma3_text", {"rope_parameters": None}, "rope_scaling", LINEAR, "logits"),
     ("gemma3_text", {}, "rope_local_base_freq", 100.0, "refused"),  # contradicts rope_parameters
+    *((family, {}, key, value, "shapes") for family in ("mixtral", "qwen3_moe") for key, value in
+      [("num_local_experts", 5), ("num_key_value_heads", 1), ("tie_word_embeddings", True)]),
+    *((family, {}, "num_experts_per_tok", 1, "logits") for family in ("mixtral", "qwen3_moe")),
+    *((family, {}, "num_experts_per_tok", value, "refused") for family in ("mixtral", "qwen3_moe") for value in (0, 7)),
+    ("mixtral", {}, "intermediate_size", 40, "shapes"),
+    ("mixtral", {}, "sliding_window", 5, "logits"),
+    ("mixtral", {}, "router_jitter_noise", 0.1, "refused"),
+    ("mixtral", {}, "shared_intermediate_size", 48, "refused"),
+    ("qwen3_moe", {}, "moe_intermediate_size", 40, "shapes"),
+    ("qwen3_moe", {}, "num_experts", 5, "refused"),  # contradicts num_local_experts
+    ("qwen3_moe", {}, "attention_bias", True, "shapes"),
+    ("qwen3_moe", {}, "norm_topk_prob", True, "logits"),
+    ("qwen3_moe", {"sliding_window": 5}, "use_sliding_window", True, "logits"),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5}, "sliding_window", 9, "logits"),
+    ("qwen3_moe", {}, "decoder_sparse_step", 2, "refused"),
+    ("qwen3_moe", {}, "mlp_only_layers", [0], "refused"),
+    ("qwen3_moe", {}, "shared_expert_intermediate_size", 48, "refused"),
     *(("gpt2", {}, key, value, "shapes") for key, value in
       [("vocab_size", 101), ("n_embd", 64), ("n_layer", 2), ("n_inner", 40), ("n_inner", None), ("n_positions", 128),
        ("tie_word_embeddings", False)]),
@@ -190,9 +209,9 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     assert ours.keys() == names.keys()
     shapes: dict[str, tuple[int, ...]] = {}
     for path, template in names.items():
-        stacked = "{}" in template
-        for layer in range(config.num_layers if stacked else 1):
-            name, shape = template.format(layer), ours[path][stacked:]
+        axes = template.count("{}")
+        for index in np.ndindex(ours[path][:axes]):
+            name, shape = template.format(*index), ours[path][axes:]
             shapes[name] = (shapes.get(name, (0,))[0] + shape[0], *shape[1:])
     return {name: shape[::-1] if config.transposed and ".h." in name else shape for name, shape in shapes.items()}
 
@@ -220,7 +239,8 @@ def test_no_field_is_silently_unread(
     elif effect == "shapes":
         ours = tensor_shapes(parse_config(after, SOURCE))
         assert ours != tensor_shapes(parse_config(before, SOURCE))
-        assert ours == {name: tuple(tensor.shape) for name, tensor in build(after).named_parameters()}
+        build(after).save_pretrained(tmp_path)  # in memory transformers fuses experts
+        assert ours == {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     elif effect == "limit":
         assert parse_config(after, SOURCE).max_positions == value
     else:
@@ -317,11 +337,11 @@ def test_an_absent_key_means_what_transformers_takes(family: str) -> None:
     values: dict[str, Any] = {key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "head_dim")}
     values |= {"num_attention_heads": 32, "model_type": family, "rms_norm_eps": 1e-6, "hidden_size": 128}
     values |= {"num_hidden_layers": 30}
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen3_moe"):
         values["use_sliding_window"] = True
     ours, theirs = parse_config(values, SOURCE), transformers.CONFIG_MAPPING[family].from_dict(dict(values))
     assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", values["hidden_size"] // 32)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or values["hidden_size"] // 32)
     assert ours.tie_head == theirs.tie_word_embeddings
     assert ours.attention_scale == getattr(theirs, "query_pre_attn_scalar", ours.head_dim) ** -0.5
     assert ours.attention_cap == (getattr(theirs, "attn_logit_softcapping", None) or 0)
@@ -332,6 +352,9 @@ def test_an_absent_key_means_what_transformers_takes(family: str) -> None:
     sliding = kinds or ["sliding_attention"] * 30
     window = getattr(theirs, "sliding_window", None) or 0
     assert ours.windows == tuple(window if kind == "sliding_attention" else 0 for kind in sliding)
+    assert ours.num_experts == getattr(theirs, "num_local_experts", 0)
+    assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
+    assert ours.intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     rotated = getattr(theirs, "no_rope_layers", [1] * 30)
     for layer in range(30):
         frequencies = ours.ropes[ours.layer_ropes[layer]].frequencies
@@ -339,6 +362,14 @@ def test_an_absent_key_means_what_transformers_takes(family: str) -> None:
         theta = (settings[kinds[layer]] if kinds and kinds[layer] in settings else settings)["rope_theta"]
         expected = [rotated[layer] * theta ** (-2 * i / ours.head_dim) for i in range(ours.head_dim // 2)]
         np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
+
+
+def test_both_names_of_the_number_of_experts() -> None:
+    """Published files of Qwen3-MoE, and what transformers 5 writes."""
+    written = config_json("qwen3_moe")
+    published = {key: value for key, value in written.items() if key != "num_local_experts"} | {"num_experts": 6}
+    assert written["num_local_experts"] == 6
+    assert parse_config(published, SOURCE) == parse_config(written, SOURCE)
 
 
 def test_an_absent_key_of_gpt2() -> None:
@@ -361,8 +392,8 @@ def test_a_key_without_default_is_asked_for(key: str) -> None:
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"'gpt_bigcode' is not supported; supported: \['gemma', .*, 'smollm3'\]"):
         parse_config(config_json("llama") | {"model_type": "gpt_bigcode"}, SOURCE)
-    with pytest.raises(UserError, match=r"'mixtral' is not supported \(a mixture of experts, .*\); supported: "):
-        parse_config(config_json("llama") | {"model_type": "mixtral"}, SOURCE)
+    with pytest.raises(UserError, match=r"'qwen2_moe' is not supported \(it has an expert .*\); supported: "):
+        parse_config(config_json("llama") | {"model_type": "qwen2_moe"}, SOURCE)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -154,6 +154,17 @@ CONFIGS |= {
     | {"max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4}
     | {"num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rope_theta": 1000000}
     | {"rope_local_base_freq": 10000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144},
+    "Qwen3-30B-A3B": QWEN3
+    | {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32}
+    | {"num_key_value_heads": 4, "num_hidden_layers": 48, "max_window_layers": 48, "decoder_sparse_step": 1}
+    | {"mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128}
+    | {"num_experts_per_tok": 8, "output_router_logits": False, "router_aux_loss_coef": 0.001},
+    "Mixtral-8x7B": {"model_type": "mixtral", "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    | {"hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336}
+    | {"max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32}
+    | {"num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05}
+    | {"rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False}
+    | {"torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000},
     "GPT-2": {"activation_function": "gelu_new", "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1}
     | {"eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2"}
     | {"n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1}
@@ -177,6 +188,8 @@ PUBLISHED = {
     "Gemma-2B": 2_506_172_416,
     "Gemma-2-2B": 2_614_341_888,
     "Gemma-3-1B": 999_885_952,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Mixtral-8x7B": 46_702_792_704,
     "GPT-2": 124_439_808,
 }
 # Axes (fsdp, tensor) that docs/backbones.md names for each.
@@ -186,6 +199,8 @@ MESHES = {
     "Qwen3-8B": [(8, 1), (16, 1), (4, 4)],
     "Qwen3-32B": [(16, 1), (32, 1), (8, 8)],
     "Gemma-3-27B text": [(16, 1), (32, 1), (8, 8)],
+    "Qwen3-30B-A3B": [(16, 1), (32, 1), (8, 8)],
+    "Mixtral-8x7B": [(16, 1), (32, 1), (8, 8)],
 }
 
 

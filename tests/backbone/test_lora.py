@@ -1,5 +1,6 @@
 """Low-rank adapters against PEFT's, and merged into the weights."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from helpers import assert_close, hf_config, hf_logits, hf_model, load_backbone, random_tokens, whole_rows
 from peft import LoraConfig, get_peft_model
 
+from e2p_jax.backbone.families import parse_config
 from e2p_jax.backbone.lora import Lora, merge
 
 RANK = 3
@@ -24,6 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llama")
     hf_model(hf_config("llama")).save_pretrained(directory)
     return directory
+
+
+def test_experts_and_their_router_have_no_adapters() -> None:
+    config = parse_config(json.loads(hf_config("mixtral").to_json_string()), Path("config.json"))
+    adapters = nnx.to_pure_dict(nnx.state(Lora(config, RANK, rngs=nnx.Rngs(0))))
+    assert adapters.keys() == {f"{name}_lora_{part}" for name in "qkvo" for part in ("in", "out")}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -126,6 +126,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 64,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
+    "mixtral": {"family": "mixtral"},
+    "mixtral-one-expert-a-token-window": {"family": "mixtral", "num_experts_per_tok": 1, "sliding_window": 5},
+    "qwen3-moe": {"family": "qwen3_moe"},
+    "qwen3-moe-normalised-bias-window": {
+        "family": "qwen3_moe",
+        "norm_topk_prob": True,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
     "gpt2": {"family": "gpt2"},
     "gpt2-untied-unscaled": {
         "family": "gpt2",
@@ -139,10 +149,11 @@ MODELS: dict[str, dict[str, Any]] = {
 MASKS = (
     *("llama-rope-llama3", "mistral-window", "qwen2-window-in-late-layers", "phi3-longrope"),
     *("smollm3-nope-list-window-bias", "olmo2", "gemma2", "gemma3-long-capped-other-pattern", "gpt2"),
+    *("mixtral", "qwen3-moe-normalised-bias-window"),
 )
 SLOTS = (
     *("llama-grouped-queries", "llama-tied-head", "mistral-window", "qwen2", "qwen3", "phi3", "smollm3"),
-    *("olmo2", "gemma", "gemma2", "gemma3", "gpt2"),
+    *("olmo2", "gemma", "gemma2", "gemma3", "gpt2", "mixtral", "qwen3-moe"),
 )
 
 

@@ -49,7 +49,7 @@ class Exported:
         return torch.tensor(vectors_for(self.run, users, users, "e2p"))
 
 
-@pytest.fixture(params=zip(MODELS, WAYS, strict=True), scope="module", ids=lambda p: f"{p[0][0]}-{p[1]}")
+@pytest.fixture(params=zip(MODELS, itertools.cycle(WAYS)), scope="module", ids=lambda p: f"{p[0][0]}-{p[1]}")
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     (family, changes), (placement, num_tokens, kind) = request.param
     folder = tmp_path_factory.mktemp(family)
