@@ -171,8 +171,8 @@ def _qwen_experts(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     step, dense = reader.take("decoder_sparse_step"), reader.take("mlp_only_layers", [])
     if step != 1 or dense:
         raise UserError(
-            f"{reader.source}: decoder_sparse_step={step} and mlp_only_layers={dense} put dense layers among those with "
-            "experts; the decoder, one scan over like layers, needs 1 and []"
+            f"{reader.source}: decoder_sparse_step={step} and mlp_only_layers={dense} put dense layers among those "
+            "with experts; the decoder, one scan over like layers, needs 1 and []"
         )
     count = int(reader.take("num_local_experts", reader.take("num_experts", 128)))
     reader.require("num_experts", (count,), count)
@@ -372,19 +372,6 @@ FAMILIES: dict[str, Family] = {
         {"qk_norm": "head"},
         _QWEN_ABSENT | {"head_dim": 128},
     ),
-    "mixtral": Family(
-        (_sizes, _hidden_act, functools.partial(_rope, theta=1_000_000.0), _one_window, _mixtral_experts),
-        {"naming": "mixtral"},
-        {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
-        _ROUTER,
-    ),
-    "qwen3_moe": Family(
-        (_sizes, _hidden_act, _rope, _all_windows, _attention_bias, _qwen_experts),
-        {"qk_norm": "head", "naming": "qwen3_moe"},
-        {"num_key_value_heads": 4, "sliding_window": 4096}
-        | {"decoder_sparse_step": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-        _ROUTER | {"intermediate_size", "max_window_layers"},  # of dense layers; what transformers does not read here
-    ),
     "phi3": Family(
         (_sizes, _hidden_act, _phi3_rope, _one_window, _phi3_off),
         {"naming": "fused"},
@@ -434,6 +421,19 @@ FAMILIES: dict[str, Family] = {
         # Dropout of its own training, heads it does not have here, and a switch of half-precision rounding.
         frozenset({"attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn"})
         | {f"summary_{key}" for key in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")},
+    ),
+    "mixtral": Family(
+        (_sizes, _hidden_act, functools.partial(_rope, theta=1_000_000.0), _one_window, _mixtral_experts),
+        {"naming": "mixtral"},
+        {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+        _ROUTER,
+    ),
+    "qwen3_moe": Family(
+        (_sizes, _hidden_act, _rope, _all_windows, _attention_bias, _qwen_experts),
+        {"qk_norm": "head", "naming": "qwen3_moe"},
+        {"num_key_value_heads": 4, "sliding_window": 4096}
+        | {"decoder_sparse_step": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        _ROUTER | {"intermediate_size", "max_window_layers"},  # of dense layers; what transformers does not read here
     ),
 }
 

@@ -22,7 +22,6 @@ from helpers import (
     random_tokens,
     whole_rows,
 )
-
 from safetensors.numpy import load_file
 
 from e2p_jax.backbone.families import FAMILIES, parse_config, read_config
