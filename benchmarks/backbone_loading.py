@@ -57,13 +57,13 @@ def make_checkpoint(directory: Path, layers: int) -> int:
     decoder = read_config(directory)
     shapes = {k: v.shape for k, v in parameters(abstract(decoder, dtype=np.dtype(ml_dtypes.bfloat16))).items()}
     held = parts(decoder, shapes)
-    largest = max(int(np.prod(shapes[path][part.layers > 0 :])) for path, part in held.items())
+    largest = max(int(np.prod(shapes[path][len(part.stack) :])) for path, part in held.items())
     noise = np.random.default_rng(0).standard_normal(largest, np.float32).astype(ml_dtypes.bfloat16)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, part in held.items():
-            shape = shapes[path][part.layers > 0 :]
-            for name in part.names():
+            shape = shapes[path][len(part.stack) :]
+            for name in part.names().values():
                 yield name, noise[: int(np.prod(shape))].reshape(shape)
 
     write_tensors(directory, tensors())
