@@ -1,7 +1,7 @@
 """What several commands share."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import rich.console
@@ -26,10 +26,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def print_tables(evaluations: "Sequence[Evaluation]") -> None:
-    """Tables of conditions for each split, on stdout."""
-    from e2p_jax.evaluate.table import render
+def print_tables(
+    evaluations: "Sequence[Evaluation]", by_seed: "Mapping[int, Sequence[Evaluation]] | None" = None
+) -> None:
+    """Tables of conditions for each split, on stdout.
 
-    for evaluation in evaluations:
-        for table in render(evaluation):
-            rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Args:
+      evaluations: one a split.
+      by_seed: what they are the mean of, if they are one: shown below.
+    """
+    from e2p_jax.evaluate.table import render, render_seeds
+
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    for place, evaluation in enumerate(evaluations):
+        console.print(*render(evaluation), sep="\n")
+        if by_seed:
+            console.print(render_seeds({seed: splits[place] for seed, splits in by_seed.items()}))

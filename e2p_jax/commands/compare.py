@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,6 +24,7 @@ def compare_command(arguments: list[str]) -> Callable[..., None]:
         /,
         conditions: tuple[Compared, ...] = ALL,
         workdir: Path | None = None,
+        seeds: tuple[int, ...] = (),
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
         processes: Annotated[Processes, tyro.conf.arg(name="")] = DETECTED,
         overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
@@ -35,26 +36,34 @@ def compare_command(arguments: list[str]) -> Callable[..., None]:
           conditions: Rows of the table. Trained each in a run of its own: e2p, e2p+text, static (prompt tuning), lora,
             full (fine-tuning). Asked of the e2p run: none, text, shuffled, mean, zero, noise.
           workdir: Directory of the runs and the report. Default: runs/compare-CONFIG.
+          seeds: Values of `train.seed`, each compared in WORKDIR/seed-N; the table is of their mean. Default: the
+            config's one, in WORKDIR itself.
           as_json: Print JSON to stdout in place of the tables.
           processes: Which process this is, where several work together.
           overrides: Any field of the config.
         """
-        from e2p_jax.evaluate.compare import compare
+        from e2p_jax.evaluate.compare import compare, compare_seeds, pool
         from e2p_jax.files import write_text
         from e2p_jax.parallel.distributed import is_first, session
 
         directory = workdir or Path("runs") / f"compare-{name}"
         with session(processes):
-            evaluations = compare(overrides, directory, conditions)
+            by_seed = compare_seeds(overrides, directory, conditions, seeds)
+            if seeds:
+                evaluations = [pool(splits) for splits in zip(*by_seed.values(), strict=True)]
+            else:
+                evaluations = compare(overrides, directory, conditions)
             if not is_first():
                 return
-            values = {"splits": [evaluation.to_dict() for evaluation in evaluations]}
+            values: dict[str, Any] = {"splits": [evaluation.to_dict() for evaluation in evaluations]}
+            if seeds:
+                values["seeds"] = {seed: [each.to_dict() for each in splits] for seed, splits in by_seed.items()}
             path = directory / "report" / "evaluation.json"
             write_text(path, json.dumps(values, indent=2) + "\n")
             if as_json:
                 print(json.dumps(values))
             else:
-                print_tables(evaluations)
+                print_tables(evaluations, by_seed)
             say(f"table: {path}")
 
     return command

@@ -4,6 +4,7 @@ A comparison's directory holds one run directory per trained condition, and `sco
 that run, reused while its checkpoint, the records and what is measured stay the same.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -68,6 +69,37 @@ def compare(config: Config, directory: Path, compared: Sequence[Compared]) -> li
         )
         for name, records in splits.items()
     ]
+
+
+def compare_seeds(
+    config: Config, directory: Path, compared: Sequence[Compared], seeds: Sequence[int]
+) -> dict[int, list[Evaluation]]:
+    """`compare` with each `train.seed`, in `directory/seed-N`: the data, the other users of `shuffled` and the
+    candidates are the same for all.
+    """
+    return {
+        seed: compare(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)),
+            directory / f"seed-{seed}",
+            compared,
+        )
+        for seed in seeds
+    }
+
+
+def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of the same records with different seeds as one: the mean over seeds of what each record adds.
+
+    So intervals and tests are over users, of whom there are many, about the method as it does on average over these
+    seeds; of the seeds there are too few for an interval.
+    """
+    first = evaluations[0]
+    scores = {}
+    for name in first.scores:
+        each = [evaluation.scores[name] for evaluation in evaluations]
+        more = {measure: np.mean([s.more[measure] for s in each], axis=0) for measure in each[0].more}
+        scores[name] = dataclasses.replace(each[0], nll=np.mean([s.nll for s in each], axis=0), more=more, replies=())
+    return dataclasses.replace(first, scores=scores)
 
 
 def _scores(

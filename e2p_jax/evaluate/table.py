@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,15 +225,32 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
     for column in ("NLL/target", "PPL/word", "minus none", "p", "minus shuffled", "p"):
         table.add_column(column, justify="right")
 
-    def cells_of(entry: dict[str, float] | None) -> tuple[str, str]:
-        if entry is None:
-            return "", ""
-        return f"{entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]", f"{entry['p']:.4f}"
-
     for name, row in values["conditions"].items():
-        differences = [text for baseline in BASELINES for text in cells_of(row.get(f"minus_{baseline}"))]
+        differences = [text for baseline in BASELINES for text in _cells(row.get(f"minus_{baseline}"))]
         table.add_row(name, f"{row['nll_per_target']:.4f}", f"{row['word_perplexity']:.2f}", *differences)
     return [table, *_further(values)]
+
+
+def render_seeds(by_seed: Mapping[int, Evaluation]) -> rich.table.Table:
+    """One split's NLL a target, and its difference to `shuffled`, seed by seed."""
+    split = next(iter(by_seed.values())).split
+    table = rich.table.Table(title=f"{split}: NLL/target, minus shuffled, by seed", title_justify="left")
+    table.add_column("condition")
+    rows: dict[str, list[str]] = {}
+    for seed, evaluation in by_seed.items():
+        table.add_column(str(seed), justify="right")
+        for name, row in evaluation.to_dict()["conditions"].items():
+            rows.setdefault(name, []).append(f"{row['nll_per_target']:.4f} {_cells(row.get('minus_shuffled'))[0]}")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def _cells(entry: dict[str, float] | None) -> tuple[str, str]:
+    """A difference with its interval, and p."""
+    if entry is None:
+        return "", ""
+    return f"{entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]", f"{entry['p']:.4f}"
 
 
 def _further(values: dict[str, Any]) -> list[rich.table.Table]:

@@ -65,8 +65,10 @@ def find_source(path: Path) -> Source:
       UserError: neither, or nothing was evaluated there yet.
     """
     runs = {path.name: path} if (path / "config.json").is_file() else {}
-    if not runs and (path / "scores").is_dir():
-        runs = {f"{path.name}/{p.parent.name}": p.parent for p in sorted(path.glob("*/config.json"))}
+    compared = [scores.parent for scores in (path / "scores", *sorted(path.glob("seed-*/scores"))) if scores.is_dir()]
+    if not runs:
+        places = [config.parent for each in compared for config in sorted(each.glob("*/config.json"))]
+        runs = {f"{path.name}/{place.relative_to(path)}": place for place in places}
     if not runs:
         raise UserError(f"{path}: neither a run directory nor one that `e2p compare` made")
     table = path / "report" / "evaluation.json"

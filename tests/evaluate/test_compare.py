@@ -84,6 +84,31 @@ def test_the_whole_table_and_its_parts_again(
     }
 
 
+def test_several_seeds(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A run each, and the mean of what they say of each record: of one user's words, not of twice as many users."""
+    path = tmp_path / "config.json"
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, measures=()))
+    path.write_text(config.to_json())
+    command = ["compare", str(path), "--workdir", str(tmp_path / "both"), "--conditions", "none", "shuffled", "e2p"]
+    assert main([*command, "--seeds", "3", "4", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    (table,), (one,), (other,) = values["splits"], values["seeds"]["3"], values["seeds"]["4"]
+    assert (tmp_path / "both" / "seed-4" / "e2p" / "metrics.jsonl").is_file()
+    assert len({split["conditions"]["none"]["nll_per_target"] for split in (one, other, table)}) == 1
+    a, b, both = (split["conditions"]["e2p"] for split in (one, other, table))
+    assert a["nll_per_target"] != b["nll_per_target"]
+    assert both["nll_per_target"] == pytest.approx((a["nll_per_target"] + b["nll_per_target"]) / 2)
+    means = [row["minus_shuffled"]["mean"] for row in (a, b, both)]
+    assert means[2] == pytest.approx((means[0] + means[1]) / 2)
+    assert table["users"] == one["users"] and table["targets"] == one["targets"]
+
+    assert main([*command, "--seeds", "3", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "minus shuffled, by seed" in shown and f"{b['nll_per_target']:.4f} {means[1]:+.4f}" in shown
+    source = find_source(tmp_path / "both")  # as `e2p report` reads it
+    assert set(source.runs) == {"both/seed-3/e2p", "both/seed-4/e2p"} and source.splits == [table]
+
+
 def test_prompt_tuning_is_one_token_for_all(config: Config, tmp_path: Path):
     """The static token is its bias: no user, no vector and no table changes it."""
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, measures=("texts",)))
