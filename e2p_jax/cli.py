@@ -44,36 +44,44 @@ def set_environment(command: str) -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)
 
 
+def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
+    """Every command; the flags of those that take a config default to the values of the config that is named."""
+    command, rest = arguments[:1], arguments[1:]
+    return {
+        "train": train_command(rest if command == ["train"] else []),
+        "compare": compare_command(rest if command == ["compare"] else []),
+        "plan": plan_command(rest if command == ["plan"] else []),
+        "evaluate": evaluate,
+        "drift": drift,
+        "report": report,
+        "generate": generate,
+        "demo": demo,
+        "prepare": prepare,
+        "embed": embed,
+        "convert": convert,
+        "data": data_command(rest if command == ["data"] else []),
+        "export": export,
+        "prefixes": prefixes,
+        "import": import_run,
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        command, rest = arguments[:1], arguments[1:]
-        set_environment("".join(command))
-        commands: dict[str, Callable[..., Any]] = {
-            "train": train_command(rest if command == ["train"] else []),
-            "compare": compare_command(rest if command == ["compare"] else []),
-            "plan": plan_command(rest if command == ["plan"] else []),
-            "evaluate": evaluate,
-            "drift": drift,
-            "report": report,
-            "generate": generate,
-            "demo": demo,
-            "prepare": prepare,
-            "embed": embed,
-            "convert": convert,
-            "data": data_command(rest if command == ["data"] else []),
-            "export": export,
-            "prefixes": prefixes,
-            "import": import_run,
-        }
-        tyro.extras.subcommand_cli_from_dict(commands, prog="e2p", args=arguments)
+        set_environment("".join(arguments[:1]))
+        tyro.extras.subcommand_cli_from_dict(commands_of(arguments), prog="e2p", args=arguments)
+        sys.stdout.flush()
     except UserError as error:
         say(f"e2p: {error}")
         return 1
     except Preempted as stop:
         say(f"e2p: {stop}")
         return RESTART
+    except BrokenPipeError:  # the reader (`| head`) has what it wanted; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         say("e2p: interrupted; rerun the same command to resume")
         return 1

@@ -88,6 +88,7 @@ class PrefixConfig:
     """Where the soft tokens stand."""
 
     placement: Placement = "before_bos"
+    """Before or after the beginning-of-sequence token, or inside the first user turn; PEFT knows the first alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +96,13 @@ class ProjectorConfig:
     """User vector -> soft tokens."""
 
     kind: Literal["mlp", "linear"] = "mlp"
+    """mlp: two layers with SiLU beside a linear skip; linear: one matrix."""
     num_tokens: int = 1
     """K: soft tokens a user."""
     hidden_size: int = 512
     """Width of the MLP's hidden layer (unused by `linear`, which has none)."""
     dropout: float = 0.05
+    """Share of the hidden layer's values dropped in training."""
     noise: float = 0.0
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
     init_scale: float = 1.0
@@ -113,30 +116,38 @@ class TrainConfig:
     trainable: tuple[str, ...] = ("projector/**",)
     """Parameter path patterns (`*` inside a name, `**` across): what the optimizer may change."""
     steps: int = 1000
+    """Updates of the trainable parameters; the learning rate's cosine ends at the last."""
     rows: int = 8
     """B: rows a step, over all devices."""
     accumulation: int = 1
     """Micro-batches a step; divides `rows`. The result is that of one large batch."""
     learning_rate: float = 1e-3
+    """AdamW's, at the end of the warm-up."""
     warmup_steps: int = 50
+    """Steps of linear warm-up from 0."""
     final_learning_rate: float = 0.1
     """Where the cosine ends, as a fraction of `learning_rate`."""
     weight_decay: float = 0.01
     """AdamW decay of matrices; vectors are not decayed."""
     beta2: float = 0.98
+    """AdamW's decay of the second moment."""
     null_user_rate: float = 0.0
     """Share of training conversations whose user vector gives way to the null user's, a learned vector that then
     stands for users who have none; 0 learns no null user."""
     clip_norm: float = 1.0
     """Global norm of the trainable gradient."""
     seed: int = 0
+    """Of the projector's first weights, the order of rows, dropout and noise."""
     eval_every: int = 100
+    """Steps between evaluations of the dev NLL."""
     checkpoint_every: int = 100
+    """Steps between checkpoints; every evaluation writes one as well."""
     keep_last: int = 2
     """Newest checkpoints that stay: should the last one be damaged, the run resumes from the one before."""
     keep_best: int = 1
     """Checkpoints of the lowest dev NLL that stay beside them."""
     log_every: int = 10
+    """Steps between lines of metrics.jsonl and TensorBoard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +155,11 @@ class MeshConfig:
     """Devices along each axis; one may be -1 and takes what is left."""
 
     data: int = -1
+    """Groups of devices with rows of their own and a whole copy of the weights."""
     fsdp: int = 1
+    """Devices that share out rows and weights alike, and gather a layer when they need it."""
     tensor: int = 1
+    """Devices that share out heads, the MLP's width and the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +167,7 @@ class EvaluateConfig:
     """What `e2p train` shows when it ends, and `e2p evaluate` by default."""
 
     conditions: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
+    """What stands in front of the conversation, one column each."""
     measures: tuple[Measures, ...] = ()
     """Beside likelihood. ranking: the true last reply among candidates; users: the true user among others; texts:
     greedy last replies against the true ones."""
@@ -161,6 +176,7 @@ class EvaluateConfig:
     max_records: int = 200
     """Records of a split, evenly spaced, that `measures` take; 0 is all. Likelihood takes all."""
     bootstrap_samples: int = 2000
+    """Resamples of users behind each 95 % interval."""
     prompts: tuple[str, ...] = ()
     """Asked of two held-out users after training."""
 

@@ -33,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     """Only the most likely tokens that together reach this probability (Holtzman et al., arXiv 1904.09751)."""
     seed: int = 0
+    """Of the draws; the same seed gives the same answers."""
 
     def __post_init__(self) -> None:
         """Raises UserError for values without a meaning."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2p_jax.cli import main, set_environment
+from e2p_jax.cli import commands_of, main, set_environment
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.records import write_jsonl
@@ -129,6 +130,9 @@ def test_generate_for_users_and_vectors(run: Path, tmp_path: Path, capsys: pytes
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["user_id"] for answer in answers] == ["user-3", "user-4", vector]
     assert answers[0]["response"] == answers[2]["response"]
+    np.savez(tmp_path / "vectors.npz", synthetic.vector(3))
+    assert main(["generate", str(run), "--user", f"@{tmp_path / 'vectors.npz'}", *asked]) == 1
+    assert "vectors.npz: not a readable .npy file" in capsys.readouterr().err
     (tmp_path / "prompts.jsonl").write_text('{"user_id": "user-4", "prompt": "do you have any pets?"}\n')
     assert main(["generate", str(run), "--input", str(tmp_path / "prompts.jsonl"), *asked[2:]]) == 0
     assert json.loads(capsys.readouterr().out)["response"] == answers[1]["response"]
@@ -142,28 +146,22 @@ def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train",
-        "evaluate",
-        "compare",
-        "convert",
-        "drift",
-        "report",
-        "generate",
-        "prepare",
-        "embed",
-        "data",
-        "export",
-        "prefixes",
-        "import",
-    ],
-)
+@pytest.mark.parametrize("command", [*(c for c in commands_of([]) if c != "data"), "data stats", "data show"])
 def test_help_documents_every_flag(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and "usage: e2p" in capsys.readouterr().out
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    flags = re.split(r"^ +(?=--?[a-z])", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    for flag in flags:  # the flag and its values, two spaces or a new line, what it means, its default
+        meaning = re.split(r"  +|\n", flag, maxsplit=1)[1]
+        assert re.match(r"\s*\w", re.split(r"\((?:default|required|optional)", meaning)[0]), flag
+    assert len(flags) > 1
+
+
+def test_a_reader_who_leaves_early_is_no_error():
+    command = f"{sys.executable} -m e2p_jax train quickstart --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("usage") and done.returncode in (0, 1) and not done.stderr
 
 
 def lines_of(place: Path) -> list[dict]:

@@ -29,7 +29,8 @@ def export(
       format: transformers: a model directory for AutoModelForCausalLM; peft: a prompt-tuning adapter a user; vllm,
         vllm-chat, sglang: a line of JSON a user, the body of a request to /v1/completions, /v1/chat/completions,
         /generate; backbone: a model directory of the backbone alone, for a run that trained it.
-      include_backbone: With transformers: copy the backbone's tensors too; else they are named and fingerprinted.
+      include_backbone: With transformers: copy the backbone's tensors too; else they are named and
+        fingerprinted, but for the embedded backbone, which always comes along.
       user: With peft and the engines: user ids, or @vector.npy.
       prompt: With the engines: the user turn to answer.
       embeddings: With peft and the engines: table of user vectors to use in place of the run's.

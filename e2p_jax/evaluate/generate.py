@@ -306,9 +306,9 @@ def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition:
 
 def _read_vector(path: Path, width: int) -> np.ndarray:
     try:
-        vector = np.load(path, allow_pickle=False).reshape(-1)
+        vector = np.lib.format.open_memmap(path, mode="r").astype(np.float32).reshape(-1)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable .npy file ({error})") from error
+        raise UserError(f"{path}: not a readable .npy file of numbers ({error})") from error
     if vector.shape != (width,) or not np.isfinite(vector).all():
         raise UserError(f"{path}: needs {width} finite numbers, has shape {vector.shape}")
     return vector

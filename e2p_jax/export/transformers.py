@@ -43,14 +43,13 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
 
     Args:
       include_backbone: copy the LM's tensors as well, byte for byte; else they are named by path, revision and
-        fingerprint.
+        fingerprint. The embedded backbone has no name that others could load it by, and always comes along.
 
     Raises:
-      UserError: the run trained the backbone itself, or the embedded backbone would have to be named.
+      UserError: the run trained the backbone itself.
     """
     refuse_trained_backbone(run.model.mask)
-    if run.inputs.published()[0] == "embedded" and not include_backbone:
-        raise UserError("the embedded backbone has no name that others could load it by; add --include-backbone")
+    include_backbone = include_backbone or run.inputs.published()[0] == "embedded"
     with replace_directory(out) as temporary:
         (temporary / "config.json").write_text(json.dumps(_config(run, include_backbone), indent=2) + "\n")
         (temporary / "generation_config.json").write_text(json.dumps(_generation_config(run), indent=2) + "\n")

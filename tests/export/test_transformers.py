@@ -317,11 +317,16 @@ def test_runs_that_cannot_be_exported(make_run: Callable, tmp_path: Path):
     trained = dataclasses.replace(run, model=dataclasses.replace(run.model, mask=mask))
     with pytest.raises(UserError, match="this run trained the backbone itself"):
         export_transformers(trained, tmp_path / "out", include_backbone=True)
+
+
+def test_the_embedded_backbone_always_comes_along(make_run: Callable, tmp_path: Path):
+    run = make_run()
     config: Config = run.inputs.config
     backbone = dataclasses.replace(config.backbone, path="embedded")
     inputs = dataclasses.replace(run.inputs, config=dataclasses.replace(config, backbone=backbone))
-    with pytest.raises(UserError, match="--include-backbone"):
-        export_transformers(dataclasses.replace(run, inputs=inputs), tmp_path / "out", include_backbone=False)
+    export_transformers(dataclasses.replace(run, inputs=inputs), tmp_path / "out", include_backbone=False)
+    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.startswith("backbone.") for name in written)
 
 
 def test_model_card_names_what_was_measured(make_run: Callable, tmp_path: Path):
