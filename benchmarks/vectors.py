@@ -2,19 +2,30 @@
 
     python benchmarks/vectors.py --users 10000000 --width 128 --workdir /tmp/vectors
 
-The table is written once (float16), indexed, then opened and read by a fresh process that imports no JAX, in batches of
-random user ids (`lookup`: ids to float32 vectors; `gather`: the part from rows on). Rates are users a second on one
-core, by the wall clock and by processor time; on a machine that others use, the second is the fairer one. Memory is
-what `/proc/self/status` says, mapped pages of the system's file cache included: resident (VmRSS) before the table is
-opened, then, and when all is done; the part of that which is the process's own (RssAnon); and the peak (VmHWM).
+The table is written (float16), indexed, then opened and read by fresh processes that import no JAX, in batches of
+random user ids (`lookup`: ids to float32 vectors; `gather`: the part from rows on, other rows). The system's file cache
+holds it in one of these states:
+
+  written: as files are written, so in large pages.
+  cold: pushed out of the cache; these look-ups bring it back from disk.
+  read_back: as the look-ups of the state before brought it back.
+  small_pages: written anew through a memory map, 4 KB at a time; so may lie a file that others read at random.
+
+Rates are users a second on one core, by the wall clock and by processor time; on a machine that others use, the second
+is the fairer one. Memory is what `/proc/self/status` says, mapped pages of the file cache included: resident (VmRSS)
+before the table is opened, then, and when all is done; the part of that which is the process's own (RssAnon); and the
+peak (VmHWM).
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -22,24 +33,54 @@ import tyro
 BLOCK = 1 << 18  # users made at once
 
 
+def blocks(users: int, width: int) -> Iterator[np.ndarray]:
+    """Vectors, the same in every call."""
+    rng = np.random.default_rng(0)
+    for first in range(0, users, BLOCK):
+        yield rng.standard_normal((min(BLOCK, users - first), width), np.float32).astype(np.float16)
+
+
 def write_table(path: Path, users: int, width: int) -> float:
     """Vectors and ids block by block; returns the seconds that indexing them took."""
     from e2p_jax.data.user_index import UserIndex
 
     path.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    vectors = np.lib.format.open_memmap(path / "embeddings.npy", "w+", np.float16, (users, width))
+    with (path / "embeddings.npy").open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (users, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks(users, width):
+            file.write(block.data)
     with (path / "ids.txt").open("w", encoding="utf-8") as file:
-        for first in range(0, users, BLOCK):
-            block = vectors[first : first + BLOCK]
-            block[...] = rng.standard_normal(block.shape, np.float32)
-            file.writelines(f"user-{user}\n" for user in range(first, first + len(block)))
-    vectors.flush()
+        file.writelines(f"user-{user}\n" for user in range(users))
     meta = {"name": "benchmark", "version": "1", "width": width, "dtype": "float16"}
     (path / "meta.json").write_text(json.dumps(meta))
     started = time.perf_counter()
     UserIndex.open(path / "ids.txt").save(path / "index.npy")
     return time.perf_counter() - started
+
+
+def write_in_small_pages(path: Path, users: int, width: int) -> None:
+    (path / "embeddings.npy").unlink()
+    vectors = np.lib.format.open_memmap(path / "embeddings.npy", "w+", np.float16, (users, width))
+    for number, block in enumerate(blocks(users, width)):
+        vectors[number * BLOCK : number * BLOCK + len(block)] = block
+    vectors.flush()
+
+
+def push_out(path: Path) -> None:
+    """Out of the system's cache."""
+    for part in path.iterdir():
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def touch(path: Path) -> None:
+    """Reads what is in the cache: a virtual machine may get its memory only as it first reads it."""
+    for part in path.iterdir():
+        with part.open("rb") as file:
+            while file.read(1 << 22):
+                pass
 
 
 def memory() -> dict[str, int]:
@@ -48,7 +89,7 @@ def memory() -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) // 1024 for line in lines if line.startswith(("Vm", "Rss"))}
 
 
-def measure(path: Path, users: int, batch: int, batches: int) -> dict[str, float]:
+def measure(path: Path, users: int, batch: int, batches: int) -> dict[str, Any]:
     """In a process of its own."""
     from e2p_jax.data.embeddings import load_table
 
@@ -60,12 +101,12 @@ def measure(path: Path, users: int, batch: int, batches: int) -> dict[str, float
     rng = np.random.default_rng(1)
     seconds = np.zeros((batches, 4))  # lookup by wall and processor, gather by wall and processor
     for number in range(batches):
-        asked = rng.integers(0, users, batch)
+        asked, others = rng.integers(0, users, (2, batch))
         ids = [f"user-{user}" for user in asked.tolist()]
         clock = time.perf_counter(), time.process_time()
         table.lookup(ids, ids)
         middle = time.perf_counter(), time.process_time()
-        table.gather(asked)
+        table.gather(others)
         last = time.perf_counter(), time.process_time()
         seconds[number] = (*np.subtract(middle, clock), *np.subtract(last, middle))
     wall, cpu, gather_wall, gather_cpu = np.round(batch / np.median(seconds, axis=0)).astype(int).tolist()
@@ -105,12 +146,22 @@ def main(
     if reader:
         print(json.dumps(measure(workdir, users, batch, batches)))
         return
-    indexed = write_table(workdir, users, width)
     command = [sys.executable, __file__, "--reader", "--workdir", str(workdir), "--users", str(users)]
     command += ["--batch", str(batch), "--batches", str(batches)]
-    read = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    def read() -> dict[str, Any]:
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    indexed = write_table(workdir, users, width)
+    states = {"written": read()}
+    push_out(workdir)
+    states["cold"] = read()
+    touch(workdir)
+    states["read_back"] = read()
+    write_in_small_pages(workdir, users, width)
+    states["small_pages"] = read()
     shutil.rmtree(workdir)
-    print(json.dumps({"users": users, "width": width, "batch": batch, "index_s": round(indexed, 1), **read}))
+    print(json.dumps({"users": users, "width": width, "batch": batch, "index_s": round(indexed, 1), **states}))
 
 
 if __name__ == "__main__":

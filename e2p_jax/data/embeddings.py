@@ -2,9 +2,10 @@
 
 A table is a directory: `embeddings.npy` [N, E] float16 or float32, `ids.txt` (one id a line, in row order), `meta.json`
 (`name`, `version`, `width`, `dtype`), and `index.npy`, which finds an id's row without reading the others; a directory
-without it is indexed when it is opened. Files in other forms are read by `import_table.py`.
+without it gets it when it is first opened. Files in other forms are read by `import_table.py`.
 """
 
+import contextlib
 import itertools
 import json
 import mmap
@@ -53,6 +54,10 @@ class UserTable:
         if index.rows != len(vectors):
             raise UserError(f"{source}: {index.rows} ids for {len(vectors)} vectors; they must match row by row")
         self.index, self.vectors, self.source, self.missing = index, vectors, source, missing
+        self._file = vectors.base if isinstance(vectors.base, mmap.mmap) and not vectors.flags.writeable else None
+        if self._file is not None:
+            with contextlib.suppress(AttributeError, OSError):  # other systems, and kernels without large pages
+                self._file.madvise(mmap.MADV_HUGEPAGE)  # what look-ups bring in from disk costs few page faults after
         for row in index.repeats().tolist():
             (user,) = index.ids([row])
             first = int(index.find([user])[0])
@@ -111,8 +116,8 @@ class UserTable:
                         f"{self.source}: row {bad[0]} (user {user!r}) holds NaN or infinity; repair or drop it"
                     )
                 out[places] = block
-            if stop > start and isinstance(self.vectors.base, mmap.mmap) and not self.vectors.flags.writeable:
-                self.vectors.base.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, not with us
+            if stop > start and self._file is not None:
+                self._file.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, not with us
         return out
 
     def lookup(self, users: Sequence[str], where: Sequence[str]) -> np.ndarray:

@@ -7,7 +7,9 @@ id's row; `ends[row]` is where the id ends in the text. Whether a row is the one
 and array may be memory-mapped.
 """
 
+import contextlib
 import itertools
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,11 @@ class UserIndex:
 
     @classmethod
     def open(cls, ids: Path, index: Path | None = None) -> "UserIndex":
-        """Over a file of one id a line; `index` is used if it was made for this file, else one is made in memory.
+        """Over a file of one id a line.
+
+        Args:
+          index: Where the index over it is kept: used if it was made for this file, else made anew, and written there
+            if that can be done.
 
         Raises:
           UserError: the file is not UTF-8 text with line feeds.
@@ -59,10 +65,21 @@ class UserIndex:
             words = _read(index, ids)
             if words is not None:
                 return cls(text, words, str(ids))
-        return cls(text, build(text, _line_ends(text, ids)), str(ids))
+        made = cls(text, build(text, _line_ends(text, ids)), str(ids))
+        if index is not None:
+            with contextlib.suppress(OSError):  # somebody else's directory: it is made at every opening
+                made.save(index)
+        return made
 
     def save(self, path: Path) -> None:
-        np.save(path, self.words, allow_pickle=False)
+        """Whole or not at all."""
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, self.words, allow_pickle=False)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self._entries)

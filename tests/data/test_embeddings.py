@@ -82,6 +82,20 @@ def test_arrays_are_memory_mapped(tmp_path: Path, form: str) -> None:
     assert not table.vectors.flags.writeable
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a system without large pages")
+def test_vectors_are_brought_in_in_large_pages(tmp_path: Path) -> None:
+    table = load_table(str(write("directory", tmp_path)))
+    assert len(table) == 4
+    flags: list[str] = []
+    mapped = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "embeddings.npy" in line:
+            mapped = str(tmp_path) in line
+        elif mapped and line.startswith("VmFlags:"):
+            flags, mapped = line.split(), False
+    assert "hg" in flags
+
+
 def test_directory_is_what_the_contract_says(tmp_path: Path) -> None:
     place = write("directory", tmp_path, vectors=VECTORS.astype(np.float16))
     assert sorted(p.name for p in place.iterdir()) == ["embeddings.npy", "ids.txt", "index.npy", "meta.json"]

@@ -57,7 +57,7 @@ def test_index_on_disk_is_used(files: tuple[Path, Path], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("fault", ["other ids", "truncated", "no array", "other version", "header", "rows", "absent"])
-def test_index_that_is_not_of_these_ids_is_not_used(files: tuple[Path, Path], fault: str) -> None:
+def test_index_that_is_not_of_these_ids_is_made_anew(files: tuple[Path, Path], fault: str) -> None:
     ids, index = files
     words = np.load(index)
     if fault == "other ids":
@@ -75,7 +75,17 @@ def test_index_that_is_not_of_these_ids_is_not_used(files: tuple[Path, Path], fa
         words[0 if fault == "other version" else 4] = 63
         np.save(index, words)
     order = -1 if fault == "other ids" else 1
-    assert UserIndex.open(ids, index).find([f"user {n}" for n in range(1000)]).tolist() == list(range(1000))[::order]
+    for _ in range(2):  # the second time from the index that the first one wrote
+        assert (
+            UserIndex.open(ids, index).find([f"user {n}" for n in range(1000)]).tolist() == list(range(1000))[::order]
+        )
+    assert sorted(path.name for path in ids.parent.iterdir()) == ["ids.txt", "index.npy"]
+    assert isinstance(UserIndex.open(ids, index).words, np.memmap)
+
+
+def test_index_that_cannot_be_written_is_made_in_memory(files: tuple[Path, Path]) -> None:
+    ids, index = files
+    assert UserIndex.open(ids, index.parent / "no directory" / "index.npy").find(["user 7"]).tolist() == [7]
 
 
 @pytest.mark.parametrize(
