@@ -8,7 +8,9 @@ No TPU is needed; a line takes about a minute on two CPU cores.
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
+
+import tyro
 
 SHIPPED = [("llama_1b", "v5e:2x4"), ("llama_8b", "v5e:4x4"), ("llama_70b", "v5p:2x4x4")]
 WEAK = ["2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
@@ -59,5 +61,14 @@ def weak() -> None:
         )
 
 
+def main(table: tyro.conf.Positional[Literal["shipped", "weak"]] = "shipped") -> None:
+    """Prints a table.
+
+    Args:
+      table: Shipped configs, or one config as the pod grows.
+    """
+    shipped() if table == "shipped" else weak()
+
+
 if __name__ == "__main__":
-    {"shipped": shipped, "weak": weak}[sys.argv[1] if sys.argv[1:] else "shipped"]()
+    tyro.cli(main)

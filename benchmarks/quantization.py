@@ -10,7 +10,6 @@ temporary memory, which holds one layer's matrices in full at a time.
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -51,54 +50,18 @@ def matrix_bytes(layers: dict[str, Any]) -> int:
 
 
 def random_llama(kind: Any) -> dict[str, float]:
-    """A projector of 64-number vectors in front of a random Llama, and one row of 256 random tokens."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
+    """A projector in front of a random Llama, and one row of 256 random tokens."""
+    from made_up import Step, llama, random_model, random_rows
 
-    from e2p_jax.backbone.decoder import Decoder
-    from e2p_jax.backbone.families import parse_config
-    from e2p_jax.backbone.layout import Execution
-    from e2p_jax.backbone.weights import quantize_layers
-    from e2p_jax.config import MeshConfig, TrainConfig
-    from e2p_jax.data.packing import Budget, empty_rows
-    from e2p_jax.parallel.mesh import make_mesh
-    from e2p_jax.prefix.model import PrefixModel
-    from e2p_jax.prefix.projector import Projector
-    from e2p_jax.train.partition import trainable_mask
-    from e2p_jax.train.setup import Model, initial_state, jit_train_step
-
-    values = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048}
-    values |= {"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
-    config = parse_config(values, Path("config.json"))
-    backbone = Decoder(config, dtype=jnp.dtype("float32"), execution=Execution(remat=True), rngs=nnx.Rngs(0))
-    if kind != "none":
-        quantize_layers(backbone, kind)
-    projector = Projector(
-        embedding_width=64, model_width=768, num_tokens=1, kind="mlp", hidden_size=512, dropout=0.0, rngs=nnx.Rngs(1)
-    )
-    whole = PrefixModel(backbone, projector)
-    graph, state = nnx.split(whole)
-    settings = TrainConfig(rows=1)
-    mask = trainable_mask(whole, settings.trainable)
-    model = Model(make_mesh(MeshConfig()), graph, nnx.to_pure_dict(state), mask, "random")
-    batch = empty_rows(1, Budget(256, 128, 1), 64)
-    rng = np.random.default_rng(0)
-    batch["tokens"][:] = rng.integers(0, 8192, batch["tokens"].shape)
-    batch["positions"][:], batch["segment_ids"][:] = np.arange(256), 1
-    batch["target_positions"][:] = np.arange(128)
-    batch["target_ids"][:], batch["target_weights"][:] = batch["tokens"][:, 1:129], 1
-    with jax.set_mesh(model.mesh):
-        start, frozen = initial_state(model, settings)
-        compiled = jit_train_step(model, settings).lower(start, frozen, batch).compile()
-        memory = compiled.memory_analysis()
-        _, metrics = compiled(start, frozen, batch)
+    config = llama(768, 2048, 12, 12, 8192)
+    model = random_model(config, remat=True, quantization=kind)
+    step = Step(model, random_rows(1, 256, 1, config.vocab_size))
+    memory = step.compiled.memory_analysis()
     return {
         "matrix_bytes": matrix_bytes(model.params["backbone"]["layers"]),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "nll": round(float(metrics.loss), 4),
+        "nll": round(step(), 4),
     }
 
 

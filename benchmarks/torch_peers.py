@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+import transformers
+import work
+from peers import LeftOut, Peer, Stage
 from torch import nn
+from torch.nn.attention import flex_attention
 
-from e2p_jax.data.encode import Example
-
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+Loss = Callable[[Batch], torch.Tensor]
 
 
 class Projector(nn.Module):
@@ -35,20 +38,9 @@ class Projector(nn.Module):
         return self.token_mean + self.token_std * y
 
 
-def one_per_turn(examples: Sequence[Example]) -> list[Example]:
-    """An example for each assistant turn: all before it as its prompt."""
-    turns = []
-    for example in examples:
-        starts = np.flatnonzero(np.diff(example.is_target.astype(np.int8), prepend=0) == 1)
-        ends = np.flatnonzero(np.diff(example.is_target.astype(np.int8), append=0) == -1) + 1
-        for start, end in zip(starts, ends, strict=True):
-            is_target = np.arange(end) >= start
-            turns.append(Example(example.tokens[:end], is_target, example.slot_start, example.user_id))
-    return turns
-
-
-def padded(examples: Sequence[Example], vectors: Sequence[np.ndarray], device: str) -> Batch:
+def padded(conversations: work.Conversations, device: str) -> Batch:
     """A batch as long as its longest example; labels are -100 but at targets. The slot stands first."""
+    examples, vectors = conversations
     length = max(len(example.tokens) for example in examples)
     tokens = np.zeros((len(examples), length), np.int64)
     labels = np.full_like(tokens, -100)
@@ -61,11 +53,11 @@ def padded(examples: Sequence[Example], vectors: Sequence[np.ndarray], device: s
     return {name: torch.tensor(array, device=device) for name, array in arrays.items()}
 
 
-def adam_step(parameters: Sequence[nn.Parameter], loss: Callable[[Batch], torch.Tensor]) -> Callable[[Batch], float]:
+def adam_step(parameters: Sequence[nn.Parameter], loss: Loss, batch: Batch) -> Callable[[], float]:
     """A step of AdamW on mean loss, with the clip that we have; returns the loss."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 
-    def step(batch: Batch) -> float:
+    def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         value = loss(batch)
         value.backward()
@@ -76,8 +68,25 @@ def adam_step(parameters: Sequence[nn.Parameter], loss: Callable[[Batch], torch.
     return step
 
 
-def naive_loss(model: Any, projector: Projector) -> Callable[[Batch], torch.Tensor]:
+def evaluate(loss: Loss, batch: Batch) -> float:
+    with torch.no_grad():
+        return loss(batch).item()
+
+
+def on_turns(
+    name: str, stage: Stage, loss: Loss, parameters: list[nn.Parameter], prompt: torch.Tensor | None = None
+) -> Peer:
+    """A peer that trains on examples of one turn."""
+    everything = work.one_per_turn(stage.work.conversations(stage.work.rows))
+    batch = padded(work.some(everything, stage.turns), stage.device)
+    first = padded(work.one_per_turn(stage.work.conversations(stage.work.rows[:1])), stage.device)
+    targets = int((batch["labels"] >= 0).sum())
+    return Peer(name, lambda: evaluate(loss, first), adam_step(parameters, loss, batch), targets, prompt)
+
+
+def naive(stage: Stage) -> Peer:
     """Public E2P code's: `inputs_embeds`, an example a turn, a padded batch, logits at every position."""
+    model, projector = stage.model, Projector(stage.projector).to(stage.device)
 
     def loss(batch: Batch) -> torch.Tensor:
         embedded = model.get_input_embeddings()(batch["tokens"][:, 1:])
@@ -85,22 +94,54 @@ def naive_loss(model: Any, projector: Projector) -> Callable[[Batch], torch.Tens
         embedded = torch.cat([soft[:, None], embedded], dim=1)
         return model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
 
-    return loss
+    return on_turns("naive torch", stage, loss, list(projector.parameters()))
 
 
-def packed(batch: dict[str, np.ndarray], dtype: torch.dtype, device: str) -> Batch:
-    """Our packed rows, with the block-diagonal causal mask written out as SDPA wants it."""
-    length = batch["tokens"].shape[1]
-    tensors = {name: torch.tensor(array, device=device) for name, array in batch.items()}
-    segments = tensors["segment_ids"]
-    mask = (segments[:, :, None] == segments[:, None, :]) & torch.ones(length, length, device=device).tril().bool()
-    least = torch.finfo(dtype).min
-    tensors["mask"] = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, least)[:, None]
-    return tensors
+def prompt_tuning(stage: Stage) -> Peer:
+    """PEFT's: one trained token for all users, here at first the embedding of some token; an example a turn."""
+    start = stage.model.get_input_embeddings().weight[5].detach()
+    tuned = peft.get_peft_model(stage.model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1))
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.copy_(start[None])
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return tuned(
+            input_ids=batch["tokens"][:, 1:],
+            attention_mask=batch["attention_mask"][:, 1:],
+            labels=batch["labels"][:, 1:],
+        ).loss
+
+    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    return on_turns("PEFT prompt tuning", stage, loss, parameters, start)
 
 
-def smart_loss(model: Any, projector: Projector, compiled: bool) -> Callable[[Batch], torch.Tensor]:
-    """Packed rows, no attention across examples, logits at targets only, compiled."""
+def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, T] -> [B, 1, T, T]: the block-diagonal causal mask written out as SDPA wants it."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, device=segments.device).tril().bool()
+    visible = (segments[:, :, None] == segments[:, None, :]) & causal
+    return torch.zeros(visible.shape, dtype=dtype, device=segments.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
+    )[:, None]
+
+
+def block_mask(segments: torch.Tensor, dtype: torch.dtype) -> flex_attention.BlockMask:
+    """The same as FlexAttention wants it: blocks in which nobody sees anybody are skipped."""
+    batch, length = segments.shape
+
+    def visible(b: Any, head: Any, query: Any, key: Any) -> Any:
+        return (segments[b, query] == segments[b, key]) & (query >= key)
+
+    return flex_attention.create_block_mask(visible, batch, None, length, length, device=str(segments.device))
+
+
+def on_rows(name: str, stage: Stage, model: Any, mask: Callable[[torch.Tensor, torch.dtype], Any]) -> Peer:
+    """A peer that trains on our packed rows: no attention across examples, logits at targets only, compiled."""
+    projector = Projector(stage.projector).to(stage.device)
+
+    def on_device(arrays: dict[str, np.ndarray]) -> Batch:
+        tensors = {name: torch.tensor(array, device=stage.device) for name, array in arrays.items()}
+        return {**tensors, "mask": mask(tensors["segment_ids"], stage.dtype)}
 
     def loss(batch: Batch) -> torch.Tensor:
         embedded = model.get_input_embeddings()(batch["tokens"].long())
@@ -120,21 +161,30 @@ def smart_loss(model: Any, projector: Projector, compiled: bool) -> Callable[[Ba
         weights = batch["target_weights"].flatten()
         return (nll * weights).sum() / weights.sum()
 
-    return torch.compile(loss, dynamic=False) if compiled else loss
+    batch = stage.work.batch
+    step = adam_step(list(projector.parameters()), torch.compile(loss, dynamic=False), on_device(batch))
+    targets = int(batch["target_weights"].sum())
+    return Peer(name, lambda: evaluate(loss, on_device(stage.work.first_row)), step, targets)
 
 
-def prompt_tuning(model: Any, start: torch.Tensor) -> tuple[Any, Callable[[Batch], torch.Tensor]]:
-    """PEFT's model with one virtual token that begins as `start` [D], and its loss: one prompt for all users."""
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
-    tuned = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        tuned.prompt_encoder["default"].embedding.weight.copy_(start[None])
+def smart(stage: Stage) -> Peer:
+    """Our packed rows with scaled dot-product attention."""
+    return on_rows("smart torch", stage, stage.model, additive_mask)
 
-    def loss(batch: Batch) -> torch.Tensor:
-        return tuned(
-            input_ids=batch["tokens"][:, 1:],
-            attention_mask=batch["attention_mask"][:, 1:],
-            labels=batch["labels"][:, 1:],
-        ).loss
 
-    return tuned, loss
+def flex(stage: Stage) -> Peer:
+    """Our packed rows with FlexAttention, in a second model of the same weights.
+
+    Raises:
+      LeftOut: on a CPU.
+    """
+    if stage.device == "cpu":
+        raise LeftOut("FlexAttention has no backward pass on a CPU")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            stage.model.config, dtype=stage.dtype, attn_implementation="flex_attention"
+        )
+    model.load_state_dict(stage.model.state_dict(), assign=True)
+    for module, other in zip(model.modules(), stage.model.modules(), strict=True):
+        module._buffers.update(other._buffers)  # frequencies, which no file has
+    return on_rows("torch FlexAttention", stage, model.eval().requires_grad_(False), block_mask)
