@@ -15,7 +15,7 @@ def text_vectors(contexts: Sequence[tuple[str, ...]], encoder: str, batch: int =
     Args:
       contexts: N contexts of one text or more.
       encoder: directory or hub id of a sentence-transformers model, or of a plain transformers one, whose sentence
-        embedding is then the mean over its last hidden states.
+        embedding is then the mean over its last hidden states, and with a decoder the last of them.
 
     Returns:
       [N, E] float32.
@@ -34,6 +34,8 @@ def text_vectors(contexts: Sequence[tuple[str, ...]], encoder: str, batch: int =
     except Exception as error:  # whatever a directory that is no model makes it raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--encoder {encoder}: sentence-transformers does not load it ({reason})") from error
+    if model.tokenizer.pad_token is None:  # as decoders have none; what stands for it is masked
+        model.tokenizer.pad_token = model.tokenizer.eos_token or model.tokenizer.convert_ids_to_tokens(0)
     sentences = list(dict.fromkeys(text for context in contexts for text in context))
     encoded = model.encode(sentences, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
     place = {sentence: row for row, sentence in enumerate(sentences)}

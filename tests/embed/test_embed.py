@@ -1,6 +1,7 @@
 """Tables of user vectors from each encoder: against torch, NumPy and published vectors; nothing held out leaks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,33 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_text_encoder_is_the_mean_of_sentences(people: str, bert: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def decoder(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model: its tokenizer names no padding token, and has no chat template that would be put around texts."""
+    out = tmp_path_factory.mktemp("decoder") / "model"
+    shutil.copytree(tiny_backbone, out)
+    (out / "chat_template.jinja").unlink()
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token"}))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["bert", "decoder"])
+def test_text_encoder_is_the_mean_of_sentences(
+    kind: str, people: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A sentence is the mean of its tokens, and with a decoder the last of them, which has read all."""
     pytest.importorskip("sentence_transformers")
-    assert make_table(people, str(bert), tmp_path / "t", EncoderSettings()) == (2, 1)
+    encoder = request.getfixturevalue(kind)
+    assert make_table(people, str(encoder), tmp_path / "t", EncoderSettings()) == (2, 1)
     table = load_table(str(tmp_path / "t"))
-    model = transformers.BertModel.from_pretrained(bert).eval()
-    tokenizer = transformers.BertTokenizer.from_pretrained(bert)
+    model = transformers.AutoModel.from_pretrained(encoder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
 
     def embed(text: str) -> np.ndarray:
         with torch.no_grad():
-            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        hidden = (states.mean(0) if kind == "bert" else states[-1]).numpy()
         return hidden / np.linalg.norm(hidden)
 
     ann = (embed("i ski.") + embed("i love tea.")) / 2
