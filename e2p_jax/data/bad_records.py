@@ -1,6 +1,8 @@
 """What happens to records that break their format: the first one ends the reading, or they are skipped and counted."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from e2p_jax.config import OnBadRecord
@@ -25,7 +27,8 @@ class BadRecords:
         if not 0 <= max_share <= 1:
             raise UserError(f"max_bad_share is {max_share}; it must be from 0 to 1")
         self.policy, self.max_share = policy, max_share
-        self.files: dict[str, tuple[int, int]] = {}  # how many were skipped, of how many; a file may be read again
+        # By the file's name, which may be read again: how many were skipped, of how many.
+        self.files: dict[str, tuple[int, int]] = {}
         self.first = ""  # what was wrong with the first one
 
     def parse(self, rows: Iterable[Row], parse: Callable[[Row], Parsed], source: Any) -> Iterator[Parsed]:
@@ -51,12 +54,30 @@ class BadRecords:
                 self.first = self.first or str(error)
             else:
                 yield parsed
-        self.files[str(source)] = (skipped, total)
+        self.files[Path(str(source)).name] = (skipped, total)
         if skipped > self.max_share * total:
             raise UserError(
                 f"{source}: {skipped} of {total} records are bad, more than max_bad_share={self.max_share}; "
                 f"repair the file or raise it (the first: {self.first})"
             )
+
+    def check(self, files: Mapping[str, tuple[int, int]], source: Any) -> None:
+        """Holds what another reading skipped, its `files`, against this policy.
+
+        Args:
+          source: The directory that it wrote, for errors.
+
+        Raises:
+          UserError: it left out a record under the policy `error`, or too many of a file.
+        """
+        share = 0.0 if self.policy == "error" else self.max_share
+        for name, (skipped, total) in files.items():
+            if skipped > share * total:
+                raise UserError(
+                    f"{source}: prepared without {skipped} of the {total} records of {name}, which are bad; repair "
+                    "that file and delete the directory to prepare it anew, or allow it with --on-bad-record skip and "
+                    f"--max-bad-share {math.ceil(1000 * skipped / total) / 1000}"
+                )
 
     def report(self) -> str | None:
         """One line on what was skipped, if anything was."""

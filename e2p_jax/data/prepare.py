@@ -32,18 +32,20 @@ def prepare(
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
       options: `name=value` each: what to change in the configuration's options.
-      bad: The policy for malformed records; the first one is an error by default.
+      bad: The policy for malformed records; the first one is an error by default. A directory that is there already
+        must have been prepared as this policy allows.
 
     Returns:
       The directory that `load_records` reads.
 
     Raises:
       UserError: an unknown dataset or option, a missing or malformed original file, or a directory prepared from other
-        files.
+        files or without records that may not be skipped.
     """
     name, _, config = dataset.partition("/")
     if name not in DATASETS:
         raise UserError(f"dataset {dataset!r}: unknown; there are {', '.join(DATASETS)}")
+    bad = bad or BadRecords()
     manual_dir, data_dir = manual_dir.expanduser(), data_dir.expanduser()
     if not manual_dir.is_dir():
         raise UserError(f"--manual-dir {manual_dir}: not a directory; it must hold the dataset's original files")
@@ -63,6 +65,7 @@ def prepare(
             f"{directory}: not prepared from what --manual-dir holds now ({', '.join(changed)}); "
             "delete it to prepare it anew, or give another --data-dir"
         )
+    bad.check(builder.info.metadata.get("bad_records", {}), directory)
     return directory
 
 
@@ -80,7 +83,7 @@ def _alone(directory: Path) -> Iterator[None]:
 def _write(builder: "RecordBuilder", manual_dir: Path, sources: dict[str, str]) -> None:
     import tensorflow_datasets as tfds
 
-    builder.info.metadata["sources"] = sources
+    builder.info.metadata.update(sources=sources, bad_records=builder.bad.files)  # the latter fills as files are read
     download_config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells its progress on stdout, which is for results
         builder.download_and_prepare(download_config=download_config, file_format="array_record")

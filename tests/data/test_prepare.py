@@ -92,6 +92,14 @@ def test_flags_reach_the_data_set(tmp_path, capsys):
     assert "skipped 1 of 18 records as bad" in err
     train = load_records(out.strip(), "train")
     assert len(train) == 4 and train[0].messages[0]["content"].startswith("So?\n\n")
+    # What was left out stays known: the same command says nothing more, a stricter one does not pass it over.
+    assert main([*arguments, *more]) == 0 and capsys.readouterr() == (out, "")
+    strict = ["--on-bad-record", "skip", "--max-bad-share", "0.2"]
+    for stricter in ([], strict):
+        assert main([*arguments, *more[:3], *stricter]) == 1
+        message = "prepared without 1 of the 3 records of valid.tsv, which are bad; repair that file and delete"
+        assert f"{out.strip()}: {message}" in capsys.readouterr().err
+    assert main([*arguments, *more[:3], *strict[:-1], "0.334"]) == 0
 
 
 def test_two_commands_at_once_write_one_data_set(manual, tmp_path):
