@@ -3,9 +3,9 @@
     python benchmarks/startup.py --workdir /tmp/startup
 
 Every measurement is a fresh process. `seconds` are by the wall clock; `cpu` is the processor time of the process and
-its threads, which a busy machine disturbs less. `first step` is `e2p train quickstart --train.steps 1`
-without evaluation of conditions: cold with an empty compilation cache, then with what that run left there. A second
-table breaks such a start down, up to the end of the first step.
+its threads, which a busy machine disturbs less. `train one step` is `e2p train quickstart --train.steps 1` without
+evaluation of conditions: cold with an empty compilation cache, then with what that run left there. A second table
+breaks such a start down, up to the end of the first step.
 """
 
 import json
@@ -52,7 +52,7 @@ def break_down() -> dict[str, float]:
     from e2p_jax.config import load_config
 
     set_environment("train")
-    config = load_config("quickstart").resolved()
+    config = load_config("quickstart")[1].resolved()
     done("command line and config")
     import jax
     import transformers.models.auto.tokenization_auto  # noqa: F401
@@ -116,8 +116,8 @@ def main(workdir: Path, repeats: int = 3, json_out: Path | None = None, part: bo
         "e2p train quickstart --help": [*E2P, "train", "quickstart", "--help"],
     }.items():
         add(name, [once(command, {}) for _ in range(repeats)])
-    add("first step, nothing compiled before", [once(train(0), cache)])
-    add("first step, compiled before", [once(train(1 + number), cache) for number in range(repeats)])
+    add("train one step, score, save; nothing compiled before", [once(train(0), cache)])
+    add("train one step, score, save; compiled before", [once(train(1 + number), cache) for number in range(repeats)])
 
     def parts(cache: str) -> dict[str, float]:
         command = [sys.executable, __file__, "--part", "--workdir", str(workdir)]

@@ -40,7 +40,7 @@ def set_environment(command: str) -> None:
     # What was compiled once is loaded from then on; a variable that is set, even to nothing, holds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     absl.logging.set_verbosity(absl.logging.ERROR)
 
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_template import CHATML, LITERAL, LLAMA3
 
+from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.config import Config, DataConfig, PrefixConfig, ProjectorConfig
 from e2p_jax.data.encode import Encoder, load_tokenizer
 from e2p_jax.errors import UserError
@@ -194,6 +197,30 @@ def test_tokenizer_of_another_model_is_refused(make_tokenizer: Any, tmp_path: Pa
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"ids reach 601 \('<\|ask\|>'\)"):
         load_tokenizer(tmp_path, 600)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named"),
+    [
+        ("llama", "PreTrainedTokenizerFast"),
+        ("llama", "LlamaTokenizerFast"),
+        ("mistral", "LlamaTokenizer"),
+        ("gemma3_text", "GemmaTokenizer"),
+        ("qwen2", "Qwen2TokenizerFast"),
+        ("gpt2", "GPT2Tokenizer"),
+        ("qwen3", "NoSuchTokenizer"),
+        ("qwen3", None),
+        ("nosuch", "PreTrainedTokenizerFast"),
+    ],
+)
+def test_tokenizer_is_the_one_that_transformers_picks(tmp_path: Path, model_type: str, named: str | None) -> None:
+    shutil.copyfile(EMBEDDED / "tokenizer.json", tmp_path / "tokenizer.json")
+    for name, key, value in [("config", "model_type", model_type), ("tokenizer_config", "tokenizer_class", named)]:
+        values = json.loads((EMBEDDED / f"{name}.json").read_text()) | {key: value}
+        (tmp_path / f"{name}.json").write_text(json.dumps({k: v for k, v in values.items() if v}))
+    tokenizer, theirs = load_tokenizer(tmp_path, 1 << 20), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is type(theirs)
+    assert tokenizer.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{}"}, {"tokenizer_config.json": "{}"}])
