@@ -90,3 +90,16 @@ def shard_rows(x: jax.Array) -> jax.Array:
     """Keeps activations split by row only. Outside a mesh (`jax.set_mesh`) it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(ROWS))
+
+
+def vocabulary_shards(size: int) -> int:
+    """Parts that the rows of a [V, D] head are split into by the mesh around this code; 1 where V does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or size % mesh.shape["tensor"] else mesh.shape["tensor"]
+
+
+def shard_vocabulary(head: jax.Array) -> jax.Array:
+    """Gathers a [V, D] head's columns here, and not in a loop that uses it. Outside a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return head
+    return jax.lax.with_sharding_constraint(head, P("tensor" if vocabulary_shards(head.shape[0]) > 1 else None))

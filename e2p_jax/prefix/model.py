@@ -7,14 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.blocks import soft_cap
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.backbone.lora import Lora
-from e2p_jax.parallel.mesh import row_shards
+from e2p_jax.prefix.loss import cross_entropy
 from e2p_jax.prefix.projector import Projector
-
-# Above this many logits at once ([B, M, V] elements, B on one device) the loss goes through the targets in chunks.
-LOGITS_AT_ONCE = 1 << 25
 
 
 class Batch(TypedDict):
@@ -78,33 +74,3 @@ class PrefixModel(nnx.Module):
         hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
         head, cap = self.backbone.output_embedding, self.backbone.config.logit_cap
         return cross_entropy(hidden, head, batch["target_ids"], cap) * batch["target_weights"]
-
-
-def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float = 0.0) -> jax.Array:
-    """-log softmax(soft_cap(hidden @ head.T))[ids], holding about `LOGITS_AT_ONCE` logits a device at most.
-
-    Args:
-      hidden: [B, M, D].
-      head: [V, D].
-      ids: [B, M] int32.
-      cap: soft cap of the logits, 0 for none.
-
-    Returns:
-      [B, M] float32, nats.
-    """
-
-    def chunk(hidden: jax.Array, ids: jax.Array) -> jax.Array:
-        logits = soft_cap(jnp.einsum("bmd,vd->bmv", hidden, head, preferred_element_type=jnp.float32), cap)
-        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    batch, count, width = hidden.shape
-    logits_a_target = -(-batch // row_shards()) * head.shape[0]
-    fitting = (n for n in range(1, count) if count % n == 0 and count // n * logits_a_target <= LOGITS_AT_ONCE)
-    chunks = next(fitting, count)
-    if chunks == 1:
-        return chunk(hidden, ids)
-    split_hidden = jnp.moveaxis(hidden.reshape(batch, chunks, count // chunks, width), 1, 0)
-    split_ids = jnp.moveaxis(ids.reshape(batch, chunks, count // chunks), 1, 0)
-    nll = jax.lax.map(lambda c: jax.checkpoint(chunk)(*c), (split_hidden, split_ids))
-    return jnp.moveaxis(nll, 0, 1).reshape(batch, count)

@@ -12,8 +12,7 @@ from flax import nnx
 from helpers import SIZES, Segment, make_batch, prefix_model, random_batch, random_segment
 
 from e2p_jax.backbone.layout import Execution
-from e2p_jax.prefix import model as model_lib
-from e2p_jax.prefix.model import Batch, PrefixModel, cross_entropy
+from e2p_jax.prefix.model import Batch, PrefixModel
 
 
 @nnx.jit
@@ -129,32 +128,3 @@ def test_remat_changes_nothing_but_memory_and_work() -> None:
     assert float(loss) == pytest.approx(float(loss_remat), rel=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
-
-
-@pytest.mark.parametrize("count", [12, 7])  # targets a row: chunks of 6, 4, 3, 2, 1; a prime splits into ones only
-@pytest.mark.parametrize("limit", [10**9, 3 * 6 * 97, 3 * 5 * 97, 1])
-@pytest.mark.parametrize("cap", [0.0, 3.0])
-def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch, cap: float, limit: int, count: int) -> None:
-    rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(3, count, 16)).astype(np.float32), rng.normal(size=(97, 16)).astype(np.float32)
-    ids, weights = rng.integers(0, 97, (3, count)), rng.normal(size=(3, count)).astype(np.float32)
-    monkeypatch.setattr(model_lib, "LOGITS_AT_ONCE", limit)
-
-    def weighted(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return jnp.sum(cross_entropy(hidden, head, jnp.asarray(ids, jnp.int32), cap) * weights)
-
-    inputs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, head)]
-    logits = inputs[0] @ inputs[1].T
-    logits = cap * torch.tanh(logits / cap) if cap else logits
-    nll = torch.nn.functional.cross_entropy(logits.reshape(-1, 97), torch.tensor(ids).reshape(-1), reduction="none")
-    total = (nll * torch.tensor(weights).reshape(-1)).sum()
-    total.backward()
-    value, grads = jax.value_and_grad(weighted, (0, 1))(hidden, head)
-    assert float(value) == pytest.approx(total.item(), rel=1e-5)
-    for gradient, reference in zip(grads, inputs, strict=True):
-        np.testing.assert_allclose(gradient, reference.grad, rtol=1e-4, atol=1e-5)
-
-    text = str(jax.make_jaxpr(weighted)(hidden, head))
-    largest = max((n for n in range(1, count + 1) if count % n == 0 and 3 * n * 97 <= limit), default=1)
-    assert f"f32[3,{largest},97]" in text
-    assert largest == count or f"f32[3,{count},97]" not in text

@@ -13,11 +13,13 @@ from e2p_jax.backbone.families import parse_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
 from e2p_jax.parallel.hlo import Collective, Program
 from e2p_jax.parallel.plan import RowShape, abstract_batch
+from e2p_jax.prefix import loss
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_train_step
 
 DECODER = parse_config({**SIZES, "vocab_size": 96, "model_type": "llama", "rms_norm_eps": 1e-5}, Path("config.json"))
 ROWS, LENGTH, TARGETS, SEGMENTS, WIDTH = 8, 128, 40, 7, 11
+CHUNK = 10  # of a row's targets, at a time in the loss
 EVERYTHING = ("projector/**", "backbone/**")
 
 
@@ -39,7 +41,8 @@ def step(trainable: tuple[str, ...] = ("projector/**",), **axes: int) -> Step:
     model = abstract_model(config, DECODER, WIDTH, mesh)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     batch = abstract_batch(config, RowShape(WIDTH, TARGETS, SEGMENTS), mesh)
-    with jax.set_mesh(mesh):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        patch.setattr(loss, "LOGITS_AT_ONCE", CHUNK * ROWS * DECODER.vocab_size // 4)  # on each of four devices
         text = jit_train_step(model, config.train).lower(state, frozen, batch).compile().as_text()
     backbone = model.params["backbone"]
     weights = {name: leaf.shape[1:] for name, leaf in backbone["layers"].items() if leaf.ndim == 3}
@@ -81,7 +84,7 @@ def test_fsdp_gathers_weights_and_sends_nothing_else_of_the_backbone() -> None:
         assert gather.group == 4
         assert gather.times == (1 if array.shape == weights["head"] else DECODER.num_layers)
         sent[array.shape] = sent.get(array.shape, 0) + 1
-    assert sent.pop(weights["head"]) <= 3  # embedding and head have one shape
+    assert sent.pop(weights["head"]) == 2  # embedding and head have one shape; neither goes again for every chunk
     for shape, times in sent.items():
         sharing = sum(shape == other for other in weights.values())
         assert sharing <= times <= 3 * sharing, shape
@@ -90,8 +93,13 @@ def test_fsdp_gathers_weights_and_sends_nothing_else_of_the_backbone() -> None:
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_tensor_sums_activations_of_the_own_rows(axes: dict[str, int]) -> None:
     collectives, weights, _ = step(**axes)
-    shapes = {a.shape for c in of_kind(collectives, "all-reduce") if "while" in c.op_name for a in c.arrays}
-    assert shapes == {(ROWS // 2, LENGTH, DECODER.hidden_size)}
+    sums = [c for c in of_kind(collectives, "all-reduce") if "while" in c.op_name]
+    layers = {a.shape for c in sums for a in c.arrays if LENGTH in a.shape}
+    assert layers == {(ROWS // 2, LENGTH, DECODER.hidden_size)}
+    of_targets = [(c.times, a.shape) for c in sums for a in c.arrays if LENGTH not in a.shape]
+    chunk = (ROWS // 2, CHUNK)  # the greatest logit, the sum over them, the target's, and the gradient: no logits
+    assert {times for times, _ in of_targets} == {TARGETS // CHUNK}
+    assert sorted(shape for _, shape in of_targets) == [chunk, chunk, (*chunk, 1), (*chunk, DECODER.hidden_size)]
     halves = {shape: name for name, whole in weights.items() for shape in _half(whole)}
     for gather in of_kind(collectives, "all-gather"):
         for array in gather.arrays:

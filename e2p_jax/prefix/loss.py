@@ -1,0 +1,100 @@
+"""Cross-entropy over a large vocabulary in which only some of the logits exist at a time, each worked out once.
+
+Of a frozen head nothing but the gradient of the hidden states is wanted, and that is at hand with the value: softmax
+less one-hot, times the head. So both come out of one pass over the targets in chunks, as in Cut Cross-Entropy (Wijmans
+et al., arXiv 2411.09009), and the backward pass only weighs what is there.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from e2p_jax.backbone.blocks import soft_cap
+from e2p_jax.parallel.mesh import row_shards, shard_vocabulary, vocabulary_shards
+
+LOGITS_AT_ONCE = 1 << 25  # on one device, float32: the targets are gone through in chunks of about so many
+
+
+def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float = 0.0) -> jax.Array:
+    """-log softmax(soft_cap(hidden @ head.T))[ids], holding about `LOGITS_AT_ONCE` logits a device at most.
+
+    Args:
+      hidden: [B, M, D].
+      head: [V, D].
+      ids: [B, M] int32.
+      cap: soft cap of the logits, 0 for none.
+
+    Returns:
+      [B, M] float32, nats.
+    """
+    return _cross_entropy(hidden, shard_vocabulary(head), ids, cap)
+
+
+def _values(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float) -> jax.Array:
+    return _in_chunks(functools.partial(_nll, head=head, cap=cap), hidden, ids, head.shape[0])
+
+
+def _forward(hidden: Any, head: Any, ids: Any, cap: float) -> tuple[jax.Array, Any]:
+    """Values, and a function from their cotangents to those of hidden states and head."""
+    if head.perturbed:  # it is trained, and its gradient needs the cotangents: chunks are worked out again
+        return jax.vjp(lambda hidden, head: _values(hidden, head, ids.value, cap), hidden.value, head.value)
+    chunk = functools.partial(_nll_and_slope, head=head.value, cap=cap)
+    nll, slope = _in_chunks(chunk, hidden.value, ids.value, head.value.shape[0])
+    return nll, jax.tree_util.Partial(_weigh, slope)
+
+
+def _weigh(slope: jax.Array, nll_grad: jax.Array) -> tuple[jax.Array, None]:
+    return (slope.astype(jnp.float32) * nll_grad[..., None]).astype(slope.dtype), None
+
+
+def _backward(cap: float, pull: Callable[[jax.Array], tuple], nll_grad: jax.Array) -> tuple:
+    return *pull(nll_grad), None
+
+
+_cross_entropy = jax.custom_vjp(_values, nondiff_argnums=(3,))
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _logits(hidden: jax.Array, head: jax.Array, cap: float) -> jax.Array:
+    return soft_cap(jnp.einsum("bmd,vd->bmv", hidden, head, preferred_element_type=jnp.float32), cap)
+
+
+def _nll(hidden: jax.Array, ids: jax.Array, *, head: jax.Array, cap: float) -> jax.Array:
+    logits = _logits(hidden, head, cap)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+
+
+def _nll_and_slope(hidden: jax.Array, ids: jax.Array, *, head: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
+    """[B, M] nats, and their gradients by the hidden states, [B, M, D]."""
+    logits = _logits(hidden, head, cap)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    is_chosen = ids[..., None] == jnp.arange(head.shape[0], dtype=ids.dtype)[None, None]
+    slope = jnp.exp(logits - log_total[..., None]) - is_chosen.astype(jnp.float32)
+    if cap:
+        slope = slope * (1 - jnp.square(logits / cap))
+    slope = jnp.einsum("bmv,vd->bmd", slope.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    return log_total - chosen, slope.astype(hidden.dtype)
+
+
+def _in_chunks(function: Callable[..., Any], hidden: jax.Array, ids: jax.Array, vocabulary: int) -> Any:
+    """`function` of hidden states [B, M, D] and ids [B, M], a part of the M targets at a time; gives [B, M, ...]."""
+    batch, count = ids.shape
+    logits_a_target = -(-batch // row_shards()) * (vocabulary // vocabulary_shards(vocabulary))
+    chunks = -(-count // max(1, LOGITS_AT_ONCE // logits_a_target))
+    if chunks == 1:
+        return function(hidden, ids)
+    size = -(-count // chunks)
+
+    def split(x: jax.Array) -> jax.Array:  # the last chunk ends in targets that nobody asked for
+        x = jnp.pad(x, [(0, 0), (0, chunks * size - count)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, chunks * size, *x.shape[3:])[:, :count]
+
+    out = jax.lax.map(lambda chunk: jax.checkpoint(function)(*chunk), (split(hidden), split(ids)))
+    return jax.tree.map(join, out)
