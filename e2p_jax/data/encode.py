@@ -45,9 +45,8 @@ def _bare_config(directory: Path) -> PretrainedConfig | None:
     model, tokenizer = (json.loads(file.read_text("utf-8")) for file in files)
     if "model_type" not in model or "tokenizer_class" not in tokenizer:
         return None
-    config = PretrainedConfig(name_or_path=str(directory), tokenizer_class=model.get("tokenizer_class"))
-    config.model_type = model["model_type"]
-    return config
+    asked = {name: model[name] for name in ("model_type", "tokenizer_class") if name in model}
+    return PretrainedConfig.from_dict({**asked, "name_or_path": str(directory)})
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
