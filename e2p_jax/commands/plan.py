@@ -60,12 +60,12 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
     place = planning.find_topology(topology)
     decoder = planning.read_backbone(config)
 
-    def compile_for(config: Config) -> "Plan":
-        plan = planning.make_plan(config, decoder, place, shape)
+    def compile_for(config: Config, evaluation: bool = False) -> "Plan":
+        plan = planning.make_plan(config, decoder, place, shape, evaluation)
         say(f"{_mesh(plan)}, {plan.rows} rows: {_mib(plan.peak)} of {_mib(place.chip.memory)} MiB a device")
         return plan
 
-    plan = compile_for(config)
+    plan = compile_for(config, evaluation=True)
     most = fewest = None
     if suggest:
         most = planning.largest_rows(plan, lambda rows: compile_for(planning.with_rows(config, rows)))

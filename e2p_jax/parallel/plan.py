@@ -145,7 +145,7 @@ class Plan:
     rows: int
     """B, over all devices."""
     steps: dict[str, Cost]
-    """`train` and `evaluate`."""
+    """`train`, and `evaluate` where that was compiled."""
 
     @property
     def rows_per_device(self) -> float:
@@ -200,8 +200,13 @@ def abstract_batch(config: Config, shape: RowShape, mesh: Mesh) -> Batch:
     }
 
 
-def make_plan(config: Config, decoder: DecoderConfig, topology: Topology, shape: RowShape) -> Plan:
-    """Compiles both steps.
+def make_plan(
+    config: Config, decoder: DecoderConfig, topology: Topology, shape: RowShape, evaluation: bool = True
+) -> Plan:
+    """Compiles the train step and the evaluation step.
+
+    Args:
+      evaluation: whether the latter, too; it is the train step's forward pass, and takes less of everything.
 
     Raises:
       UserError: mesh, rows or `train.trainable` do not fit the devices.
@@ -212,10 +217,9 @@ def make_plan(config: Config, decoder: DecoderConfig, topology: Topology, shape:
     batch = abstract_batch(config, shape, mesh)
     model = abstract_model(config, decoder, shape.embedding_width, mesh)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
-    steps = {
-        "train": (jit_train_step(model, config.train), (state, frozen, batch)),
-        "evaluate": (jit_eval_step(model), (state.trainable, frozen, batch)),
-    }
+    steps = {"train": (jit_train_step(model, config.train), (state, frozen, batch))}
+    if evaluation:
+        steps["evaluate"] = jit_eval_step(model), (state.trainable, frozen, batch)
     with jax.set_mesh(mesh):
         costs = {name: _compile(step, arguments) for name, (step, arguments) in steps.items()}
     return Plan(topology, dict(mesh.shape), config.train.rows, costs)
