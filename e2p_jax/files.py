@@ -1,11 +1,20 @@
-"""Outputs appear whole or not at all: written beside their place under a temporary name, then moved in."""
+"""Outputs appear whole or not at all: written beside their place under a temporary name, then moved in.
+
+A run directory may be in a bucket, as `gs://BUCKET/NAME`: there an object that is written is whole or absent by itself,
+nothing is appended or renamed, and gcsfs does the work behind `epath.Path`, which is a pathlib path on this machine.
+"""
 
 import contextlib
+import importlib.util
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from etils import epath
 
 from e2p_jax.errors import UserError
 
@@ -15,12 +24,85 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax"
 
 
-def write_text(path: Path, text: str) -> None:
+def in_bucket(path: epath.PathLike) -> bool:
+    return os.fspath(path).startswith("gs://")
+
+
+def run_directory(place: epath.PathLike) -> epath.Path:
+    """A directory of this machine, or `gs://BUCKET/NAME`: whatever there is to be read or written in a run starts here.
+
+    Raises:
+      UserError: gcsfs is not installed, or the bucket cannot be listed.
+    """
+    path = epath.Path(place)
+    if in_bucket(path):
+        if importlib.util.find_spec("gcsfs") is None:
+            raise UserError(f"{path}: run directories in buckets need gcsfs; pip install 'e2p-jax[gcs]'")
+        import fsspec.config
+
+        # What TensorStore or another host writes must be seen here at once.
+        fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+        try:
+            path.exists()
+        except Exception as error:  # gcsfs, google-auth and aiohttp each raise their own
+            raise UserError(
+                f"{path}: cannot be listed ({error}); check the bucket's name, and that this account may list, "
+                "read and write there (gcloud auth application-default login)"
+            ) from error
+    return path
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file atomically, creating its folder."""
+    path = epath.Path(path)
+    if in_bucket(path):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """The same, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def move_directory(old: epath.Path, new: epath.Path) -> None:
+    """To a place where nothing is; in a bucket object by object, on the server."""
+    if in_bucket(old):
+        import fsspec
+
+        fsspec.filesystem("gcs").mv(str(old), str(new), recursive=True)
+        return
+    new.parent.mkdir(parents=True, exist_ok=True)
+    old.rename(new)
+
+
+class LineFile:
+    """A file that grows by lines: each is there at once, in a bucket with the next `sync`, which writes it whole."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._file: Any = io.BytesIO() if in_bucket(path) else Path(path).open("ab", buffering=0)  # noqa: SIM115
+        if in_bucket(path) and path.exists():
+            self._file.write(path.read_bytes())
+
+    def write(self, line: str) -> None:
+        self._file.write(line.encode() + b"\n")  # one write: whole, or an error here and now
+
+    def sync(self) -> None:
+        """Makes everything so far durable."""
+        if in_bucket(self._path):
+            self._path.write_bytes(self._file.getvalue())
+        else:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if in_bucket(self._path):
+            self.sync()
+        self._file.close()
 
 
 @contextlib.contextmanager

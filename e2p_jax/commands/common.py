@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import rich.console
+import tyro
 
 from e2p_jax.config import Config, load_config
 from e2p_jax.options import Processes
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from e2p_jax.evaluate.table import Evaluation
 
 DETECTED = Processes()
+RunPath = Annotated[str, tyro.conf.arg(metavar="PATH|gs://BUCKET/NAME")]
 
 
 def named_config(arguments: list[str]) -> tuple[str, Config]:

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from e2p_jax.baselines import Compared
-from e2p_jax.commands.common import DETECTED, named_config, print_tables, say
+from e2p_jax.commands.common import DETECTED, RunPath, named_config, print_tables, say
 from e2p_jax.config import Config
 from e2p_jax.options import Processes
 
@@ -23,7 +22,7 @@ def compare_command(arguments: list[str]) -> Callable[..., None]:
         config: tyro.conf.Positional[str],
         /,
         conditions: tuple[Compared, ...] = ALL,
-        workdir: Path | None = None,
+        workdir: RunPath | None = None,
         seeds: tuple[int, ...] = (),
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
         processes: Annotated[Processes, tyro.conf.arg(name="")] = DETECTED,
@@ -43,10 +42,10 @@ def compare_command(arguments: list[str]) -> Callable[..., None]:
           overrides: Any field of the config.
         """
         from e2p_jax.evaluate.compare import compare, compare_seeds, pool
-        from e2p_jax.files import write_text
+        from e2p_jax.files import run_directory, write_text
         from e2p_jax.parallel.distributed import is_first, session
 
-        directory = workdir or Path("runs") / f"compare-{name}"
+        directory = run_directory(workdir or f"runs/compare-{name}")
         with session(processes):
             by_seed = compare_seeds(overrides, directory, conditions, seeds)
             if seeds:

@@ -1,14 +1,13 @@
 """`e2p demo`."""
 
-from pathlib import Path
-
 import tyro
 
+from e2p_jax.commands.common import RunPath
 from e2p_jax.errors import UserError
 
 
 def demo(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunPath],
     /,
     port: int = 7860,
     embeddings: str | None = None,

@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from e2p_jax.commands.common import RunPath
 from e2p_jax.errors import UserError
 
 
 def drift(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunPath],
     /,
     old: str,
     new: str,

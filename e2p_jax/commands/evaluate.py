@@ -7,13 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from e2p_jax.commands.common import DETECTED, print_tables
+from e2p_jax.commands.common import DETECTED, RunPath, print_tables
 from e2p_jax.config import Condition, Measures
 from e2p_jax.options import Processes
 
 
 def evaluate(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunPath],
     /,
     conditions: tuple[Condition, ...] = (),
     measures: tuple[Measures, ...] = (),

@@ -6,11 +6,12 @@ from typing import Literal
 
 import tyro
 
+from e2p_jax.commands.common import RunPath
 from e2p_jax.errors import UserError
 
 
 def export(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunPath],
     /,
     out: Path | None = None,
     format: Literal["transformers", "peft", "vllm", "vllm-chat", "sglang", "backbone"] = "transformers",

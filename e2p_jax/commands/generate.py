@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from e2p_jax.commands.common import RunPath
 from e2p_jax.config import Condition
 from e2p_jax.errors import UserError
 from e2p_jax.options import Sampling
@@ -14,7 +15,7 @@ GREEDY = Sampling()
 
 
 def generate(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunPath],
     /,
     user: tuple[str, ...] = (),
     prompt: str | None = None,

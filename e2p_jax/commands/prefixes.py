@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from e2p_jax.commands.common import DETECTED
+from e2p_jax.commands.common import DETECTED, RunPath
 from e2p_jax.options import Processes
 
 
 def prefixes(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunPath],
     /,
     out: Path,
     embeddings: str | None = None,

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import tyro
 
+from e2p_jax.commands.common import RunPath
 
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], /, out: Path) -> None:
+
+def report(runs: tyro.conf.Positional[tuple[RunPath, ...]], /, out: Path) -> None:
     """Writes one self-contained HTML page with its pictures (PNG) and numbers (CSV).
 
     Args:

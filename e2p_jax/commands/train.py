@@ -1,13 +1,12 @@
 """`e2p train`."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import rich.console
 import tyro
 
-from e2p_jax.commands.common import DETECTED, named_config, print_tables, say
+from e2p_jax.commands.common import DETECTED, RunPath, named_config, print_tables, say
 from e2p_jax.config import Config
 from e2p_jax.options import Processes
 
@@ -19,7 +18,7 @@ def train_command(arguments: list[str]) -> Callable[..., None]:
     def command(
         config: tyro.conf.Positional[str],
         /,
-        workdir: Path | None = None,
+        workdir: RunPath | None = None,
         processes: Annotated[Processes, tyro.conf.arg(name="")] = DETECTED,
         overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
     ) -> None:
@@ -39,7 +38,7 @@ def train_command(arguments: list[str]) -> Callable[..., None]:
     return command
 
 
-def _train(config: Config, name: str, workdir: Path | None) -> None:
+def _train(config: Config, name: str, workdir: str | None) -> None:
     """Trains, then shows the table of conditions, the loss curve and the answers of two held-out users."""
     from e2p_jax.evaluate.curves import draw_loss
     from e2p_jax.evaluate.showcase import show_answers
@@ -48,7 +47,7 @@ def _train(config: Config, name: str, workdir: Path | None) -> None:
     from e2p_jax.train.loop import train as run_training
     from e2p_jax.train.run import open_run
 
-    directory = run_training(config.resolved(), workdir or Path("runs") / name)
+    directory = run_training(config.resolved(), workdir or f"runs/{name}")
     if is_first():
         say(f"loss curve: {draw_loss(directory)}")
     if config.evaluate.conditions or config.evaluate.prompts:

@@ -6,25 +6,26 @@ that run, reused while its checkpoint, the records and what is measured stay the
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from e2p_jax.baselines import ARMS, BASELINES, Compared, Trained
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.score import Scores
 from e2p_jax.evaluate.table import Evaluation, evaluate, rank_without, read_splits
+from e2p_jax.files import write_bytes
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
 
 
-def train_all(config: Config, directory: Path, compared: Sequence[Compared]) -> dict[Trained, Path]:
+def train_all(config: Config, directory: epath.Path, compared: Sequence[Compared]) -> dict[Trained, epath.Path]:
     """Trains, or finishes, the runs that the conditions need; finished ones are left as they are.
 
     Returns:
@@ -34,7 +35,7 @@ def train_all(config: Config, directory: Path, compared: Sequence[Compared]) -> 
     return {name: train(BASELINES[name](config).resolved(), directory / name) for name in needed}
 
 
-def compare(config: Config, directory: Path, compared: Sequence[Compared]) -> list[Evaluation]:
+def compare(config: Config, directory: epath.Path, compared: Sequence[Compared]) -> list[Evaluation]:
     """Trains what is needed and evaluates all conditions on the same records and targets.
 
     Args:
@@ -103,7 +104,7 @@ def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def _scores(
-    run: Run, path: Path, splits: dict[str, list[Record]], conditions: list[Condition]
+    run: Run, path: epath.Path, splits: dict[str, list[Record]], conditions: list[Condition]
 ) -> dict[str, dict[Condition, Scores]]:
     """By split and condition: read from `path`, or measured and written there."""
     settings = run.inputs.config.evaluate
@@ -111,7 +112,7 @@ def _scores(
     asked += [[repr(record) for record in records] for records in splits.values()]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["key"]) == key:
                 return {name: {c: _unpack(stored, f"{name}/{c}/") for c in conditions} for name in splits}
     found = {name: evaluate(run, records, name, conditions).scores for name, records in splits.items()}
@@ -119,10 +120,9 @@ def _scores(
         arrays = {"key": np.array(key)}
         for name, scores in found.items():
             arrays |= {f"{name}/{c}/{column}": value for c in conditions for column, value in _pack(scores[c]).items()}
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp.npz")
-        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+        write_bytes(path, packed.getvalue())
     return {name: {c: by[c] for c in conditions} for name, by in found.items()}
 
 

@@ -1,12 +1,14 @@
 """The picture of a run: its loss curve."""
 
-import os
-from pathlib import Path
+import io
 
+from etils import epath
+
+from e2p_jax.files import write_bytes
 from e2p_jax.train.metrics import read_metrics
 
 
-def draw_loss(run: Path) -> Path:
+def draw_loss(run: epath.Path) -> epath.Path:
     """Writes `report/loss.png`: training loss and held-out NLL by step."""
     import matplotlib
 
@@ -24,10 +26,9 @@ def draw_loss(run: Path) -> Path:
     axes.set(xlabel="step", ylabel="NLL (nats a target)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = run / "report" / "loss.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".loss.tmp.png")
-    figure.savefig(temporary, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
     plt.close(figure)
-    os.replace(temporary, path)
+    path = run / "report" / "loss.png"
+    write_bytes(path, picture.getvalue())
     return path

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich.table
+from etils import epath
 
 from e2p_jax.config import Condition, Config, DataConfig, EvaluateConfig
 from e2p_jax.data.bad_records import BadRecords
@@ -278,7 +278,7 @@ def _number(entry: dict[str, float], digits: int) -> list[str]:
     return value + ([f"[{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"] if "low" in entry else [])
 
 
-def save(run: Run, evaluations: Sequence[Evaluation]) -> Path:
+def save(run: Run, evaluations: Sequence[Evaluation]) -> epath.Path:
     """Writes `report/evaluation.json`."""
     path = run.directory / "report" / "evaluation.json"
     values = {"checkpoint": run.step, "splits": [evaluation.to_dict() for evaluation in evaluations]}

@@ -331,6 +331,11 @@ def session(given: Processes) -> Iterator[None]:
     peers.leave()
 
 
+def end_all(message: str) -> NoReturn:
+    """Ends all processes with an error, from a thread that finds that this one must not go on."""
+    (_peers or Peers(0, {}, {})).end(1, message)
+
+
 def hosts() -> str:
     """`2 processes on a, b`."""
     names = sorted(set(_peers.hosts.values())) if _peers else [socket.gethostname()]

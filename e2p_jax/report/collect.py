@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from e2p_jax.config import Condition, from_json
 from e2p_jax.errors import UserError
@@ -12,6 +13,7 @@ from e2p_jax.evaluate.cost import Cost, Training, bytes_per_user, serving_cost, 
 from e2p_jax.evaluate.robustness import Point, robustness
 from e2p_jax.evaluate.table import read_splits
 from e2p_jax.evaluate.users import UserMap, ask, map_users
+from e2p_jax.files import run_directory
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import Run, open_run
 
@@ -25,7 +27,7 @@ class Source:
     """What the command line names: a run, or a comparison of several."""
 
     name: str
-    runs: dict[str, Path]
+    runs: dict[str, epath.Path]
     splits: list[dict[str, Any]]  # of report/evaluation.json, with every measure
 
 
@@ -58,12 +60,13 @@ class Collected:
     without: list[str]  # answers without a prefix
 
 
-def find_source(path: Path) -> Source:
+def find_source(place: epath.PathLike) -> Source:
     """A run directory, or that of `e2p compare`.
 
     Raises:
       UserError: neither, or nothing was evaluated there yet.
     """
+    path = run_directory(place)
     runs = {path.name: path} if (path / "config.json").is_file() else {}
     compared = [scores.parent for scores in (path / "scores", *sorted(path.glob("seed-*/scores"))) if scores.is_dir()]
     if not runs:
@@ -80,7 +83,7 @@ def find_source(path: Path) -> Source:
     return Source(path.name, runs, splits)
 
 
-def collect(paths: Sequence[Path]) -> Collected:
+def collect(paths: Sequence[epath.PathLike]) -> Collected:
     """Reads the tables and curves of all runs; measures robustness, cost and users of the first one with a projector.
 
     Raises:
@@ -123,12 +126,12 @@ def collect(paths: Sequence[Path]) -> Collected:
     )
 
 
-def _has_users(path: Path) -> bool:
+def _has_users(path: epath.Path) -> bool:
     config = from_json((path / "config.json").read_text(encoding="utf-8"), path / "config.json")
     return config.data.condition == "e2p"
 
 
-def _curves(runs: dict[str, Path]) -> tuple[Curves, Curves]:
+def _curves(runs: dict[str, epath.Path]) -> tuple[Curves, Curves]:
     """Held-out NLL by run and split, and training loss by run."""
     learning: Curves = {}
     training: Curves = {}

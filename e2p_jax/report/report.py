@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from etils import epath
 
 from e2p_jax.evaluate.measures import MEASURES
 from e2p_jax.evaluate.table import BASELINES
@@ -18,7 +19,7 @@ PAGE = Path(__file__).parent / "page.html.jinja"
 COLUMNS = ("value", "low", "high")
 
 
-def write_report(paths: Sequence[Path], out: Path) -> Path:
+def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
     """Measures, draws and writes.
 
     Args:

@@ -12,6 +12,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from e2p_jax.config import TrainConfig
 from e2p_jax.errors import UserError
+from e2p_jax.files import in_bucket, move_directory
 from e2p_jax.parallel import distributed
 from e2p_jax.train.manifest import find_damage, write_manifest
 from e2p_jax.train.partition import path_name
@@ -42,7 +43,8 @@ class Checkpoints:
         Raises:
           UserError: every checkpoint is damaged.
         """
-        self.directory = epath.Path(run).absolute() / "checkpoints"
+        run = epath.Path(run)
+        self.directory = (run if in_bucket(run) else run.absolute()) / "checkpoints"
         self.damaged: list[str] = []
         self._saving: int | None = None
         if settings is None:
@@ -71,7 +73,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def _move_damaged(self) -> None:
-        steps = self._steps_on_disk()
+        steps = sorted(ocp.utils.checkpoint_steps(self.directory))
         found = {step: find_damage(self.directory / str(step)) for step in steps}
         broken = {step: damage for step, damage in found.items() if damage}
         if steps and len(broken) == len(steps):
@@ -81,15 +83,10 @@ class Checkpoints:
             )
         for step, damage in broken.items():
             place = self.directory.parent / "damaged" / str(step)
-            place.parent.mkdir(parents=True, exist_ok=True)
             if place.exists():
                 place.rmtree()
-            (self.directory / str(step)).rename(place)
+            move_directory(self.directory / str(step), place)
             self.damaged.append(f"{self.directory / str(step)}: {damage}; moved to {place}")
-
-    def _steps_on_disk(self) -> list[int]:
-        names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
-        return sorted(int(name) for name in names if name.isdigit())
 
     def _write_manifest(self) -> None:
         """Called by Orbax when all is written and the directory still has its temporary name, or its commit file
@@ -128,7 +125,7 @@ class Checkpoints:
           UserError: naming the file that is damaged.
         """
         if damage := find_damage(self.directory / str(step)):
-            others = [other for other in self._steps_on_disk() if other != step]
+            others = [other for other in sorted(self._manager.all_steps()) if other != step]
             raise UserError(f"{self.directory / str(step)}: {damage}; choose another with --checkpoint: {others}")
 
     def save(self, state: TrainState, statistics: PyTree, data: dict[str, Any], nll: float | None) -> None:

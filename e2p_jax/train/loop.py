@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
+from etils import epath
 
 from e2p_jax.config import Config
 from e2p_jax.data.conditions import Population, user_vectors
@@ -17,13 +17,14 @@ from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
 from e2p_jax.errors import Preempted, UserError
 from e2p_jax.evaluate.score import pack_conditions, score
-from e2p_jax.files import explain_full_disk
+from e2p_jax.files import explain_full_disk, run_directory
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
 from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.lock import lock_run
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.partition import describe
-from e2p_jax.train.run import claim_run, lock_run
+from e2p_jax.train.run import claim_run
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, jit_eval_step, jit_train_step, read_inputs
 
 
@@ -68,7 +69,7 @@ def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarra
     return known
 
 
-def train(config: Config, run: Path) -> Path:
+def train(config: Config, run: epath.PathLike) -> epath.Path:
     """Trains until `train.steps`, resuming whatever `run` already holds. Every process of a run calls it.
 
     Raises:
@@ -76,10 +77,7 @@ def train(config: Config, run: Path) -> Path:
         command trains in `run`.
       Preempted: SIGTERM came; the run is saved.
     """
-    if run.parts[:1] and run.parts[0].endswith(":"):  # what is left of gs:// in a path
-        raise UserError(
-            f"--workdir {run}: runs are files in directories; mount the bucket on every host, name the mount"
-        )
+    run = run_directory(run)
     chex.clear_trace_counter()  # it counts by call site: a second run in this process traces its own steps
     inputs = read_inputs(config)
     data = read_data(inputs)
@@ -91,7 +89,7 @@ def train(config: Config, run: Path) -> Path:
     return run
 
 
-def _train(config: Config, run: Path, data: Data, model: Model) -> None:
+def _train(config: Config, run: epath.Path, data: Data, model: Model) -> None:
     settings, mesh = config.train, model.mesh
     state, frozen = initial_state(model, settings)
     digest = data.train.digest().hex()

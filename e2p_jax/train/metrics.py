@@ -1,7 +1,7 @@
 """Where numbers go: metrics.jsonl, TensorBoard, and the console."""
 
 import json
-import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -9,40 +9,55 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
+from etils import epath
 from tensorboardX import SummaryWriter
 
-from e2p_jax.files import write_text
+from e2p_jax.files import LineFile, in_bucket, write_bytes, write_text
 from e2p_jax.parallel.distributed import is_first
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard; on resume, drops what lies beyond the resumed step."""
+    """Appends to `metrics.jsonl` and TensorBoard; on resume, drops what lies beyond the resumed step.
 
-    def __init__(self, run: Path, resumed_step: int):
+    In a bucket both are as of the last `sync`; until then TensorBoard's file is one of this machine.
+    """
+
+    def __init__(self, run: epath.Path, resumed_step: int):
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             # A killed run may have logged past its checkpoint, or torn the last line.
             kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("ab", buffering=0)  # a line is one write: whole, or an error here and now
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+        self._file = LineFile(self.path)
+        self._events = run / "tensorboard"
+        self._here = tempfile.TemporaryDirectory() if in_bucket(run) else None
+        board = self._here.name if self._here else str(self._events)
+        self._board = SummaryWriter(board, purge_step=resumed_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        self._file.write(json.dumps({"step": step, **values}))
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Makes everything so far durable; called before a checkpoint that stands for it."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
         self._board.flush()
+        self._copy_events()
+
+    def _copy_events(self) -> None:
+        for path in Path(self._here.name).iterdir() if self._here else ():
+            write_bytes(self._events / path.name, path.read_bytes())
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        self._copy_events()
+        if self._here:
+            self._here.cleanup()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: epath.Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl; a torn last line is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -89,7 +104,7 @@ class Progress:
 class Recorder:
     """Takes a step's metrics as they are dispatched and writes them one step late, when nothing waits for them."""
 
-    def __init__(self, run: Path, *, steps: int, first: int, log_every: int, tokens_per_step: int):
+    def __init__(self, run: epath.Path, *, steps: int, first: int, log_every: int, tokens_per_step: int):
         """
         Args:
           run: Run directory.

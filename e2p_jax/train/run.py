@@ -4,23 +4,18 @@
 vectors), `chat_template.jinja`, `metrics.jsonl`, `tensorboard/`, `checkpoints/<step>/`, `report/`.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from e2p_jax import config as config_lib
 from e2p_jax.config import Config
 from e2p_jax.data.conditions import Population
 from e2p_jax.errors import UserError
-from e2p_jax.files import write_text
+from e2p_jax.files import run_directory, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.partition import join
@@ -29,33 +24,7 @@ from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_
 PyTree = Any
 
 
-@contextlib.contextmanager
-def lock_run(run: Path) -> Iterator[None]:
-    """Keeps other commands from training in `run`; the system takes the lock back when this process ends.
-
-    Raises:
-      UserError: another command is training there.
-    """
-    if not distributed.is_first():
-        yield
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"{run}: {file.read().strip() or 'another command'} is training there; stop it, or choose another "
-                "--workdir"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
-def claim_run(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
+def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None:
     """Process 0 writes what names the run, unless a run is there; then all check that it is this one.
 
     Raises:
@@ -79,7 +48,7 @@ def claim_run(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
     _check_fingerprint(run, model)
 
 
-def _write_names(run: Path, config: Config, inputs: Inputs, model: Model) -> None:
+def _write_names(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None:
     names = {
         "path": config.backbone.path,
         "revision": config.backbone.revision,
@@ -91,7 +60,7 @@ def _write_names(run: Path, config: Config, inputs: Inputs, model: Model) -> Non
     write_text(run / "config.json", config.to_json())  # last: it says that the rest is there
 
 
-def _check_fingerprint(run: Path, model: Model) -> None:
+def _check_fingerprint(run: epath.Path, model: Model) -> None:
     names = json.loads((run / "backbone.json").read_text())
     if names["fingerprint"] != model.fingerprint:
         raise UserError(
@@ -114,7 +83,7 @@ def _differences(old: Config, new: Config) -> list[str]:
 class Run:
     """A trained run, ready to use."""
 
-    directory: Path
+    directory: epath.Path
     step: int
     inputs: Inputs
     model: Model  # with the checkpoint's parameters
@@ -126,7 +95,7 @@ class Run:
         return Population(*(np.asarray(projector[name]) for name in ("input_mean", "input_std")))
 
 
-def open_run(directory: Path, checkpoint: str = "best", embeddings: str | None = None) -> Run:
+def open_run(directory: epath.PathLike, checkpoint: str = "best", embeddings: str | None = None) -> Run:
     """Loads the backbone that the run names and a checkpoint of the rest.
 
     Args:
@@ -136,6 +105,7 @@ def open_run(directory: Path, checkpoint: str = "best", embeddings: str | None =
     Raises:
       UserError: not a run, no checkpoint, another backbone, or vectors of another width.
     """
+    directory = run_directory(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory}: not a run directory (no config.json)")
