@@ -9,7 +9,7 @@ usage: launch/tpu_pod.sh create|run|logs|delete --name NAME --zone ZONE [OPTIONS
 
   create  ask for the slice, and wait until it is there
   run     copy the committed state of this checkout to every host, install it, and run launch/run.sh on all of them
-          until it ends; --workdir must be on storage that all hosts share
+          until it ends; --workdir must be gs://BUCKET/NAME or on storage that all hosts share
   logs    follow the log of the first host (--worker I for another)
   delete  give the slice back, whatever runs on it
 
@@ -90,8 +90,10 @@ install() {
   local archive=/tmp/$name.tar.gz
   say_and_do git archive --output "$archive" HEAD
   say_and_do "${tpus[@]}" tpu-vm scp "$archive" "$name:e2p.tar.gz" --zone "$zone" --worker all
-  on_all "mkdir -p e2p && tar xzf e2p.tar.gz -C e2p && cd e2p && python3 -m venv .venv && \
-.venv/bin/pip install -q -r requirements-tpu.txt"
+  # The hosts' own Python may be 3.10: uv brings a newer one.
+  on_all "mkdir -p e2p && tar xzf e2p.tar.gz -C e2p && cd e2p && curl -LsSf https://astral.sh/uv/install.sh | sh && \
+uv=~/.local/bin/uv && \$uv venv -q --allow-existing --python 3.12 .venv && \
+\$uv pip install -q --python .venv -r requirements-tpu.txt"
 }
 
 case $command in

@@ -73,7 +73,7 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[Compared])
 
 
 def compare_seeds(
-    config: Config, directory: Path, compared: Sequence[Compared], seeds: Sequence[int]
+    config: Config, directory: epath.Path, compared: Sequence[Compared], seeds: Sequence[int]
 ) -> dict[int, list[Evaluation]]:
     """`compare` with each `train.seed`, in `directory/seed-N`: the data, the other users of `shuffled` and the
     candidates are the same for all.
