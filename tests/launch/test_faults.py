@@ -205,8 +205,10 @@ def test_only_what_a_rerun_can_help_is_run_again(
     assert (tmp_path / "log").read_text().count("started") == starts
 
 
-def test_an_error_outweighs_a_lost_process(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "program").write_text("exit $((JAX_PROCESS_ID ? 1 : 75))\n")
+@pytest.mark.parametrize("first", [0, 1], ids=["loss", "error"])
+def test_an_error_outweighs_a_lost_process(environment: pytest.MonkeyPatch, tmp_path: Path, first: int) -> None:
+    """Whichever is seen first."""
+    (tmp_path / "program").write_text(f"((JAX_PROCESS_ID == {first})) || sleep 1\nexit $((JAX_PROCESS_ID ? 1 : 75))\n")
     environment.setenv("E2P", "bash")
     command = [LAUNCH / "local.sh", "2", "--restarts", "3", "--", tmp_path / "program"]
     assert subprocess.run(command, check=False, capture_output=True).returncode == 1
@@ -228,5 +230,8 @@ def test_signals_reach_the_program_and_end_the_restarts(environment: pytest.Monk
     with subprocess.Popen([LAUNCH / "run.sh", "--restarts", "3", "--", tmp_path / "program"]) as launcher:
         wait_for((tmp_path / "log").exists)
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(timeout=20) == 75
+        try:
+            assert launcher.wait(timeout=20) == 75
+        finally:
+            launcher.kill()
     assert (tmp_path / "log").read_text() == "started\ntold\n"
