@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from e2p_jax.backbone.blocks import block_attention, shared_blocks, soft_cap
+from e2p_jax.backbone.blocks import block_attention, soft_cap
 from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.errors import UserError
 
@@ -51,8 +51,7 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig) -> Cal
         index = jnp.arange(segment_ids.shape[1])
         visible = visibility(segment_ids, segment_ids, index, index)
         return lambda q, k, v, window: cudnn_attention(q, k, v, within(visible, window), scale=scale)
-    shared = shared_blocks(segment_ids)
-    return lambda q, k, v, window: block_attention(q, k, v, segment_ids, shared, window, scale=scale, cap=cap)
+    return lambda q, k, v, window: block_attention(q, k, v, segment_ids, window, scale=scale, cap=cap)
 
 
 def visibility(

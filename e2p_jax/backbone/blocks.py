@@ -45,29 +45,20 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def shared_blocks(segment_ids: jax.Array, block: int = BLOCK) -> jax.Array:
-    """[B, T] int32 -> [N, N] bool: whether any row has a segment in both of two blocks.
+def first_blocks(segments: jax.Array, window: jax.Array, width: int) -> jax.Array:
+    """[B, T] int32 -> [N] int32: for each block of queries, the first block of keys that any row sees something of.
 
     Segments in the order of their numbers, padding last, are told apart exactly; in another order too little is
     skipped, never too much.
     """
-    batch, length = segment_ids.shape
-    order = jnp.where(segment_ids == 0, jnp.iinfo(jnp.int32).max, segment_ids).reshape(batch, -1, _width(length, block))
+    batch, length = segments.shape
+    count = length // width
+    order = jnp.where(segments == 0, jnp.iinfo(jnp.int32).max, segments).reshape(batch, count, width)
     least, most = order.min(axis=-1), order.max(axis=-1)
     share = (least[:, :, None] <= most[:, None, :]) & (least[:, None, :] <= most[:, :, None])
-    return share.any(axis=0) | jnp.eye(share.shape[1], dtype=bool)  # with itself: one block has nothing to agree on
-
-
-def first_blocks(shared: jax.Array, window: jax.Array, width: int) -> jax.Array:
-    """[N, N] bool -> [N] int32: for each block of queries, the first block of keys that any row sees something of."""
-    count = len(shared)
     back = jnp.arange(count)[:, None] - jnp.arange(count)[None]
     near = ((back - 1) * width + 1 < window) | (window == 0)
-    return jnp.argmax(shared & (back >= 0) & near, axis=1).astype(jnp.int32)
-
-
-def _width(length: int, block: int = BLOCK) -> int:
-    return length if length % block else block
+    return jnp.argmax(share.any(axis=0) & (back >= 0) & near, axis=1).astype(jnp.int32)
 
 
 def block_attention(
@@ -75,7 +66,6 @@ def block_attention(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array,
-    shared: jax.Array,
     window: jax.Array | int,
     *,
     scale: float,
@@ -88,7 +78,6 @@ def block_attention(
       k: [B, T, G, C].
       v: [B, T, G, C].
       segment_ids: [B, T] int32.
-      shared: `shared_blocks` of them: for all layers at once, since devices that hold other rows have a say.
       window: scalar; a query sees at most this many positions, itself included; 0 is unlimited.
       scale: of the scores.
       cap: soft cap of the scores, 0 for none.
@@ -98,7 +87,7 @@ def block_attention(
     """
     batch, length, heads, size = q.shape
     groups = k.shape[2]
-    width = _width(length)
+    width = BLOCK if length % BLOCK == 0 else length
     count = length // width
     window = jnp.asarray(window, jnp.int32)
     # Heads before positions, and a group's queries in one matrix: plain batched matmuls, 3x faster on CPU.
@@ -106,7 +95,7 @@ def block_attention(
     q = q.transpose(1, 0, 3, 4, 2, 5).reshape(count, batch, groups, -1, size)
     k, v = (x.reshape(batch, count, width, groups, size).transpose(1, 0, 3, 2, 4) for x in (k, v))
     segments = segment_ids.reshape(batch, count, width).swapaxes(0, 1)
-    mask = _Mask(segments, window, first_blocks(shared, window, width))
+    mask = _Mask(segments, window, first_blocks(segment_ids, window, width))
     out = _attend(q, k, v, mask, cap).reshape(count, batch, groups, heads // groups, width, size)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, length, heads, size)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2p_jax.backbone.attention import attention, visibility
-from e2p_jax.backbone.blocks import block_attention, first_blocks, shared_blocks
+from e2p_jax.backbone.blocks import block_attention, first_blocks
 from e2p_jax.parallel.mesh import row_sharding
 
 LENGTH = 384  # three blocks
@@ -30,12 +30,6 @@ def inputs(groups: int) -> list[jax.Array]:
     """Queries, keys, values, and what the output is weighed with."""
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=(len(ROWS), LENGTH, n, 8)), jnp.float32) for n in (4, groups, groups, 4)]
-
-
-def by_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any, **options: float
-) -> jax.Array:
-    return block_attention(q, k, v, segments, shared_blocks(segments), window, **options)
 
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any, **options: float) -> jax.Array:
@@ -58,7 +52,7 @@ def test_values_and_gradients(window: int, cap: float, groups: int, mesh: dict[s
 
     place = (lambda x: x) if mesh is None else lambda x: jax.device_put(x, row_sharding(mesh_of(**mesh)))
     arrays = [place(x) for x in (q, k, v)]
-    (_, ours), grads = jax.jit(jax.value_and_grad(lambda *x: value(by_blocks, *x), (0, 1, 2), True))(*arrays)
+    (_, ours), grads = jax.jit(jax.value_and_grad(lambda *x: value(block_attention, *x), (0, 1, 2), True))(*arrays)
     (_, theirs), expected = jax.jit(jax.value_and_grad(lambda *x: value(whole, *x), (0, 1, 2), True))(q, k, v)
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
     for a, b in zip(grads, expected, strict=True):
@@ -68,7 +62,7 @@ def test_values_and_gradients(window: int, cap: float, groups: int, mesh: dict[s
 def test_padding_is_finite() -> None:
     q, k, v, _ = inputs(2)
     nothing = jnp.zeros((len(ROWS), LENGTH), jnp.int32)
-    value, grad = jax.value_and_grad(lambda q: jnp.sum(by_blocks(q, k, v, nothing, 0, scale=0.5)))(q)
+    value, grad = jax.value_and_grad(lambda q: jnp.sum(block_attention(q, k, v, nothing, 0, scale=0.5)))(q)
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
 
@@ -87,7 +81,7 @@ def test_no_visible_block_is_skipped(lengths: list[list[int]], window: int, orde
     visible = np.asarray(visibility(segments, segments, index, index))
     seen = (visible > 0) & ((visible <= window) | (window == 0))
     blocks = seen.reshape(-1, 3, 4, 3, 4).any(axis=(0, 2, 4))
-    first = np.asarray(first_blocks(shared_blocks(segments, 4), jnp.int32(window), 4))
+    first = np.asarray(first_blocks(segments, jnp.int32(window), 4))
     assert all(first[i] <= int(np.argmax(blocks[i])) for i in range(3))
     if ordered:
         assert first.tolist() == [int(np.argmax(blocks[i])) for i in range(3)]
@@ -99,7 +93,7 @@ def test_memory_grows_with_length_not_with_its_square() -> None:
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
         def loss(q: jax.Array, segments: jax.Array) -> jax.Array:
-            return jnp.sum(by_blocks(q, q, q, segments, 0, scale=0.5))
+            return jnp.sum(block_attention(q, q, q, segments, 0, scale=0.5))
 
         return jax.jit(jax.grad(loss)).lower(q, segments).compile().memory_analysis().temp_size_in_bytes
 
