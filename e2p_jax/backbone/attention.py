@@ -1,5 +1,6 @@
 """Masked attention over packed rows."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,11 +11,19 @@ import jax.numpy as jnp
 from e2p_jax.backbone.blocks import block_attention, soft_cap
 from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.errors import UserError
+from e2p_jax.parallel.mesh import on_each_device
 
 Kind = Literal["xla", "splash", "cudnn"]
+Choice = Literal["auto", "xla", "splash", "cudnn"]
+_PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
 
 
-def choose(kind: Literal["auto", "xla", "splash", "cudnn"], platform: str, config: DecoderConfig) -> Kind:
+def runs_on(kind: Choice, platform: str) -> bool:
+    """Whether devices of a platform can do what `backbone.attention` asks for."""
+    return platform in _PLATFORMS.get(kind, (platform,))
+
+
+def choose(kind: Choice, platform: str, config: DecoderConfig) -> Kind:
     """What `backbone.attention` means on devices of a platform; auto is splash on TPU and XLA elsewhere.
 
     Raises:
@@ -22,9 +31,9 @@ def choose(kind: Literal["auto", "xla", "splash", "cudnn"], platform: str, confi
     """
     if kind == "auto":
         return "splash" if platform == "tpu" else "xla"
-    needed = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}.get(kind, (platform,))
-    if platform not in needed:
-        raise UserError(f"backbone.attention={kind} needs a {needed[0].upper()}, here is {platform}; set it to auto")
+    if not runs_on(kind, platform):
+        needed = _PLATFORMS[kind][0].upper()
+        raise UserError(f"backbone.attention={kind} needs a {needed}, here is {platform}; set it to auto")
     if kind == "cudnn" and config.attention_cap:
         raise UserError("backbone.attention=cudnn has no soft cap, which this backbone's scores need; set it to auto")
     return kind
@@ -39,19 +48,19 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig) -> Cal
       config: gives the scale and the cap of the scores, and the windows that occur.
     """
     scale, cap = config.attention_scale, config.attention_cap
-    if kind == "splash":
-        from e2p_jax.backbone.kernels import splash_attention  # Pallas takes long to import
-
-        return lambda q, k, v, window: splash_attention(
-            q, k, v, segment_ids, window, config.windows, scale=scale, cap=cap
-        )
     if kind == "cudnn":
         from e2p_jax.backbone.kernels import cudnn_attention
 
         index = jnp.arange(segment_ids.shape[1])
         visible = visibility(segment_ids, segment_ids, index, index)
         return lambda q, k, v, window: cudnn_attention(q, k, v, within(visible, window), scale=scale)
-    return lambda q, k, v, window: block_attention(q, k, v, segment_ids, window, scale=scale, cap=cap)
+    if kind == "splash":
+        from e2p_jax.backbone.kernels import splash_attention  # Pallas takes long to import
+
+        attend = on_each_device(functools.partial(splash_attention, windows=config.windows, scale=scale, cap=cap))
+    else:
+        attend = on_each_device(functools.partial(block_attention, scale=scale, cap=cap))
+    return lambda q, k, v, window: attend(q, k, v, segment_ids, window)
 
 
 def visibility(

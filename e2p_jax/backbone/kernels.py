@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec as P
 
 from e2p_jax.backbone.blocks import SAVED
-from e2p_jax.parallel.mesh import ROWS
 
 SPLASH_BLOCKS = (512, 256, 128)  # the first that divides T; 128 lanes are the least
 
@@ -29,7 +27,7 @@ def splash_attention(
     cap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of whole rows that skips the blocks that causality or a window hides, on each device of the mesh alone.
+    """Attention of whole rows that skips the blocks that causality or a window hides; on one device.
 
     Args:
       q: [B, T, H, C], T a multiple of 128.
@@ -76,20 +74,9 @@ def splash_attention(
 
         return device
 
-    def rows(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: jax.Array) -> jax.Array:
-        which = jnp.searchsorted(jnp.asarray(distinct, jnp.int32), jnp.where(window < length, window, 0))
-        return jax.lax.switch(which, [of_width(width) for width in distinct], q, k, v, segment_ids)
-
-    mesh = jax.sharding.get_abstract_mesh()
     window = jnp.asarray(window, jnp.int32)
-    if mesh.empty:
-        return rows(q, k, v, segment_ids, window)
-    tensor = mesh.shape["tensor"]
-    heads = "tensor" if q.shape[2] % tensor == k.shape[2] % tensor == 0 else None
-    split = P(ROWS, None, heads)
-    # Its variance check knows nothing of Pallas calls.
-    sharded = jax.shard_map(rows, in_specs=(split, split, split, P(ROWS), P()), out_specs=split, check_vma=False)
-    return sharded(q, k, v, segment_ids, window)
+    which = jnp.searchsorted(jnp.asarray(distinct, jnp.int32), jnp.where(window < length, window, 0))
+    return jax.lax.switch(which, [of_width(width) for width in distinct], q, k, v, segment_ids)
 
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float) -> jax.Array:

@@ -220,12 +220,13 @@ def generate(
     prompts = _encode(run, records, [condition] * len(records), sampling)
     stops = stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id)
     replies: list[str] = []
+    size = min(batch, len(prompts))
     for first in range(0, len(prompts), batch):
-        part = slice(first, first + batch)
+        part = [min(n, len(prompts) - 1) for n in range(first, first + size)]  # one size, one compilation
         tokens = generate_tokens(
             run.model.graph,
             run.model.params,
-            prompts[part],
+            [prompts[n] for n in part],
             vectors[part],
             sampling=sampling,
             stops=stops,
@@ -233,7 +234,7 @@ def generate(
             num_tokens=encoder.num_tokens,
         )
         replies += [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in tokens]
-    return replies
+    return replies[: len(prompts)]
 
 
 def stream(

@@ -5,7 +5,7 @@ Rows of a batch are spread over data x fsdp.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,26 @@ def shard_rows(x: jax.Array) -> jax.Array:
     """Keeps activations split by row only. Outside a mesh (`jax.set_mesh`) it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(ROWS))
+
+
+def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`attend` (q [B, T, H, C], k and v [B, T, G, C], segment_ids [B, T], window [], -> [B, T, H, C]) by each device of
+    the mesh around it for its own rows and heads: what one skips is not the others' concern, and nothing is sent. Rows
+    or heads that their axes do not divide stay whole.
+    """
+
+    def mapped(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return attend(q, k, v, segment_ids, window)
+        tensor = mesh.shape["tensor"]
+        rows = ROWS if q.shape[0] % row_shards() == 0 else None
+        split = P(rows, None, "tensor" if q.shape[2] % tensor == k.shape[2] % tensor == 0 else None)
+        # Its variance check knows nothing of Pallas calls.
+        sharded = jax.shard_map(attend, in_specs=(split, split, split, P(rows), P()), out_specs=split, check_vma=False)
+        return sharded(q, k, v, segment_ids, window)
+
+    return mapped
 
 
 def vocabulary_shards(size: int) -> int:

@@ -8,15 +8,18 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from e2p_jax import config as config_lib
-from e2p_jax.config import Config
+from e2p_jax.backbone.attention import runs_on
+from e2p_jax.config import Config, MeshConfig
 from e2p_jax.data.conditions import Population
 from e2p_jax.errors import UserError
 from e2p_jax.files import run_directory, write_text
 from e2p_jax.parallel import distributed
+from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.partition import join
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
@@ -95,6 +98,19 @@ class Run:
         return Population(*(np.asarray(projector[name]) for name in ("input_mean", "input_std")))
 
 
+def _on_this_machine(config: Config) -> Config:
+    """A run's config with what its training machine had and this one has not, a kernel or as many devices, replaced:
+    neither changes what is computed.
+    """
+    if not runs_on(config.backbone.attention, jax.devices()[0].platform):
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention="auto"))
+    try:
+        make_mesh(config.mesh)
+    except UserError:
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1))
+    return config
+
+
 def open_run(directory: epath.PathLike, checkpoint: str = "best", embeddings: str | None = None) -> Run:
     """Loads the backbone that the run names and a checkpoint of the rest.
 
@@ -112,7 +128,7 @@ def open_run(directory: epath.PathLike, checkpoint: str = "best", embeddings: st
     config = config_lib.from_json(path.read_text(), path)
     if embeddings is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, embeddings=embeddings))
-    inputs = read_inputs(config)
+    inputs = read_inputs(_on_this_machine(config))
     width = json.loads((directory / "backbone.json").read_text())["embedding_width"]
     if inputs.table is not None and inputs.table.width != width:
         raise UserError(

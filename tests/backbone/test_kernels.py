@@ -23,7 +23,7 @@ from e2p_jax.backbone.families import parse_config
 from e2p_jax.backbone.kernels import cudnn_attention, splash_attention
 from e2p_jax.backbone.layout import Execution
 from e2p_jax.errors import UserError
-from e2p_jax.parallel.mesh import AXES, param_sharding, row_sharding
+from e2p_jax.parallel.mesh import AXES, on_each_device, param_sharding, row_sharding
 from e2p_jax.train.partition import path_name, split, trainable_mask
 from e2p_jax.train.step import TrainState, make_train_step
 
@@ -44,9 +44,12 @@ def test_splash_is_attention(mesh: dict[str, int] | None) -> None:
     index = jnp.arange(q.shape[1])
     visible = visibility(segments, segments, index, index)
 
+    attend = on_each_device(
+        functools.partial(splash_attention, windows=(0, 40, 5000), scale=0.3, cap=2.0, interpret=True)
+    )
+
     def ours(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
-        windows = (0, 40, 5000)
-        return jnp.sum(out * splash_attention(q, k, v, segments, window, windows, scale=0.3, cap=2.0, interpret=True))
+        return jnp.sum(out * attend(q, k, v, segments, window))
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
         return jnp.sum(out * attention(q, k, v, visible, window, scale=0.3, cap=2.0))

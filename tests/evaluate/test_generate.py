@@ -1,6 +1,8 @@
 """Generation against transformers and the golden text; several users a batch; sampling."""
 
 import functools
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,12 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from e2p_jax.backbone import weights
 from e2p_jax.config import MeshConfig
+from e2p_jax.data import synthetic
 from e2p_jax.data.encode import Example, load_tokenizer
+from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import (
     SHORTEST_PROMPT,
+    _decode,
     _left_padded,
     choose,
+    generate,
     generate_tokens,
     padded_length,
     stop_ids,
@@ -27,6 +33,7 @@ from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.train.run import open_run
 
 WIDTH = 6
 
@@ -149,6 +156,24 @@ def test_stop_ids_join_tokenizer_and_generation_config(tmp_path: Path):
     assert stop_ids(tmp_path, 2) == (2, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
     assert stop_ids(tmp_path, None) == (9,)
+
+
+def test_a_run_replies_elsewhere_in_batches_of_one_size(learned_run: Path, tmp_path: Path):
+    """Trained with a kernel and on devices that are not here; the last batch is filled up, and compiles nothing."""
+    elsewhere = tmp_path / "run"
+    shutil.copytree(learned_run, elsewhere)
+    config = json.loads((elsewhere / "config.json").read_text())
+    config["backbone"]["attention"], config["mesh"] = "splash", {"data": 16, "fsdp": 1, "tensor": 1}
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    there, here = open_run(elsewhere), open_run(learned_run)
+    assert there.model.mesh.size == jax.device_count()
+    records = [Record(f"user-{n}", (), ({"role": "user", "content": "any " * (n + 1)},)) for n in range(5)]
+    vectors = np.stack([synthetic.vector(n) for n in range(5)])
+    compiled = _decode._cache_size()
+    replies = generate(there, records, vectors, "e2p", Sampling(max_new_tokens=6), batch=2)
+    assert _decode._cache_size() == compiled + 1
+    assert replies == generate(here, records, vectors, "e2p", Sampling(max_new_tokens=6), batch=16)
+    assert len(set(replies)) > 1
 
 
 def test_few_prompt_lengths_are_compiled() -> None:

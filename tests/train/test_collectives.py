@@ -18,7 +18,7 @@ from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_train_step
 
 DECODER = parse_config({**SIZES, "vocab_size": 96, "model_type": "llama", "rms_norm_eps": 1e-5}, Path("config.json"))
-ROWS, LENGTH, TARGETS, SEGMENTS, WIDTH = 8, 128, 40, 7, 11
+ROWS, LENGTH, TARGETS, SEGMENTS, WIDTH = 8, 256, 40, 7, 11  # of two blocks of attention
 CHUNK = 10  # of a row's targets, at a time in the loss
 EVERYTHING = ("projector/**", "backbone/**")
 
