@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -45,14 +46,16 @@ class Contender:
 def take_turns(contenders: Sequence[Contender], repeats: int, clock: Clock = "wall") -> None:
     """Runs each once to warm up (and compile), then `repeats` rounds of all of them.
 
-    The clock `cpu` counts this process's processor time: on one core (`taskset -c 0`), where nobody waits for threads,
-    it is what the work costs however busy the machine is.
+    Each round goes in an order of its own: who runs right after one that held much memory is slower. The clock `cpu`
+    counts this process's processor time: on one core (`taskset -c 0`), where nobody waits for threads, it is what the
+    work costs however busy the machine is.
     """
     now = time.perf_counter if clock == "wall" else time.process_time
     for contender in contenders:
         contender.run()
+    orders = random.Random(0)
     for _ in range(repeats):
-        for contender in contenders:
+        for contender in orders.sample(contenders, len(contenders)):
             started = now()
             contender.run()
             contender.seconds.append(now() - started)
