@@ -12,6 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
+from e2p_jax.errors import RESTART
+
 HERE = Path(__file__).parent
 LAUNCH = HERE.parent.parent / "launch"
 SCRIPTS = ["run.sh", "local.sh", "slurm.sbatch", "tpu_pod.sh"]
@@ -145,6 +147,7 @@ def test_jobset(accelerator: str) -> None:
 def test_sky() -> None:
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     jsonschema.validate(task, SCHEMAS["sky"])
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [RESTART]
     program = task["run"].replace("launch/run.sh", "env; echo")
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     said = subprocess.run(
