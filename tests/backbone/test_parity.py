@@ -24,6 +24,7 @@ from helpers import (
 
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.backbone.weights import load
+from e2p_jax.prefix.loss import cross_entropy
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 
@@ -292,3 +293,27 @@ def test_slots_are_the_given_input_embeddings(pairs: Any, name: str) -> None:
     for start, end in [(0, 9), (9, 16)]:
         reference = hf_logits(theirs, inputs_embeds=expected[None, start:end])
         assert_close(scores[:, start:end], reference)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gemma2", "gpt2"])
+def test_gradient_of_what_stands_at_the_input(pairs: Any, name: str) -> None:
+    """All that a projector learns from: back through loss, norms and attention, caps, routers and experts."""
+    theirs, ours = pairs(name)
+    tokens, positions, segments = whole_rows(random_tokens(2, 12, seed=8))
+    x = ours.embed(tokens)
+
+    @nnx.jit
+    def gradient(ours: Decoder, x: jax.Array) -> jax.Array:
+        def loss(x: jax.Array) -> jax.Array:
+            hidden, _ = ours(x, positions, segments)
+            nll = cross_entropy(hidden[:, :-1], ours.output_embedding, tokens[:, 1:], ours.config.logit_cap)
+            return jnp.sum(nll)
+
+        return jax.grad(loss)(x)
+
+    given = torch.tensor(np.asarray(x), requires_grad=True)
+    scores = theirs(inputs_embeds=given, use_cache=False).logits[:, :-1]
+    following = torch.tensor(np.asarray(tokens[:, 1:]), dtype=torch.long)
+    torch.nn.functional.cross_entropy(scores.flatten(0, 1), following.flatten(), reduction="sum").backward()
+    assert given.grad is not None
+    assert_close(gradient(ours, x), given.grad)
