@@ -96,6 +96,20 @@ def test_no_visible_block_is_skipped(lengths: list[list[int]], window: int, orde
         assert first.tolist() == [int(np.argmax(blocks[i])) for i in range(3)]
 
 
+def test_blocks_that_nobody_sees_are_not_read() -> None:
+    """Forward or backward: what is no number there would spread."""
+    q, k, v, out = (x[:1] for x in inputs(2))
+    segments = jnp.asarray([packed(128, 256)], jnp.int32)
+    k, v = (x.at[:, :128].set(jnp.nan) for x in (k, v))
+
+    def value(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum((block_attention(q, k, v, segments, 0, scale=0.5) * out)[:, 128:])
+
+    result, grads = jax.value_and_grad(value, (0, 1, 2))(q, k, v)
+    assert np.isfinite(result)
+    assert all(np.isfinite(grad[:, 128:]).all() for grad in grads)
+
+
 def test_memory_grows_with_length_not_with_its_square() -> None:
     def temporary(length: int) -> int:
         q = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
