@@ -243,10 +243,10 @@ def route(x: jax.Array, params: dict[str, jax.Array], config: DecoderConfig) -> 
     Computed in float32, the scores from the products on, where transformers rounds them first.
     """
     scores = jnp.einsum("...i,xi->...x", x, params["router"].astype(x.dtype), preferred_element_type=jnp.float32)
-    largest, chosen = jax.lax.top_k(jax.nn.softmax(scores), config.experts_per_token)
-    if config.normalise_topk:
-        largest = largest / jnp.sum(largest, axis=-1, keepdims=True)
-    return jnp.sum(largest[..., None] * jax.nn.one_hot(chosen, config.num_experts, dtype=jnp.float32), axis=-2)
+    share = jax.nn.softmax(scores)
+    chosen = jnp.argsort(share, axis=-1, descending=True)[..., : config.experts_per_token]  # `top_k` gathers all rows
+    share = share * jnp.sum(jax.nn.one_hot(chosen, config.num_experts, dtype=jnp.float32), axis=-2)
+    return share / jnp.sum(share, axis=-1, keepdims=True) if config.normalise_topk else share
 
 
 def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import SIZES, mesh_of
 
-from e2p_jax.backbone.families import parse_config
+from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
 from e2p_jax.parallel.hlo import Collective, Program
 from e2p_jax.parallel.plan import RowShape, abstract_batch
@@ -18,6 +18,8 @@ from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_train_step
 
 DECODER = parse_config({**SIZES, "vocab_size": 96, "model_type": "llama", "rms_norm_eps": 1e-5}, Path("config.json"))
+MIXTRAL = {**SIZES, "vocab_size": 96, "model_type": "mixtral", "rms_norm_eps": 1e-5}
+EXPERTS = parse_config({**MIXTRAL, "num_local_experts": 3, "num_experts_per_tok": 2}, Path("config.json"))
 ROWS, LENGTH, TARGETS, SEGMENTS, WIDTH = 8, 256, 40, 7, 11  # of two blocks of attention
 CHUNK = 10  # of a row's targets, at a time in the loss
 EVERYTHING = ("projector/**", "backbone/**")
@@ -30,7 +32,7 @@ class Step(NamedTuple):
 
 
 @functools.cache
-def step(trainable: tuple[str, ...] = ("projector/**",), **axes: int) -> Step:
+def step(trainable: tuple[str, ...] = ("projector/**",), decoder: DecoderConfig = DECODER, **axes: int) -> Step:
     config = Config(
         backbone=BackboneConfig(remat=True),
         data=DataConfig(seq_len=LENGTH),
@@ -38,7 +40,7 @@ def step(trainable: tuple[str, ...] = ("projector/**",), **axes: int) -> Step:
         train=TrainConfig(rows=ROWS, trainable=trainable),
     )
     mesh = mesh_of(**axes)
-    model = abstract_model(config, DECODER, WIDTH, mesh)
+    model = abstract_model(config, decoder, WIDTH, mesh)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     batch = abstract_batch(config, RowShape(WIDTH, TARGETS, SEGMENTS), mesh)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
@@ -88,6 +90,18 @@ def test_fsdp_gathers_weights_and_sends_nothing_else_of_the_backbone() -> None:
     for shape, times in sent.items():
         sharing = sum(shape == other for other in weights.values())
         assert sharing <= times <= 3 * sharing, shape
+
+
+def test_experts_are_gathered_one_by_one_and_no_token_travels_to_them() -> None:
+    """Nor do its scores. Gate, up and down of every expert, forward and backward."""
+    assert len(step(decoder=EXPERTS, data=4).collectives) == 1
+    collectives, weights, _ = step(decoder=EXPERTS, fsdp=4)
+    gathers = of_kind(collectives, "all-gather")
+    assert len(gathers) + 1 == len(collectives)
+    own = [g.arrays[0].shape for g in gathers if g.times == EXPERTS.num_layers * EXPERTS.num_experts]
+    wide, narrow = (EXPERTS.intermediate_size, EXPERTS.hidden_size), (EXPERTS.hidden_size, EXPERTS.intermediate_size)
+    assert sorted(own) == [narrow] * 2 + [wide] * 4
+    assert {a.shape for g in gathers for a in g.arrays} == {*weights.values(), wide, narrow}
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
