@@ -52,12 +52,18 @@ def run_directory(place: epath.PathLike) -> epath.Path:
     return path
 
 
+def _refuse_bucket(path: Path | epath.Path) -> None:
+    if path.parts[:1] == ("gs:",):  # what pathlib leaves of gs://
+        raise UserError(f"{path}: only run directories can be in a bucket; write to a directory, and copy that")
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file atomically, creating its folder."""
     path = epath.Path(path)
     if in_bucket(path):
         path.write_bytes(data)
         return
+    _refuse_bucket(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
@@ -112,6 +118,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
     Raises:
       UserError: `path` is a file, or holds anything that the new directory has no newer version of.
     """
+    _refuse_bucket(path)
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_dir():

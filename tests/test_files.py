@@ -65,3 +65,11 @@ def test_file_in_the_way_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out: is a file"):
         write_directory(tmp_path / "out", a="new")
     assert contents(tmp_path) == {"out": "a file"}
+
+
+def test_outputs_in_a_bucket_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for write in (write_directory, lambda path: write_text(path, "text")):
+        with pytest.raises(UserError, match="gs:/bucket/out: only run directories can be in a bucket"):
+            write(Path("gs://bucket/out"))
+    assert not list(tmp_path.iterdir())
