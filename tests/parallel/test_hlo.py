@@ -38,6 +38,32 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     assert ours.flops == 3 * LAYERS * 2 * N**3 and not ours.unknown_loops
 
 
+def test_a_loop_is_counted_by_its_own_condition_where_xla_left_no_note() -> None:
+    def loop(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(2, 9, lambda _, y: jnp.tanh(y @ x), x)
+
+    text = jax.jit(loop).lower(shape(N, N)).compile().as_text()
+    ours = Program(text.replace("known_trip_count", "unknown"))
+    assert ours.flops == 7 * 2 * N**3 and not ours.unknown_loops
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_every_branch_counts(branches: int) -> None:
+    def choose(which: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.switch(which, [lambda x, n=n: jnp.sin(n + x) @ x for n in range(branches)], x)
+
+    assert program(choose, jax.ShapeDtypeStruct((), jnp.int32), shape(N, N)).flops == branches * 2 * N**3
+
+
+def test_parts_of_a_scattered_sum_come_from_all_others() -> None:
+    text = (
+        "ENTRY %main (a: f32[64,16]) -> f32[16,16] {\n  %a = f32[64,16]{1,0} parameter(0)\n  ROOT %r = f32[16,16]{1,0} "
+        "reduce-scatter(%a), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add\n}\n"
+    )
+    (one,) = Program(text).collectives
+    assert (one.kind, one.group, one.received) == ("reduce-scatter", 4, 3 * 4 * 16 * 16)
+
+
 def test_a_loop_of_unknown_length_is_named() -> None:
     def until(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: jnp.sin(x @ x), x)
