@@ -25,8 +25,8 @@ def nll(kind: Any, users: int) -> dict[str, float]:
     from e2p_jax.config import BackboneConfig, Config, DataConfig
     from e2p_jax.data import synthetic
     from e2p_jax.data.conditions import Population
-    from e2p_jax.evaluate.score import pack_conditions, score
     from e2p_jax.train.partition import split
+    from e2p_jax.train.score import pack_conditions, score
     from e2p_jax.train.setup import build_model, jit_eval_step, read_inputs
 
     config = Config(backbone=BackboneConfig(quantization=kind), data=DataConfig(seq_len=256))

@@ -14,7 +14,7 @@ from e2p_jax.errors import UserError
 if TYPE_CHECKING:
     import rich.table
 
-    from e2p_jax.parallel.plan import Plan, RowShape
+    from e2p_jax.plan.plan import Plan, RowShape
 
 
 def plan_command(arguments: list[str]) -> Callable[..., None]:
@@ -45,7 +45,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
           as_json: Print JSON to stdout in place of the table.
           overrides: Any field of the config.
         """
-        from e2p_jax.parallel.plan import RowShape
+        from e2p_jax.plan.plan import RowShape
 
         _plan(overrides, topology, RowShape(embedding_width, targets, segments), suggest, as_json)
 
@@ -55,7 +55,7 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
 def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_json: bool) -> None:
     import dataclasses
 
-    from e2p_jax.parallel import plan as planning
+    from e2p_jax.plan import plan as planning
 
     place = planning.find_topology(topology)
     decoder = planning.read_backbone(config)

@@ -17,12 +17,12 @@ from etils import epath
 from e2p_jax.baselines import ARMS, BASELINES, Compared, Trained
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.records import Record
-from e2p_jax.evaluate.score import Scores
 from e2p_jax.evaluate.table import Evaluation, evaluate, rank_without, read_splits
 from e2p_jax.files import write_bytes
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
+from e2p_jax.train.score import Scores
 
 
 def train_all(config: Config, directory: epath.Path, compared: Sequence[Compared]) -> dict[Trained, epath.Path]:

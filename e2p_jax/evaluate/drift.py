@@ -12,8 +12,8 @@ from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, sums_by_user
-from e2p_jax.evaluate.score import Scorer
 from e2p_jax.train.run import Run
+from e2p_jax.train.score import Scorer
 
 Case = tuple[str, Condition]
 

@@ -14,8 +14,8 @@ from e2p_jax.data.conditions import user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.score import Scorer
 from e2p_jax.train.run import Run
+from e2p_jax.train.score import Scorer
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:

@@ -20,13 +20,13 @@ from e2p_jax.evaluate.generate import generate
 from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval
 from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
 from e2p_jax.evaluate.recommend import is_interactions, recommender_ranks
-from e2p_jax.evaluate.score import Scorer, Scores, pack_conditions
 from e2p_jax.evaluate.texts import distinct, text_statistics
 from e2p_jax.files import write_text
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
+from e2p_jax.train.score import Scorer, Scores, pack_conditions
 
 BASELINES = ("none", "shuffled")  # what differences are shown to
 REPLY = Sampling(max_new_tokens=32)

@@ -16,7 +16,6 @@ from e2p_jax.data.pipeline import PackedDataset, to_devices, train_iterator
 from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
 from e2p_jax.errors import Preempted, UserError
-from e2p_jax.evaluate.score import pack_conditions, score
 from e2p_jax.files import explain_full_disk, run_directory
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
@@ -25,6 +24,7 @@ from e2p_jax.train.lock import lock_run
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.partition import describe
 from e2p_jax.train.run import claim_run
+from e2p_jax.train.score import pack_conditions, score
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, jit_eval_step, jit_train_step, read_inputs
 
 

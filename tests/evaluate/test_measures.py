@@ -9,8 +9,8 @@ import scipy.stats
 
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, interval, permutation_p
-from e2p_jax.evaluate.score import Scores
 from e2p_jax.evaluate.texts import text_statistics
+from e2p_jax.train.score import Scores
 
 
 def scores(nll: np.ndarray, targets: np.ndarray) -> Scores:

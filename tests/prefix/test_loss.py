@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import mesh_of
 
-from e2p_jax.parallel.hlo import Program
 from e2p_jax.parallel.mesh import param_sharding, row_sharding
+from e2p_jax.plan.hlo import Program
 from e2p_jax.prefix import loss as loss_lib
 from e2p_jax.prefix.loss import cross_entropy
 

@@ -11,8 +11,8 @@ from helpers import SIZES, mesh_of
 
 from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
-from e2p_jax.parallel.hlo import Collective, Program
-from e2p_jax.parallel.plan import RowShape, abstract_batch
+from e2p_jax.plan.hlo import Collective, Program
+from e2p_jax.plan.plan import RowShape, abstract_batch
 from e2p_jax.prefix import loss
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_train_step

@@ -20,8 +20,8 @@ from e2p_jax.backbone.families import DecoderConfig, read_config
 from e2p_jax.config import Config, MeshConfig
 from e2p_jax.data.packing import Budget, empty_rows
 from e2p_jax.errors import UserError
-from e2p_jax.parallel.hlo import Program
 from e2p_jax.parallel.mesh import bytes_per_device, make_mesh, row_sharding
+from e2p_jax.plan.hlo import Program
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_eval_step, jit_train_step

@@ -16,8 +16,8 @@ from e2p_jax.backbone.families import read_config
 from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, ProjectorConfig, TrainConfig
 from e2p_jax.errors import UserError
-from e2p_jax.parallel import plan as planning
-from e2p_jax.parallel.plan import Chip, Cost, Plan, RowShape, Topology, find_topology, largest_rows, other_meshes
+from e2p_jax.plan import plan as planning
+from e2p_jax.plan.plan import Chip, Cost, Plan, RowShape, Topology, find_topology, largest_rows, other_meshes
 from e2p_jax.train.setup import abstract_model, abstract_state, initial_state, jit_train_step
 
 WIDTH = 8

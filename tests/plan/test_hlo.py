@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch.utils.flop_counter import FlopCounterMode
 
-from e2p_jax.parallel.hlo import Program
+from e2p_jax.plan.hlo import Program
 
 N, LAYERS = 64, 5
 
