@@ -11,6 +11,7 @@ from helpers import SIZES, mesh_of
 
 from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
+from e2p_jax.parallel.mesh import bytes_per_device
 from e2p_jax.plan.hlo import Collective, Program
 from e2p_jax.plan.plan import RowShape, abstract_batch
 from e2p_jax.prefix import loss
@@ -29,6 +30,8 @@ class Step(NamedTuple):
     collectives: list[Collective]
     weights: dict[str, tuple[int, ...]]  # of the backbone, whole: of one layer, and without its first axis
     trainable: int  # bytes
+    state: int  # bytes a device, without the key's eight
+    donated: int  # of them, what the new state is written over
 
 
 @functools.cache
@@ -45,12 +48,14 @@ def step(trainable: tuple[str, ...] = ("projector/**",), decoder: DecoderConfig 
     batch = abstract_batch(config, RowShape(WIDTH, TARGETS, SEGMENTS), mesh)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(loss, "LOGITS_AT_ONCE", CHUNK * ROWS * DECODER.vocab_size // 4)  # on each of four devices
-        text = jit_train_step(model, config.train).lower(state, frozen, batch).compile().as_text()
+        compiled = jit_train_step(model, config.train).lower(state, frozen, batch).compile()
     backbone = model.params["backbone"]
     weights = {name: leaf.shape[1:] for name, leaf in backbone["layers"].items() if leaf.ndim == 3}
     weights |= {name: backbone[name].shape for name in ("embedding", "head")}
     trained = sum(int(np.prod(leaf.shape)) * 4 for leaf in jax.tree.leaves(state.trainable))
-    return Step(Program(text).collectives, weights, trained)
+    collectives = Program(compiled.as_text()).collectives
+    donated = compiled.memory_analysis().alias_size_in_bytes
+    return Step(collectives, weights, trained, bytes_per_device(state), donated)
 
 
 def of_kind(collectives: list[Collective], *kinds: str) -> list[Collective]:
@@ -63,11 +68,18 @@ MESHES = [{"data": 4}, {"fsdp": 4}, {"data": 2, "tensor": 2}, {"fsdp": 2, "tenso
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_gradients_are_summed_once_and_are_those_of_the_trainable_part(axes: dict[str, int]) -> None:
     """Beside them go the loss and the number of targets. The tensor axis sums activations too, of the own rows."""
-    collectives, _, trainable = step(**axes)
+    collectives, trainable = step(**axes).collectives, step(**axes).trainable
     sums = of_kind(collectives, "all-reduce", "reduce-scatter")
     sums = [c for c in sums if not any(a.shape[:1] == (ROWS // 2,) for a in c.arrays)]
     assert [c.nbytes * c.times for c in sums] == [trainable + 8]
     assert sums[0].group == (2 if "tensor" in axes else 4)
+
+
+@pytest.mark.parametrize("trainable", [("projector/**",), EVERYTHING], ids=["projector", "everything"])
+def test_the_new_state_is_written_over_the_old(trainable: tuple[str, ...]) -> None:
+    """So that parameters that train, and AdamW's two moments of them, exist once."""
+    taken = step(trainable, fsdp=4)
+    assert taken.donated == taken.state + 8
 
 
 def test_with_replicated_weights_nothing_else_is_sent() -> None:
@@ -76,7 +88,7 @@ def test_with_replicated_weights_nothing_else_is_sent() -> None:
 
 def test_fsdp_gathers_weights_and_sends_nothing_else_of_the_backbone() -> None:
     """Each weight forward, and again backward: of recomputed products, and of those for the gradient of their input."""
-    collectives, weights, _ = step(fsdp=4)
+    collectives, weights, *_ = step(fsdp=4)
     gathers = of_kind(collectives, "all-gather")
     assert len(gathers) + 1 == len(collectives)
     sent: dict[tuple[int, ...], int] = {}
@@ -95,7 +107,7 @@ def test_fsdp_gathers_weights_and_sends_nothing_else_of_the_backbone() -> None:
 def test_experts_are_gathered_one_by_one_and_no_token_travels_to_them() -> None:
     """Nor do its scores. Gate, up and down of every expert, forward and backward."""
     assert len(step(decoder=EXPERTS, data=4).collectives) == 1
-    collectives, weights, _ = step(decoder=EXPERTS, fsdp=4)
+    collectives, weights, *_ = step(decoder=EXPERTS, fsdp=4)
     gathers = of_kind(collectives, "all-gather")
     assert len(gathers) + 1 == len(collectives)
     own = [g.arrays[0].shape for g in gathers if g.times == EXPERTS.num_layers * EXPERTS.num_experts]
@@ -106,7 +118,7 @@ def test_experts_are_gathered_one_by_one_and_no_token_travels_to_them() -> None:
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_tensor_sums_activations_of_the_own_rows(axes: dict[str, int]) -> None:
-    collectives, weights, _ = step(**axes)
+    collectives, weights, *_ = step(**axes)
     sums = [c for c in of_kind(collectives, "all-reduce") if "while" in c.op_name]
     layers = {a.shape for c in sums for a in c.arrays if LENGTH in a.shape}
     assert layers == {(ROWS // 2, LENGTH, DECODER.hidden_size)}
@@ -133,7 +145,7 @@ def test_user_vectors_stay_with_their_rows(axes: dict[str, int]) -> None:
 
 
 def test_these_tests_see_a_trained_backbone() -> None:
-    collectives, weights, trainable = step(EVERYTHING, data=4)
+    collectives, weights, trainable, *_ = step(EVERYTHING, data=4)
     summed = of_kind(collectives, "all-reduce", "reduce-scatter")
     assert {weights["q"], weights["down"]} <= {a.shape for c in summed for a in c.arrays}
     assert trainable > sum(int(np.prod(shape)) for shape in weights.values())
