@@ -225,16 +225,25 @@ def make_plan(
     return Plan(topology, dict(mesh.shape), config.train.rows, costs)
 
 
+def _needed(refusal: str, arguments: int) -> int | None:
+    """Bytes that libtpu says a program would take when it refuses one that does not fit: of all of it, or of its
+    temporaries where they alone are too many.
+    """
+    said = re.search(r"RESOURCE_EXHAUSTED.*?(Used |HLO temporaries \()([\d.]+)([KMGT])", refusal, re.DOTALL)
+    if said is None:
+        return None
+    return int(float(said[2]) * 1024 ** " KMGT".index(said[3])) + (0 if said[1] == "Used " else arguments)
+
+
 def _compile(step: Any, arguments: tuple) -> Cost:
     lowered = step.lower(*arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        # libtpu refuses what does not fit, and says how much it would take.
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+        needed = _needed(str(error), bytes_per_device(arguments))
+        if needed is None:
             raise
-        return Cost(peak=int(float(used[1]) * 1024 ** (" KMGT".index(used[2]))))
+        return Cost(peak=needed)
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     collectives: Counter[str] = Counter()
     received: Counter[str] = Counter()

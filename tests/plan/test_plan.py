@@ -170,6 +170,23 @@ def search(given: int, peak: Callable[[int], int]) -> tuple[int | None, list[int
     return best and best.rows, compiled
 
 
+@pytest.mark.parametrize(
+    ("refusal", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm.", 16.5 * 2**30),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.92G) exceeds "
+            "available HBM (15.75G).",
+            int(16.92 * 2**30) + 100,
+        ),
+        ("INTERNAL: Mosaic failed to compile. Used 16.50G of 15.75G hbm.", None),
+    ],
+)
+def test_what_libtpu_says_of_a_program_that_does_not_fit(refusal: str, needed: float | None) -> None:
+    """As libtpu 0.0.42.1 words it; where its temporaries alone are too many, the arguments come on top."""
+    assert planning._needed(refusal, arguments=100) == needed
+
+
 def test_other_meshes_hold_the_weights(config: Config, shapes: Path) -> None:
     decoder, place = read_config(shapes), find_topology("cpu:4")
 
