@@ -175,8 +175,8 @@ def search(given: int, peak: Callable[[int], int]) -> tuple[int | None, list[int
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm.", 16.5 * 2**30),
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.92G) exceeds "
-            "available HBM (15.75G).",
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.92G) "
+            "exceeds available HBM (15.75G).",
             int(16.92 * 2**30) + 100,
         ),
         ("INTERNAL: Mosaic failed to compile. Used 16.50G of 15.75G hbm.", None),
