@@ -5,11 +5,11 @@ nothing is appended or renamed, and gcsfs does the work behind `epath.Path`, whi
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,29 +115,61 @@ class LineFile:
 def replace_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory that takes the place of `path` when the block ends without an error.
 
+    It waits for other commands that write `path`, and clears away what a killed one left.
+
     Raises:
       UserError: `path` is a file, or holds anything that the new directory has no newer version of.
     """
     _refuse_bucket(path)
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
-    old = temporary.with_name(f"{temporary.name}.old")
-    try:
-        yield temporary
-        if path.exists():
-            foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in temporary.iterdir()})
-            if foreign:
-                names = ", ".join(foreign[:3])
-                raise UserError(f"{path}: holds other files ({names}); choose an empty or new directory")
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _workplace(path) as work:
+        new, old = work / "new", work / "old"
+        _clear(new, old, path)
+        new.mkdir()
+        try:
+            yield new
+            if path.exists():
+                foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in new.iterdir()})
+                if foreign:
+                    names = ", ".join(foreign[:3])
+                    raise UserError(f"{path}: holds other files ({names}); choose an empty or new directory")
+                path.rename(old)
+            new.rename(path)
+        finally:
+            _clear(new, old, path)
+
+
+def _clear(new: Path, old: Path, path: Path) -> None:
+    """Whoever was killed between the two renames left the version of before in `old` alone."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for directory in (new, old):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A directory beside `path`, always the same, which one command has at a time and which is gone afterwards."""
+    work = path.with_name(f".{path.name}.writing")
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (work / "lock").open("w")
+        except FileNotFoundError:  # the command before has just removed it
+            continue
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it back when this process ends
+            if os.fstat(lock.fileno()).st_nlink == 0:  # removed while this command waited
+                continue
+            try:
+                yield work
+            finally:
+                (work / "lock").unlink()
+                with contextlib.suppress(OSError):  # the next command has it already
+                    work.rmdir()
+            return
 
 
 @contextlib.contextmanager

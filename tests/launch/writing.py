@@ -1,0 +1,19 @@
+"""What test_kills kills."""
+
+from pathlib import Path
+
+from e2p_jax.files import replace_directory
+
+
+def write(out: str, text: str) -> None:
+    """Replaces a directory."""
+    with replace_directory(Path(out)) as temporary:
+        (temporary / "deep").mkdir()
+        for name in ("a", "deep/b"):
+            (temporary / name).write_text(text)
+
+
+def fail(out: str) -> None:
+    """Does not come to that."""
+    with replace_directory(Path(out)):
+        raise ValueError(out)
