@@ -27,12 +27,14 @@ def drift(
       old: Table of user vectors.
       new: Table of the same users' newer vectors.
       split: Split whose users and conversations are taken. Default: the first of `data.eval_splits`.
-      keep: Retraining is advised where less than this share of the own vector's gain over another user's is left.
+      keep: Retraining is advised where less than this share of the own vector's gain over another user's is left, by
+        the whole of its 95 % interval; keeping, where all of it is above. In between the data does not tell.
       checkpoint: best, last, or a step.
       as_json: Print JSON to stdout in place of the text.
     """
     from e2p_jax.data.embeddings import load_table
     from e2p_jax.evaluate.drift import drift as compare
+    from e2p_jax.evaluate.measures import p_text
     from e2p_jax.evaluate.table import read_splits
     from e2p_jax.train.run import open_run
 
@@ -49,6 +51,13 @@ def drift(
     print(f"users of {name} in both tables: {found.users}, others: {found.missing}")
     print(f"cosine, old to new vector: {found.cosine:.3f}, after the best rotation: {found.aligned_cosine:.3f}")
     print(f"change of the soft tokens, in units of how users' tokens differ: {found.token_change:.3f}")
-    print(f"NLL a target, new minus old: {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}], p {change.p:.4f}")
-    print(f"own vector better than another user's by: old {found.gain_old:+.4f}, new {found.gain_new:+.4f}")
+    print(
+        f"NLL a target, new minus old: {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}], "
+        f"p {p_text(change.p, change.p_least)}"
+    )
+    gains = ", ".join(
+        f"{name} {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        for name, gain in (("old", found.gain_old), ("new", found.gain_new))
+    )
+    print(f"own vector better than another user's by: {gains}")
     print(found.verdict())

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -18,6 +19,14 @@ from e2p_jax.train.score import Scorer
 Case = tuple[str, Condition]
 
 
+class Interval(NamedTuple):
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Drift:
     """What became of a split's users between two tables."""
@@ -28,15 +37,23 @@ class Drift:
     aligned_cosine: float  # the same after the rotation that fits best
     token_change: float  # root mean square change of a soft token, in units of how users' tokens differ
     nll_change: Difference  # new minus old, nats a target
-    gain_old: float  # nats a target that the own vector is better than another user's, old table
-    gain_new: float
-    kept: tuple[float, float, float]  # gain_new / gain_old, with its 95 % interval
-    retrain: bool
+    gain_old: Interval  # nats a target that the own vector is better than another user's, old table
+    gain_new: Interval
+    kept: Interval | None  # gain_new / gain_old; none where the gain to keep is not told from zero
+    retrain: bool | None  # none where the data does not tell
 
     def verdict(self) -> str:
         """One sentence."""
-        share, low, high = (f"{100 * value:.0f} %" for value in self.kept)
+        if self.kept is None:
+            value, low, high = (f"{number:+.4f}" for number in self.gain_old)
+            return (
+                f"no verdict: with the old table a user's own vector is worth {value} [{low}, {high}] nats a target, "
+                "not told from nothing; take more users, or a checkpoint that uses them"
+            )
+        share, low, high = (f"{100 * number:.0f} %" for number in self.kept)
         left = f"{share} [{low}, {high}] of what a user's own vector is worth is left"
+        if self.retrain is None:
+            return f"no verdict: {left}; take more users"
         if not self.retrain:
             return f"keep the projector: {left}"
         turned = self.aligned_cosine - self.cosine > 0.2
@@ -47,8 +64,9 @@ class Drift:
 def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, keep: float = 0.9) -> Drift:
     """Compares two tables in front of one run.
 
-    Retraining is advised where the new table is worse than the old one beyond chance, and less than `keep` of the
-    gain of the own vector over another user's is left.
+    What is left of the gain of the own vector over another user's is a ratio, whose interval is a percentile bootstrap
+    over users. Retraining is advised where all of it is below `keep`, keeping where all of it is at or above. There is
+    no verdict in between, nor where the old table's gain is not told from zero: a ratio to it says nothing.
 
     Args:
       run: trained on the old table.
@@ -84,10 +102,13 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     sums = sums_by_user([statistics[case] for case in cases], owners)
     drawn = bootstrap(sums, value, samples)
     old_e2p, old_other, new_e2p, new_other = (float(value(group.sum(axis=0))) for group in sums)
-    gain_old, gain_new = old_other - old_e2p, new_other - new_e2p
-    shares = (drawn[:, 3] - drawn[:, 2]) / (drawn[:, 1] - drawn[:, 0])
-    low, high = np.quantile(shares, [0.025, 0.975])
-    share = gain_new / gain_old
+    gain_old = _interval(old_other - old_e2p, drawn[:, 1] - drawn[:, 0])
+    gain_new = _interval(new_other - new_e2p, drawn[:, 3] - drawn[:, 2])
+    share, retrain = None, None
+    if gain_old.low > 0:
+        ratios = (drawn[:, 3] - drawn[:, 2]) / (drawn[:, 1] - drawn[:, 0])
+        share = _interval(gain_new.value / gain_old.value, ratios)
+        retrain = True if share.high < keep else False if share.low >= keep else None
     return Drift(
         users=len(names),
         missing=len(set(users)) - len(names),
@@ -97,9 +118,14 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
         nll_change=change,
         gain_old=gain_old,
         gain_new=gain_new,
-        kept=(share, float(low), float(high)),
-        retrain=change.low > 0 and share < keep,
+        kept=share,
+        retrain=retrain,
     )
+
+
+def _interval(value: float, drawn: np.ndarray) -> Interval:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

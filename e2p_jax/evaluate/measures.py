@@ -5,6 +5,7 @@ corpus BLEU too, can be taken over a resampled set of users: a bootstrap and a p
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -73,6 +74,7 @@ class Difference:
     low: float
     high: float
     p: float
+    p_least: float  # that a test of so many users and permutations can give
 
 
 def sums_by_user(groups: Sequence[np.ndarray], users: Sequence[str]) -> list[np.ndarray]:
@@ -107,16 +109,35 @@ def bootstrap(groups: Sequence[np.ndarray], value: Callable[[np.ndarray], np.nda
     return np.concatenate(drawn)
 
 
-def permutation_p(a: np.ndarray, b: np.ndarray, value: Callable[[np.ndarray], np.ndarray], samples: int) -> float:
-    """Two-sided p of "it does not matter which of the two a user gets": each user's sums [U, k] change sides at random
-    (approximate randomisation; Noreen, 1989).
+def permutation_p(
+    a: np.ndarray, b: np.ndarray, value: Callable[[np.ndarray], np.ndarray], samples: int
+) -> tuple[float, float]:
+    """Two-sided p of "it does not matter which of the two a user gets": each user's sums [U, k] change sides, in every
+    way there is where there are at most `samples` of them (Fisher, 1935), else at random (approximate randomisation;
+    Noreen, 1989).
+
+    Returns:
+      p, and the least p that this test can give.
     """
-    rng, change, total_a, total_b = np.random.default_rng(1), b - a, a.sum(axis=0), b.sum(axis=0)
+    users, rng, change = len(a), np.random.default_rng(1), b - a
+    total_a, total_b = a.sum(axis=0), b.sum(axis=0)
     observed, extreme = abs(value(total_a) - value(total_b)), 0
-    for size in blocks(samples, len(a)):
-        moved = rng.integers(0, 2, (size, len(a))) @ change
+    exact = users < 63 and 2**users <= samples
+    for size in [2**users] if exact else blocks(samples, users):
+        drawn = np.arange(size)[:, None] >> np.arange(users) & 1 if exact else rng.integers(0, 2, (size, users))
+        moved = drawn @ change
         extreme += int((abs(value(total_a + moved) - value(total_b - moved)) >= observed * (1 - 1e-9)).sum())
-    return (extreme + 1) / (samples + 1)
+    if exact:
+        return extreme / 2**users, min(2 / 2**users, 1.0)
+    return (extreme + 1) / (samples + 1), 1 / (samples + 1)
+
+
+def p_text(p: float, least: float) -> str:
+    """A p value to two digits; the least that its test can give is a bound, not a value (0: not known)."""
+    if p > least:
+        return f"{p:.2g}"
+    digits = 1 - math.floor(math.log10(least))
+    return f"<= {math.ceil(round(least * 10**digits, 6)) / 10**digits:g}"
 
 
 def interval(name: str, statistics: np.ndarray, users: Sequence[str], samples: int) -> tuple[float, float, float]:
@@ -141,4 +162,4 @@ def difference(name: str, ours: np.ndarray, theirs: np.ndarray, users: Sequence[
     drawn = bootstrap([a, b], value, samples)
     low, high = np.quantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975])
     mean = float(value(a.sum(axis=0)) - value(b.sum(axis=0)))
-    return Difference(mean, float(low), float(high), permutation_p(a, b, value, samples))
+    return Difference(mean, float(low), float(high), *permutation_p(a, b, value, samples))

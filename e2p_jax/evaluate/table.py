@@ -17,7 +17,7 @@ from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.prepared import load_splits
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.generate import generate
-from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval
+from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval, p_text
 from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
 from e2p_jax.evaluate.recommend import is_interactions, recommender_ranks
 from e2p_jax.evaluate.texts import distinct, text_statistics
@@ -250,7 +250,7 @@ def _cells(entry: dict[str, float] | None) -> tuple[str, str]:
     """A difference with its interval, and p."""
     if entry is None:
         return "", ""
-    return f"{entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]", f"{entry['p']:.4f}"
+    return f"{entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]", p_text(entry["p"], entry["p_least"])
 
 
 def _further(values: dict[str, Any]) -> list[rich.table.Table]:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from etils import epath
 
-from e2p_jax.evaluate.measures import MEASURES
+from e2p_jax.evaluate.measures import MEASURES, p_text
 from e2p_jax.evaluate.table import BASELINES
 from e2p_jax.files import replace_directory
 from e2p_jax.report.collect import Collected, collect
@@ -38,7 +38,7 @@ def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
         _draw(figures, found)
         _write_csvs(temporary, found)
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-        environment.globals.update(number=number, span=span, label=label)
+        environment.globals.update(number=number, span=span, label=label, p_text=p_text)
         page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
             found=found,
             svgs=figures.svgs,
@@ -84,7 +84,8 @@ def _tiles(found: Collected) -> list[tuple[str, str, str]]:
     for baseline, text in texts.items():
         apart = rows.get("e2p", {}).get(f"minus_{baseline}")
         if apart:
-            interval = f"95 %: {-apart['high']:.4f} to {-apart['low']:.4f}, p {apart['p']:.4f}"
+            p = p_text(apart["p"], apart.get("p_least", 0))
+            interval = f"95 %: {-apart['high']:.4f} to {-apart['low']:.4f}, p {p}"
             tiles.append((f"{-apart['mean']:.4f}", text, interval))
     tokens = {cost.condition: cost.prompt_tokens for cost in found.costs}
     spent = tokens["e2p"] - tokens["none"]

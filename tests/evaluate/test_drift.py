@@ -36,7 +36,7 @@ def test_verdicts(learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys
     same = run_drift(learned_run, old, save(tmp_path / "same", vectors), capsys)
     assert not same["retrain"] and same["verdict"].startswith("keep the projector: 100 %")
     assert same["nll_change"]["mean"] == 0 and same["kept"] == [1, 1, 1] and same["users"] == 24
-    assert same["cosine"] == pytest.approx(1) and same["token_change"] == 0 and same["gain_old"] > 0.1
+    assert same["cosine"] == pytest.approx(1) and same["token_change"] == 0 and same["gain_old"][1] > 0.1
 
     near = save(tmp_path / "near", vectors + 0.02 * np.random.default_rng(0).normal(size=vectors.shape))
     assert not run_drift(learned_run, old, near, capsys)["retrain"]
@@ -76,3 +76,23 @@ def test_refusals(learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys
         assert main(["drift", str(learned_run), "--old", old, "--new", new, *more]) == 1
         message = capsys.readouterr().err
         assert words in message.splitlines()[-1], message
+
+
+def test_no_verdict_where_there_is_nothing_to_keep(
+    learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With other users' vectors for an old table its gain is not above zero: a share of that says nothing."""
+    worse, right = save(tmp_path / "old", np.roll(vectors, 5, axis=0)), save(tmp_path / "new", vectors)
+    found = run_drift(learned_run, worse, right, capsys)
+    assert found["gain_old"][1] <= 0 < found["gain_new"][1]
+    assert found["kept"] is None and found["retrain"] is None
+    assert found["verdict"].startswith("no verdict: with the old")
+
+    some = vectors + 0.6 * np.random.default_rng(2).normal(size=vectors.shape) * vectors.std()
+    between = run_drift(learned_run, right, save(tmp_path / "some", some), capsys)
+    share, low, high = between["kept"]
+    assert low < 0.9 <= high and between["retrain"] is None, between
+    assert between["verdict"] == (
+        f"no verdict: {100 * share:.0f} % [{100 * low:.0f} %, {100 * high:.0f} %] of what a user's own vector is worth "
+        "is left; take more users"
+    )

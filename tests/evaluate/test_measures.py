@@ -8,7 +8,7 @@ import sacrebleu
 import scipy.stats
 
 from e2p_jax.data.records import Record
-from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, interval, permutation_p
+from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, interval, p_text, permutation_p
 from e2p_jax.evaluate.texts import text_statistics
 from e2p_jax.train.score import Scores
 
@@ -49,12 +49,27 @@ def test_paired_test_agrees_with_scipy(shift: float):
     base = targets * rng.normal(4, 0.3, 120)
     ours = base - targets * rng.normal(shift, 0.1, 120)
     a, b = np.stack([ours, targets], 1), np.stack([base, targets], 1)
-    p = permutation_p(a, b, MEASURES["nll_per_target"].value, 9999)
+    p, least = permutation_p(a, b, MEASURES["nll_per_target"].value, 9999)
     expected = scipy.stats.permutation_test(
         (ours, base), lambda x, y, axis: (x - y).sum(axis), permutation_type="samples", vectorized=True, rng=2
     ).pvalue
     assert p == pytest.approx(expected, abs=0.02) and 0 < p <= 1
-    assert (p < 0.001) == (shift == 0.1)
+    assert (p < 0.001) == (shift == 0.1) and least == 1e-4
+
+
+def test_few_users_are_permuted_in_every_way():
+    """As SciPy does, to the last digit; and no p is shown below what that can give."""
+    rng = np.random.default_rng(3)
+    targets, base = rng.integers(10, 60, 9).astype(float), rng.normal(100, 9, 9)
+    ours = base - rng.normal(4, 5, 9)
+    a, b = np.stack([ours, targets], 1), np.stack([base, targets], 1)
+    found = permutation_p(a, b, MEASURES["nll_per_target"].value, 1000)
+    expected = scipy.stats.permutation_test(
+        (ours, base), lambda x, y, axis: (x - y).sum(axis), permutation_type="samples", vectorized=True, n_resamples=512
+    ).pvalue
+    assert found == (pytest.approx(expected, abs=1e-12), 2 / 512) and 2 / 512 < expected < 0.1
+    assert [p_text(p, 1 / 2001) for p in (1 / 2001, 0.00149, 0.25)] == ["<= 0.0005", "0.0015", "0.25"]
+    assert [p_text(p, 2 / 16) for p in (2 / 16, 0.25)] == ["<= 0.13", "0.25"]
 
 
 def test_users_are_resampled_whole():
@@ -66,7 +81,7 @@ def test_users_are_resampled_whole():
     alone = nll_difference(odd, nll, targets, [f"u{i}" for i in range(400)], 4000)
     assert clustered.high == 0.0 and clustered.low < -0.7
     assert -0.32 < alone.low < alone.high < -0.18
-    assert clustered.p > 0.9 and alone.p < 0.001
+    assert clustered.p == 1 and clustered.p_least == 2 / 16 and alone.p == alone.p_least == 1 / 4001
 
 
 def test_likelihood_in_every_unit():
