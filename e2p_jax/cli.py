@@ -11,6 +11,7 @@ import tyro
 
 from e2p_jax.commands.common import say
 from e2p_jax.commands.compare import compare_command
+from e2p_jax.commands.compiled import damaged_programs_removed
 from e2p_jax.commands.convert import convert
 from e2p_jax.commands.data import data_command
 from e2p_jax.commands.demo import demo
@@ -72,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         set_environment("".join(arguments[:1]))
-        tyro.extras.subcommand_cli_from_dict(commands_of(arguments), prog="e2p", args=arguments)
+        with damaged_programs_removed():
+            tyro.extras.subcommand_cli_from_dict(commands_of(arguments), prog="e2p", args=arguments)
         sys.stdout.flush()
     except UserError as error:
         say(f"e2p: {error}")

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from e2p_jax.cli import commands_of, main, set_environment
+from e2p_jax.commands.compiled import damaged_programs_removed
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.records import write_jsonl
@@ -286,3 +290,35 @@ def test_compiled_steps_are_kept_unless_told_otherwise(monkeypatch: pytest.Monke
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
     set_environment("train")
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == ("/cache/e2p_jax" if given is None else given)
+
+
+@pytest.mark.filterwarnings("default:Error reading persistent compilation cache entry")
+def test_a_damaged_program_is_compiled_anew_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """What a kill or a full disk left of a file that JAX writes in place, and never over."""
+    compilation_cache.reset_cache()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def compile_in_a_new_process() -> None:
+        jax.clear_caches()
+        with damaged_programs_removed():
+            jax.jit(lambda x: x + 1)(jnp.ones(3))
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        compile_in_a_new_process()
+        (program,) = tmp_path.glob("jit__lambda-*-cache")
+        program.write_bytes(program.read_bytes()[:100])
+        compile_in_a_new_process()
+        told = f"{tmp_path}: the compiled program jit__lambda was damaged; it is compiled and kept anew\n"
+        assert capsys.readouterr().err == told and program.stat().st_size > 100
+        compile_in_a_new_process()
+        assert capsys.readouterr().err == ""
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -78,6 +78,10 @@ def find_source(place: epath.PathLike) -> Source:
     if not table.is_file():
         raise UserError(f"{path}: has no table of conditions (report/evaluation.json); rerun the command that made it")
     splits = json.loads(table.read_text(encoding="utf-8"))["splits"]
+    if not splits:
+        raise UserError(
+            f"{table}: holds no conditions; rerun the command that made it with --evaluate.conditions none e2p"
+        )
     if any("measures" not in row for split in splits for row in split["conditions"].values()):
         raise UserError(f"{table}: written by an older version; rerun the command that made it")
     return Source(path.name, runs, splits)

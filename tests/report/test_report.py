@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,9 @@ def test_refusals(learned_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 1
     assert "neither a run directory nor one that `e2p compare` made" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    asked_nothing = tmp_path / "asked-nothing" / "report" / "evaluation.json"
+    asked_nothing.parent.mkdir(parents=True)
+    asked_nothing.write_text('{"splits": []}')
+    shutil.copy(learned_run / "config.json", tmp_path / "asked-nothing")
+    assert main(["report", str(tmp_path / "asked-nothing"), "--out", str(tmp_path / "out")]) == 1
+    assert f"e2p: {asked_nothing}: holds no conditions; rerun the command that made it" in capsys.readouterr().err
