@@ -4,15 +4,17 @@ Imports neither jax nor torch.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
 from e2p_jax.errors import UserError
+from e2p_jax.json_files import object_in
 
 SHARD_BYTES = 2 * 10**9
 
@@ -32,8 +34,13 @@ DTYPES = {
 }
 
 
+_LONGEST_HEADER = 100_000_000  # bytes, as the format has it
+
+
 def read_tensors(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """The tensors of a file, memory-mapped: eight bytes say how long the header is, little-endian; JSON; the tensors.
+
+    Every byte after the header belongs to one tensor, as the format asks for: none overlap, nothing is left over.
 
     Args:
       remedy: what to do about a damaged file, the end of the error.
@@ -41,21 +48,53 @@ def read_tensors(path: Path, remedy: str) -> dict[str, np.ndarray]:
     Raises:
       UserError: missing, truncated or malformed.
     """
+
+    def damaged(reason: Any) -> UserError:
+        return UserError(f"{path}: missing or damaged safetensors ({reason}); {remedy}")
+
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise damaged(f"{size} bytes, and a header of {length}")
+            header = object_in(file.read(length))
         header.pop("__metadata__", None)
-        mapped, tensors = np.memmap(path, np.uint8, "r"), {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            dtype, start = DTYPES[entry["dtype"]], 8 + length + first
-            tensors[name] = np.ndarray(tuple(entry["shape"]), dtype, mapped, start)
-            if tensors[name].nbytes != last - first:
+        entries = sorted(((_entry(entry), name) for name, entry in header.items()), key=lambda pair: pair[0][2:])
+        mapped, tensors, end = np.memmap(path, np.uint8, "r"), {}, 0
+        for (dtype, shape, first, last), name in entries:
+            name.encode()  # half of a surrogate pair is no name
+            if first != end:
+                raise ValueError(f"{name} begins at byte {first}, and what stands before it ends at {end}")
+            if math.prod(shape) * dtype.itemsize != last - first:
                 raise ValueError(f"{name} has the wrong length")
+            tensors[name], end = np.ndarray(shape, dtype, mapped, 8 + length + first), last
+        if 8 + length + end != size:
+            raise ValueError(f"its tensors end at byte {8 + length + end} of {size}")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path}: missing or damaged safetensors ({error}); {remedy}") from error
-    return tensors
+        raise damaged(error) from error
+    return {name: tensors[name] for name in header}
+
+
+class _Entry(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    first: int
+    last: int  # bytes after the header
+
+
+def _entry(entry: Any) -> _Entry:
+    """
+    Raises:
+      ValueError, KeyError, TypeError: the header's entry of a tensor is not what the format has.
+    """
+    if type(entry["shape"]) is not list:
+        raise TypeError(f"shape {entry['shape']!r}")
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"shape {entry['shape']!r} and data_offsets {entry['data_offsets']!r}")
+    first, last = entry["data_offsets"]
+    return _Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), first, last)
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:

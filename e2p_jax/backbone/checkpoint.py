@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import os
-from collections.abc import Collection, Iterator
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,10 @@ import numpy as np
 from e2p_jax.backbone.layout import DecoderConfig, tensor_names
 from e2p_jax.errors import UserError
 from e2p_jax.files import user_cache, write_text
+from e2p_jax.json_files import is_digest, read_object
 from e2p_jax.tensors import read_tensors
+
+_TICK_NS = 50_000_000  # a file changed twice within a tick of the file system's clock shows one time
 
 
 class Checkpoint:
@@ -39,6 +43,8 @@ class Checkpoint:
         for shard in self.shards:
             if not shard.is_file():
                 raise UserError(f"{shard}: not found; a backbone needs its weights as safetensors")
+        self._opened = stamp(self.shards)
+        for shard in self.shards:
             held = read_tensors(shard, "download it again")
             self.duplicates |= dict.fromkeys(held.keys() & self.tensors.keys(), shard)
             self.tensors |= held
@@ -115,15 +121,40 @@ class Checkpoint:
 
         Kept in the user's cache, and taken from there for as long as no shard's inode, size and times change.
         """
-        stats = [(str(shard.resolve()), shard.stat()) for shard in self.shards]
-        key = "\n".join(f"{path} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for path, s in stats)
-        known = user_cache() / "fingerprints" / hashlib.sha256(key.encode()).hexdigest()
-        if known.is_file():
-            return known.read_text()
-        found = fingerprint(self.tensors)
+        return kept("fingerprints", self.shards, self._opened, lambda: fingerprint(self.tensors))
+
+
+def stamp(files: Sequence[Path]) -> str:
+    """Changes whenever a file is written or replaced, whatever time it is given afterwards."""
+    stats = [(os.fsencode(file.resolve()).hex(), file.stat()) for file in files]
+    return "\n".join(f"{path} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for path, s in stats)
+
+
+def kept(kind: str, files: Sequence[Path], opened: str, find: Callable[[], str]) -> str:
+    """A digest of what files hold: taken from the user's cache while their stamp stays, else found and put there.
+
+    What is in the cache is believed only with its own checksum, over the digest and the stamp that it is of.
+
+    Args:
+      kind: folder of the cache.
+      opened: the files' stamp before `find` first read anything of them.
+      find: reads the files.
+    """
+    place = user_cache() / kind / hashlib.sha256(opened.encode()).hexdigest()
+
+    def line(digest: str) -> str:
+        return f"{digest} {hashlib.sha256(f'{opened} {digest}'.encode()).hexdigest()}\n"
+
+    with contextlib.suppress(OSError, ValueError):
+        known = place.read_text(encoding="ascii")
+        if is_digest(known[:64]) and known == line(known[:64]):
+            return known[:64]
+    found = find()
+    newest = max(file.stat().st_ctime_ns for file in files)
+    if stamp(files) == opened and abs(time.time_ns() - newest) > _TICK_NS:
         with contextlib.suppress(OSError):  # a home that cannot be written to costs the time again, no more
-            write_text(known, found)
-        return found
+            write_text(place, line(found))
+    return found
 
 
 def _slice(tensors: list[np.ndarray], dtype: jnp.dtype, index: tuple[slice, ...]) -> np.ndarray:
@@ -162,10 +193,14 @@ def _shards(directory: Path) -> list[Path]:
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole]
-    try:
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: malformed index ({error}); download it again") from error
+    remedy = "download it again"
+    named = read_object(index, remedy).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index}: its weight_map must name a file for each tensor; {remedy}")
+    for name in named.values():
+        if not re.fullmatch(r"[\w.+-]{1,200}\.safetensors", name, re.ASCII):
+            raise UserError(f"{index}: names {name[:80]!r}, which is no safetensors file beside it; {remedy}")
+    return [directory / name for name in sorted(set(named.values()))]
 
 
 class Part(NamedTuple):

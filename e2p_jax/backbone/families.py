@@ -7,14 +7,15 @@ A family is an entry of `FAMILIES`: what its keys are read by, and the flags of 
 
 import dataclasses
 import functools
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from e2p_jax.backbone.layout import DecoderConfig
+from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
 from e2p_jax.backbone.rope import Rope, parse_rope
 from e2p_jax.errors import UserError
+from e2p_jax.json_files import is_number, read_object
 
 # Keys that change nothing in the forward pass: bookkeeping, initialisation, generation, tensor-parallel hints.
 _INERT = frozenset(
@@ -37,6 +38,13 @@ _OFF = (
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 _MISSING = object()
+# Far beyond any model: what is more is a slip or damage, and is refused before anything is built of that size.
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_HEAD_DIM, _MOST_PARAMETERS = 1000, 4096, 1 << 14, 10**15
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _Reader:
@@ -54,10 +62,47 @@ class _Reader:
             raise UserError(f"{self.source}: key {key!r} is missing; take config.json from the model's own repository")
         return default
 
+    def size(self, key: str, default: Any = _MISSING, least: int = 1, most: int = 2**31 - 1) -> int:
+        """A whole number of things."""
+        value = self.take(key, default)
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(key, value, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, key: str, default: Any = _MISSING, zero: bool = False) -> float:
+        """Above zero, or zero where that means something."""
+        value = self.take(key, default)
+        if not is_number(value) or not (value > 0 or (zero and value == 0)):
+            self.refuse(key, value, f"a number {'from' if zero else 'above'} 0")
+        return float(value)
+
+    def flag(self, key: str, default: Any = _MISSING) -> bool:
+        value = self.take(key, default)
+        if type(value) is not bool:
+            self.refuse(key, value, "true or false")
+        return value
+
+    def settings(self, key: str, default: Any = None) -> dict[str, Any] | None:
+        """An object of settings, or null."""
+        value = self.take(key, default)
+        if value is not None and type(value) is not dict:
+            self.refuse(key, value, "an object of settings")
+        return value
+
+    def each(self, key: str, default: list[Any], kind: type) -> list[Any]:
+        """A list of values of one type."""
+        value = self.take(key, default)
+        if type(value) is not list or any(type(item) is not kind for item in value):
+            self.refuse(key, value, f"a list of {kind.__name__}")
+        return value
+
+    def refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
+        raise UserError(f"{self.source}: {key} is {_short(value)}; it must be {wanted}")
+
     def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
         value = self.take(key, default)
         if value not in allowed:
-            raise UserError(f"{self.source}: {key}={value!r} is not supported; supported: {list(allowed)}")
+            raise UserError(f"{self.source}: {key}={_short(value)} is not supported; supported: {list(allowed)}")
 
     def activation(self, key: str) -> str:
         self.require(key, tuple(_ACTIVATIONS), "silu")
@@ -78,42 +123,44 @@ _Read = Callable[[_Reader, dict[str, Any]], dict[str, Any]]
 
 def _sizes(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """The keys that every family but GPT-2 shares."""
-    heads = int(reader.take("num_attention_heads"))
-    hidden = int(reader.take("hidden_size"))
-    head_dim = int(reader.take("head_dim", hidden // heads))
+    heads = reader.size("num_attention_heads")
+    hidden = reader.size("hidden_size")
+    head_dim = reader.size("head_dim", hidden // heads, most=_MOST_HEAD_DIM)
+    if reader.values.get("head_dim") is None and hidden % heads:
+        reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size, {hidden}, where there is no head_dim")
     reader.require("attention_dropout", (0, 0.0), 0.0)
     return {
-        "vocab_size": int(reader.take("vocab_size")),
+        "vocab_size": reader.size("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": int(reader.take("intermediate_size")),
-        "num_layers": int(reader.take("num_hidden_layers")),
+        "intermediate_size": reader.size("intermediate_size"),
+        "num_layers": reader.size("num_hidden_layers", most=_MOST_LAYERS),
         "num_heads": heads,
-        "num_kv_heads": int(reader.take("num_key_value_heads", heads)),
+        "num_kv_heads": reader.size("num_key_value_heads", heads),
         "head_dim": head_dim,
-        "max_positions": int(reader.take("max_position_embeddings")),
-        "norm_epsilon": float(reader.take("rms_norm_eps")),
+        "max_positions": reader.size("max_position_embeddings"),
+        "norm_epsilon": reader.number("rms_norm_eps"),
         "attention_scale": head_dim**-0.5,
-        "tie_head": bool(reader.take("tie_word_embeddings", False)),
+        "tie_head": reader.flag("tie_word_embeddings", False),
     }
 
 
 def _gpt2_sizes(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    hidden, heads = int(reader.take("n_embd")), int(reader.take("n_head"))
-    positions = int(reader.take("n_positions"))
+    hidden, heads = reader.size("n_embd"), reader.size("n_head")
+    positions = reader.size("n_positions")
     reader.require("n_ctx", (positions,), positions)
-    scaled = reader.take("scale_attn_weights", True)
+    scaled = reader.flag("scale_attn_weights", True)
     return {
-        "vocab_size": int(reader.take("vocab_size")),
+        "vocab_size": reader.size("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": int(reader.take("n_inner", 4 * hidden)),
-        "num_layers": int(reader.take("n_layer")),
+        "intermediate_size": reader.size("n_inner", 4 * hidden),
+        "num_layers": reader.size("n_layer", most=_MOST_LAYERS),
         "num_heads": heads,
         "num_kv_heads": heads,
         "head_dim": hidden // heads,
         "max_positions": positions,
-        "norm_epsilon": float(reader.take("layer_norm_epsilon")),
+        "norm_epsilon": reader.number("layer_norm_epsilon"),
         "attention_scale": (hidden // heads) ** -0.5 if scaled else 1.0,
-        "tie_head": bool(reader.take("tie_word_embeddings", True)),
+        "tie_head": reader.flag("tie_word_embeddings", True),
         "activation": reader.activation("activation_function"),
     }
 
@@ -137,12 +184,12 @@ def _hidden_activation(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any
 
 
 def _attention_bias(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    bias = bool(reader.take("attention_bias", False))
+    bias = reader.flag("attention_bias", False)
     return {"qkv_bias": bias, "output_bias": bias}
 
 
 def _mlp_bias(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"mlp_bias": bool(reader.take("mlp_bias", False))}
+    return {"mlp_bias": reader.flag("mlp_bias", False)}
 
 
 def _phi3_off(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +202,7 @@ def _phi3_off(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _experts(reader: _Reader, count: int, normalise: bool) -> dict[str, Any]:
-    chosen = int(reader.take("num_experts_per_tok"))
+    chosen = reader.size("num_experts_per_tok", least=0)
     if not 1 <= chosen <= count:
         raise UserError(f"{reader.source}: num_experts_per_tok={chosen} of {count} experts (num_local_experts)")
     return {"num_experts": count, "experts_per_token": chosen, "normalise_topk": normalise}
@@ -163,25 +210,25 @@ def _experts(reader: _Reader, count: int, normalise: bool) -> dict[str, Any]:
 
 def _mixtral_experts(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     reader.require("router_jitter_noise", (0, 0.0), 0.0)
-    return _experts(reader, int(reader.take("num_local_experts")), normalise=True)
+    return _experts(reader, reader.size("num_local_experts", most=_MOST_EXPERTS), normalise=True)
 
 
 def _qwen_experts(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """In every layer. Published configs say `num_experts`, transformers 5 writes `num_local_experts`."""
-    step, dense = reader.take("decoder_sparse_step"), reader.take("mlp_only_layers", [])
+    step, dense = reader.size("decoder_sparse_step"), reader.each("mlp_only_layers", [], int)
     if step != 1 or dense:
         raise UserError(
             f"{reader.source}: decoder_sparse_step={step} and mlp_only_layers={dense} put dense layers among those "
             "with experts; the decoder, one scan over like layers, needs 1 and []"
         )
-    count = int(reader.take("num_local_experts", reader.take("num_experts", 128)))
+    count = reader.size("num_local_experts", reader.take("num_experts", 128), most=_MOST_EXPERTS)
     reader.require("num_experts", (count,), count)
-    read = _experts(reader, count, bool(reader.take("norm_topk_prob", False)))
-    return read | {"intermediate_size": int(reader.take("moe_intermediate_size"))}
+    read = _experts(reader, count, reader.flag("norm_topk_prob", False))
+    return read | {"intermediate_size": reader.size("moe_intermediate_size")}
 
 
 def _query_scalar(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"attention_scale": float(reader.take("query_pre_attn_scalar")) ** -0.5}
+    return {"attention_scale": reader.number("query_pre_attn_scalar") ** -0.5}
 
 
 def _gemma_embedding(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
@@ -190,15 +237,15 @@ def _gemma_embedding(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma2_caps(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {
-        "attention_cap": float(reader.take("attn_logit_softcapping", 0.0)),
-        "logit_cap": float(reader.take("final_logit_softcapping", 0.0)),
+        "attention_cap": reader.number("attn_logit_softcapping", 0.0, zero=True),
+        "logit_cap": reader.number("final_logit_softcapping", 0.0, zero=True),
     }
 
 
 def _gemma3_cap(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """The key for attention scores exists here as well, but transformers caps nothing by it."""
     reader.require("attn_logit_softcapping", (None,), None)
-    return {"logit_cap": float(reader.take("final_logit_softcapping", 0.0))}
+    return {"logit_cap": reader.number("final_logit_softcapping", 0.0, zero=True)}
 
 
 def _one_rope(
@@ -217,9 +264,12 @@ def _one_rope(
     """
     key, default = theta
     given = reader.take(key, None)
-    base = {"rope_theta": default if given is None else given}
+    base: dict[str, Any] = {"rope_theta": default if given is None else given}
     if partial:
         base["partial_rotary_factor"] = reader.take("partial_rotary_factor", 1.0)
+    for settings in dialects:
+        if settings is not None and type(settings) is not dict:
+            raise UserError(f"{reader.source}: the settings of a rope are {_short(settings)}; they must be an object")
     stated = [{k: v for k, v in settings.items() if v is not None} for settings in dialects if settings]
     parse = functools.partial(
         parse_rope,
@@ -238,14 +288,14 @@ def _one_rope(
 
 def _rope(reader: _Reader, fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
     """One rope for all layers."""
-    dialects = [reader.take(key, None) for key in ("rope_parameters", "rope_scaling")]
+    dialects = [reader.settings(key) for key in ("rope_parameters", "rope_scaling")]
     rope, limit = _one_rope(reader, fields, dialects, ("rope_theta", theta))
     return {"ropes": (rope,), "layer_ropes": (0,) * fields["num_layers"], "max_positions": limit}
 
 
 def _phi3_rope(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """Older names of longrope, and the length it was trained with beside it instead of in it."""
-    original = reader.take("original_max_position_embeddings")
+    original = reader.size("original_max_position_embeddings")
 
     def spelled(settings: dict[str, Any] | None) -> dict[str, Any] | None:
         kind = settings and settings.get("rope_type", settings.get("type"))
@@ -256,7 +306,7 @@ def _phi3_rope(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
             "original_max_position_embeddings": original,
         }
 
-    dialects = [spelled(reader.take(key, None)) for key in ("rope_parameters", "rope_scaling")]
+    dialects = [spelled(reader.settings(key)) for key in ("rope_parameters", "rope_scaling")]
     rope, limit = _one_rope(reader, fields, dialects, ("rope_theta", 10_000.0), partial=True)
     return {"ropes": (rope,), "layer_ropes": (0,) * fields["num_layers"], "max_positions": limit}
 
@@ -265,8 +315,8 @@ def _smollm3_rope(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """Every fourth layer without positions, unless `no_rope_layers` (1: with) says otherwise."""
     read = _rope(reader, fields, theta=2_000_000.0)
     layers = fields["num_layers"]
-    interval = int(reader.take("no_rope_layer_interval"))
-    rotated = reader.take("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])
+    interval = reader.size("no_rope_layer_interval")
+    rotated = reader.each("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)], int)
     if len(rotated) != layers:
         raise UserError(f"{reader.source}: no_rope_layers has {len(rotated)} entries for {layers} layers")
     (rope,) = read["ropes"]
@@ -276,10 +326,10 @@ def _smollm3_rope(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma3_ropes(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """One rope for the layers that see everything, one for those with a window."""
-    nested = reader.take("rope_parameters", {})
+    nested = reader.settings("rope_parameters", {}) or {}
     if not nested.keys() <= {"full_attention", "sliding_attention"}:
         raise UserError(f"{reader.source}: rope_parameters {sorted(nested)}; needs full_attention, sliding_attention")
-    scaling = reader.take("rope_scaling", None)
+    scaling = reader.settings("rope_scaling")
     full, limit = _one_rope(reader, fields, [nested.get("full_attention"), scaling], ("rope_theta", 1_000_000.0))
     local, local_limit = _one_rope(
         reader, fields, [nested.get("sliding_attention")], ("rope_local_base_freq", 10_000.0)
@@ -293,12 +343,13 @@ def _unlimited(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_window(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"windows": (int(reader.take("sliding_window", 0)),) * fields["num_layers"]}
+    return {"windows": (reader.size("sliding_window", 0, least=0),) * fields["num_layers"]}
 
 
 def _layer_windows(reader: _Reader, fields: dict[str, Any], window: int, default: list[bool]) -> dict[str, Any]:
     """`layer_types`, or where it is absent `default`: which layers have the window."""
-    kinds = reader.take("layer_types", ["sliding_attention" if sliding else "full_attention" for sliding in default])
+    default_kinds = ["sliding_attention" if sliding else "full_attention" for sliding in default]
+    kinds = reader.each("layer_types", default_kinds, str)
     supported = {"full_attention", "sliding_attention"} if window else {"full_attention"}
     if not supported.issuperset(kinds):
         raise UserError(
@@ -311,14 +362,14 @@ def _layer_windows(reader: _Reader, fields: dict[str, Any], window: int, default
 
 def _switched_window(reader: _Reader) -> int:
     """`sliding_window`, where `use_sliding_window` turns it on."""
-    window = int(reader.take("sliding_window", 0))
-    return window if reader.take("use_sliding_window", False) else 0
+    window = reader.size("sliding_window", 0, least=0)
+    return window if reader.flag("use_sliding_window", False) else 0
 
 
 def _late_windows(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """Qwen: the first `max_window_layers` layers see everything."""
     window, layers = _switched_window(reader), fields["num_layers"]
-    first = int(reader.take("max_window_layers", layers))
+    first = reader.size("max_window_layers", layers, least=0)
     return _layer_windows(reader, fields, window, [bool(window) and i >= first for i in range(layers)])
 
 
@@ -335,8 +386,8 @@ def _nope_windows(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _alternating_windows(reader: _Reader, fields: dict[str, Any], key: str | None = None) -> dict[str, Any]:
     """Gemma: every second layer sees everything, or as often as `key` says."""
-    every = int(reader.take(key)) if key else 2
-    window = int(reader.take("sliding_window", 0))
+    every = reader.size(key) if key else 2
+    window = reader.size("sliding_window", 0, least=0)
     return _layer_windows(reader, fields, window, [(i + 1) % every > 0 for i in range(fields["num_layers"])])
 
 
@@ -437,6 +488,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_REMEDY = "take config.json from the model's own repository"
+
 # Families that one might expect here.
 _REFUSED = {
     "gemma3": "it reads images as well; docs/backbones.md says how to save its language model apart",
@@ -452,21 +505,17 @@ def read_config(directory: Path) -> DecoderConfig:
       UserError: the file is missing or malformed, the architecture is unknown, or a key is unread.
     """
     source = Path(directory) / "config.json"
-    try:
-        values = json.loads(source.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{source}: not found; backbone.path must be a Hugging Face model directory") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: line {error.lineno}: malformed JSON ({error.msg})") from error
-    return parse_config(values, source)
+    if not source.is_file():
+        raise UserError(f"{source}: not found; backbone.path must be a Hugging Face model directory")
+    return parse_config(read_object(source, _REMEDY), source)
 
 
 def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
     """`config.json` as a dict -> `DecoderConfig`; `source` names the file in errors."""
     name = values.get("model_type")
-    if name not in FAMILIES:
-        reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
-        raise UserError(f"{source}: model_type {name!r} is not supported{reason}; supported: {sorted(FAMILIES)}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        reason = f" ({_REFUSED[name]})" if isinstance(name, str) and name in _REFUSED else ""
+        raise UserError(f"{source}: model_type {_short(name)} is not supported{reason}; supported: {sorted(FAMILIES)}")
     family = FAMILIES[name]
     reader = _Reader(family.absent | values, source, family.inert)
     fields: dict[str, Any] = {}
@@ -478,4 +527,13 @@ def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
     config = DecoderConfig(**fields | family.flags)
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
+    held = config.num_layers * sum(math.prod(shape) for shape in layer_shapes(config).values())
+    if held + config.vocab_size * config.hidden_size > _MOST_PARAMETERS:
+        raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters; {_REMEDY}")
     return config
+
+
+def significant(values: dict[str, Any]) -> dict[str, Any]:
+    """What of a readable `config.json` has a say in the forward pass."""
+    inert = (_INERT | FAMILIES[values["model_type"]].inert) - {"model_type"}
+    return {key: value for key, value in values.items() if key not in inert and value is not None}

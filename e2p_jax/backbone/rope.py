@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from e2p_jax.errors import UserError
+from e2p_jax.json_files import is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,13 @@ def parse_rope(
     settings = {key: value for key, value in settings.items() if value is not None}
     legacy = settings.pop("type", "default")
     kind = settings.pop("rope_type", legacy)
-    if kind not in _SETTINGS:
+    if not isinstance(kind, str) or kind not in _SETTINGS:
         raise UserError(f"{source}: rope kind {kind!r} is not supported; supported: {', '.join(_SETTINGS)}")
+    for key, value in settings.items():
+        if key in _KNOWN and not _fits(key, value):
+            raise UserError(
+                f"{source}: rope kind {kind!r} has {key}={str(value)[:60]}; it must be {_WANTED.get(key, _NUMBER)}"
+            )
     rotated = settings.pop("partial_rotary_factor", 1.0)
     if rotated != 1.0 and not partial:
         raise UserError(f"{source}: rope kind {kind!r} has partial_rotary_factor={rotated}, which the family has not")
@@ -72,6 +78,41 @@ def parse_rope(
             f"{source}: rope kind {kind!r} needs the settings {list(required)} and may have {list(optional)}, "
             f"has {sorted(settings)}"
         )
+    try:
+        rope, limit = _rope(kind, settings, width, max_positions, source)
+    except (ArithmeticError, ValueError) as error:  # a logarithm of one, bounds in the wrong order
+        raise UserError(f"{source}: the settings of rope kind {kind!r} contradict each other ({error})") from error
+    if not all(map(math.isfinite, (*rope.frequencies, rope.scale))):
+        raise UserError(f"{source}: the settings of rope kind {kind!r} give infinite frequencies")
+    return rope, limit
+
+
+_KNOWN = {"rope_theta", "partial_rotary_factor"}.union(*(keys for both in _SETTINGS.values() for keys in both))
+_NUMBER = "a number above 0"
+_WANTED = {
+    "truncate": "true or false",
+    "mscale": "a number from 0",
+    "mscale_all_dim": "a number from 0",
+    "short_factor": "a list of numbers above 0",
+    "long_factor": "a list of numbers above 0",
+    "partial_rotary_factor": "a number above 0, and 1 at most",
+}
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a setting is of its type and range."""
+    if key == "truncate":
+        return isinstance(value, bool)
+    numbers = value if key in ("short_factor", "long_factor") else [value]
+    if not isinstance(numbers, list) or not all(is_number(number) and number >= 0 for number in numbers):
+        return False
+    if 0 in numbers and not key.startswith("mscale"):
+        return False
+    return key != "partial_rotary_factor" or value <= 1
+
+
+def _rope(kind: str, settings: dict[str, Any], width: int, max_positions: int, source: Path) -> tuple[Rope, int]:
+    """`parse_rope`, once the settings are there and of their types."""
     theta = float(settings["rope_theta"])
     plain = [theta ** (-2.0 * i / width) for i in range(width // 2)]
     if kind == "linear":
@@ -89,6 +130,8 @@ def parse_rope(
 def _llama3(plain: list[float], settings: dict[str, Any]) -> tuple[float, ...]:
     """Divides the low frequencies, keeps the high ones, blends between (Llama 3.1 release, `apply_scaling`)."""
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+    if low >= high:
+        raise ValueError("low_freq_factor is not below high_freq_factor")
 
     def scale(f: float) -> float:
         turns = settings["original_max_position_embeddings"] * f / (2 * math.pi)  # rotations over the original context

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,12 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from e2p_jax.backbone import checkpoint
 from e2p_jax.backbone.checkpoint import Checkpoint
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.weights import load, resolve, save
 from e2p_jax.errors import UserError
+from e2p_jax.files import write_text
 
 TOKENS = random_tokens(2, 20)
 
@@ -95,18 +99,78 @@ def test_shards_are_one_model(model: torch.nn.Module, directory: Path, tmp_path:
 def test_fingerprint_is_kept_while_files_stay(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken from the user's cache, until a file is written again, even with the same length and time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    time.sleep(0.1)  # what has just been written may still change without its time changing
     found = Checkpoint(directory).fingerprint()
     (kept,) = (tmp_path / "cache" / "e2p_jax" / "fingerprints").iterdir()
-    assert kept.read_text() == found
-    kept.write_text("kept")
-    assert Checkpoint(directory).fingerprint() == "kept"
+    assert kept.read_text().startswith(found)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "fingerprint", lambda _: "read again")
+        assert Checkpoint(directory).fingerprint() == found
     path = directory / "model.safetensors"
     before = path.stat()
-    path.write_bytes(path.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert Checkpoint(directory).fingerprint() == found
+    changed = Checkpoint(directory).fingerprint()
+    assert changed != found
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert Checkpoint(directory).fingerprint() == changed
+
+
+@pytest.mark.parametrize("damage", ["", "cut", "short", "flip", "another's", "text", "binary"])
+def test_a_damaged_kept_fingerprint_is_found_again(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    time.sleep(0.1)
+    found = Checkpoint(directory).fingerprint()
+    (kept,) = (tmp_path / "cache" / "e2p_jax" / "fingerprints").iterdir()
+    whole = kept.read_text()
+    other = ("0" if found[0] != "0" else "1") + whole[1:]
+    kept.write_bytes(
+        {
+            "": b"",
+            "cut": whole[:40].encode(),
+            "short": found.encode(),
+            "flip": other.encode(),
+            "another's": f"{'a' * 64} {'b' * 64}\n".encode(),
+            "text": b"fingerprint",
+            "binary": b"\xff" * len(whole),
+        }[damage]
+    )
     assert Checkpoint(directory).fingerprint() == found
+    assert kept.read_text() == whole
+
+
+def test_a_file_that_is_replaced_while_it_is_read_keeps_no_fingerprint(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was opened is not what stands there when its fingerprint is known."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened, path = Checkpoint(directory), directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "other").write_bytes(content)
+    (tmp_path / "other").replace(path)
+    time.sleep(0.1)
+    first = opened.fingerprint()
+    assert Checkpoint(directory).fingerprint() != first
+
+
+def test_eight_at_once_keep_a_whole_fingerprint(tmp_path: Path) -> None:
+    """Each writes under a name of its own; whoever reads meanwhile reads nothing, or all of a version."""
+    place, texts = tmp_path / "kept", [str(n) * 200_000 for n in range(8)]
+    seen: set[str] = set()
+    with ThreadPoolExecutor(9) as pool:
+        writers = [pool.submit(lambda text=text: [write_text(place, text) for _ in range(20)]) for text in texts]
+        while not all(writer.done() for writer in writers):
+            if place.is_file():
+                seen.add(place.read_text())
+        for writer in writers:
+            writer.result()
+    assert seen <= set(texts)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_fingerprint_sees_one_weight(directory: Path) -> None:
@@ -268,10 +332,24 @@ def test_broken_directories(model: torch.nn.Module, tmp_path: Path) -> None:
     second.write_bytes(content)
     load_backbone(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{", "{}", "[]", '{"weight_map": 3}'):
+    outside = {"weight_map": {"a": "../model-00001-of-00002.safetensors"}}
+    for text, reason in [
+        ("{", "line 1: malformed JSON"),
+        ("[" * 100_000, "nested too deep"),
+        ("[]", "must be a JSON object"),
+        ("{}", "its weight_map must name a file for each tensor"),
+        ('{"weight_map": 3}', "its weight_map must name a file for each tensor"),
+        ('{"weight_map": {"a": 3}}', "its weight_map must name a file for each tensor"),
+        ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "key 'a' stands twice"),
+        (json.dumps(outside), "which is no safetensors file beside it"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "which is no safetensors file beside it"),
+        (json.dumps({"weight_map": {"a": f"{'a' * 300}.safetensors"}}), "which is no safetensors file beside it"),
+        ('{"weight_map": {"a": "absent.safetensors"}}', r"absent\.safetensors: not found"),
+    ]:
         index.write_text(text)
-        with pytest.raises(UserError, match=r"index\.json: malformed index"):
-            load_backbone(tmp_path)
+        with pytest.raises(UserError, match=reason) as error:
+            Checkpoint(tmp_path)
+        assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
