@@ -1,6 +1,7 @@
 """The `e2p` command: thin. Messages go to stderr, data to stdout; exit 0, 1 (failure), 2 (usage) or 75 (run again)."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import absl.logging
 import tyro
 
-from e2p_jax.commands.common import say
+from e2p_jax.commands.common import with_config
 from e2p_jax.commands.compare import compare_command
 from e2p_jax.commands.compiled import damaged_programs_removed
 from e2p_jax.commands.convert import convert
@@ -26,7 +27,10 @@ from e2p_jax.commands.prefixes import prefixes
 from e2p_jax.commands.prepare import prepare
 from e2p_jax.commands.report import report
 from e2p_jax.commands.train import train_command
-from e2p_jax.errors import RESTART, Preempted, UserError
+from e2p_jax.errors import RESTART, Preempted, UsageError, UserError
+from e2p_jax.terminal import flush_or_drop, prepare_streams, say
+
+HALF = re.compile("[\ud800-\udfff]")  # what Python makes of an argument's bytes that are not UTF-8
 
 
 def set_environment(command: str) -> None:
@@ -50,9 +54,9 @@ def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
     """Every command; the flags of those that take a config default to the values of the config that is named."""
     command, rest = arguments[:1], arguments[1:]
     return {
-        "train": train_command(rest if command == ["train"] else []),
-        "compare": compare_command(rest if command == ["compare"] else []),
-        "plan": plan_command(rest if command == ["plan"] else []),
+        "train": with_config(train_command, rest if command == ["train"] else []),
+        "compare": with_config(compare_command, rest if command == ["compare"] else []),
+        "plan": with_config(plan_command, rest if command == ["plan"] else []),
         "evaluate": evaluate,
         "drift": drift,
         "report": report,
@@ -61,29 +65,52 @@ def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
         "prepare": prepare,
         "embed": embed,
         "convert": convert,
-        "data": data_command(rest if command == ["data"] else []),
+        "data": with_config(data_command, rest if command == ["data"] else []),
         "export": export,
         "prefixes": prefixes,
         "import": import_run,
     }
 
 
+def refuse_unset(arguments: list[str]) -> None:
+    """Refuses what a shell makes of a variable that is unset, and of a name in another encoding.
+
+    Raises:
+      UsageError: an argument, or a flag's value, is empty or is not UTF-8.
+    """
+    for place, argument in enumerate(arguments, start=1):
+        flag, is_pair, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if not value and (is_pair or not flag):
+            where = flag or (arguments[place - 2] if place > 1 else "")
+            raise UsageError(f"argument {place}, after {where or 'e2p'}, is empty: give a value, or leave its flag out")
+        if HALF.search(argument):
+            raise UsageError(f"argument {place}, {argument!r}, is not UTF-8; write it in UTF-8, or rename the file")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_streams()
     try:
-        set_environment("".join(arguments[:1]))
-        with damaged_programs_removed():
-            tyro.extras.subcommand_cli_from_dict(commands_of(arguments), prog="e2p", args=arguments)
-        sys.stdout.flush()
+        try:
+            refuse_unset(arguments)
+            set_environment("".join(arguments[:1]))
+            with damaged_programs_removed():
+                tyro.extras.subcommand_cli_from_dict(commands_of(arguments), prog="e2p", args=arguments)
+        finally:
+            sys.stdout.flush()  # help, too, leaves by SystemExit
     except UserError as error:
         say(f"e2p: {error}")
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except Preempted as stop:
         say(f"e2p: {stop}")
         return RESTART
-    except BrokenPipeError:  # the reader (`| head`) has what it wanted; nothing is left to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has what it wanted
+        flush_or_drop()
+        return 1
+    except OSError as error:  # a path too long, no permission, no space: the system's words name the file
+        flush_or_drop()
+        say(f"e2p: {error}")
         return 1
     except KeyboardInterrupt:
         say("e2p: interrupted; rerun the same command to resume")

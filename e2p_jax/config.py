@@ -8,17 +8,20 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import os.path
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UsageError, UserError
+from e2p_jax.guards import fault_of, time_limit
 
 Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
 Measures = Literal["ranking", "users", "texts"]
 Placement = Literal["before_bos", "after_bos", "in_chat"]
 OnBadRecord = Literal["error", "skip"]
+LOAD_SECONDS = 60  # that a config file may run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +202,7 @@ class Config:
         Raises:
           UserError: naming the field and the remedy.
         """
+        self.check_types()
         checks = [
             (self.data.seq_len > 0 and self.data.seq_len % 128 == 0, "data.seq_len must be a multiple of 128"),
             (self.train.steps > 0, "train.steps must be positive"),
@@ -209,6 +213,9 @@ class Config:
             ),
             (0 <= self.train.warmup_steps < self.train.steps, "train.warmup_steps must be from 0 to below train.steps"),
             (self.train.learning_rate > 0, "train.learning_rate must be positive"),
+            (0 <= self.train.final_learning_rate <= 1, "train.final_learning_rate must be in [0, 1]"),
+            (self.train.weight_decay >= 0, "train.weight_decay must not be negative"),
+            (self.train.seed >= 0, "train.seed must not be negative"),
             (self.train.clip_norm > 0, "train.clip_norm must be positive"),
             (0 <= self.train.beta2 < 1, "train.beta2 must be in [0, 1)"),
             (0 <= self.train.null_user_rate < 1, "train.null_user_rate must be in [0, 1)"),
@@ -228,6 +235,7 @@ class Config:
             ),
             (self.projector.num_tokens > 0, "projector.num_tokens must be positive"),
             (self.projector.hidden_size > 0, "projector.hidden_size must be positive"),
+            (self.projector.init_scale > 0, "projector.init_scale must be positive"),
             (self.projector.noise >= 0, "projector.noise must not be negative"),
             (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
             ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
@@ -252,8 +260,21 @@ class Config:
         for holds, message in checks:
             if not holds:
                 raise UserError(message)
-        for section in dataclasses.fields(self):
-            _check_choices(section.name, getattr(self, section.name))
+
+    def check_types(self) -> None:
+        """Holds every field against its type; neither a config file nor config.json is checked by anything else.
+
+        Raises:
+          UserError: a value of another type, none of the choices, or a number that 32 bits cannot hold (nan, inf).
+        """
+        for section, kind in typing.get_type_hints(Config).items():
+            values = getattr(self, section)
+            if type(values) is not kind:
+                raise UserError(f"{section} is {values!r}; it must be a {kind.__name__}")
+            for name, field_kind in typing.get_type_hints(kind).items():
+                given = getattr(values, name)
+                if fault := fault_of(given, field_kind):
+                    raise UserError(f"{section}.{name} is {given!r}; {fault}")
 
     def resolved(self) -> "Config":
         """The same config with local paths made absolute, so that the run can be opened from anywhere."""
@@ -290,30 +311,24 @@ def _is_date(text: str) -> bool:
     return True
 
 
-def _check_choices(section: str, values: Any) -> None:
-    """Holds every `Literal` field, or tuple of them, against its choices; a Python config file is not type-checked."""
-    for name, kind in typing.get_type_hints(type(values)).items():
-        given = getattr(values, name)
-        if isinstance(given, tuple):
-            kind, chosen = typing.get_args(kind)[0], given
-        else:
-            chosen = (given,)
-        choices = typing.get_args(kind)
-        if typing.get_origin(kind) is Literal and not set(chosen) <= set(choices):
-            raise UserError(f"{section}.{name} is {given!r}; choose from {', '.join(choices)}")
-
-
 def from_json(text: str, source: Path) -> Config:
     """A resolved `config.json` -> `Config`.
 
     Raises:
-      UserError: malformed JSON or an unknown field.
+      UserError: malformed JSON, an unknown field or a value of the wrong type.
     """
     try:
         sections = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: line {error.lineno}: malformed JSON ({error.msg})") from error
-    return _build(Config, sections, source, "")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        raise UserError(f"{source}: malformed JSON ({error})") from error
+    config: Config = _build(Config, sections, source, "")
+    try:
+        config.check_types()
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return config
 
 
 def _build(cls: Any, values: Any, source: Path, prefix: str) -> Any:
@@ -350,23 +365,29 @@ def load_config(name: str) -> tuple[str, Config]:
       The config's short name and the config.
 
     Raises:
-      UserError: no such config, an error in the file, or it defines no `config`.
+      UsageError: no such config.
+      UserError: an error in the file, it does not come to an end, or it defines no `config`.
     """
     directory = config_directory()
     path = Path(name) if name.endswith((".py", ".json")) else directory / f"{name}.py"
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises for a name that is too long)
         known = sorted(str(p.relative_to(directory).with_suffix("")) for p in directory.rglob("*.py"))
-        raise UserError(f"config {name!r}: {path} does not exist; shipped configs: {', '.join(known)}")
+        raise UsageError(f"config {name!r}: {path} does not exist; shipped configs: {', '.join(known)}")
     if path.suffix == ".json":
-        return path.absolute().parent.name, from_json(path.read_text(encoding="utf-8"), path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error})") from error
+        return path.absolute().parent.name, from_json(text, path)
     spec = importlib.util.spec_from_file_location(f"e2p_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a .py file always has both
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a config file may raise: a misspelt field is a TypeError
+        with time_limit(LOAD_SECONDS):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a config file may raise: a misspelt field is a TypeError
         raise UserError(f"{path}: {type(error).__name__}: {error}; correct the file") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
-        raise UserError(f"{path}: must define `config`, a Config")
+        raise UserError(f"{path}: must define `config`, a Config, and not {type(config).__name__}")
     return path.stem, config

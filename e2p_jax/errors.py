@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class UsageError(UserError):
+    """A command line that means nothing: exit code 2, as for a flag that does not exist."""
+
+
 class Preempted(Exception):
     """The run was told to stop, and saved itself; the same command resumes it."""
 

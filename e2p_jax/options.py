@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UsageError
+from e2p_jax.guards import LARGEST_FLOAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,15 @@ class Processes:
     """This one, from 0 (JAX_PROCESS_ID)."""
     start_timeout: int = 300
     """Seconds to wait for the others."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values without a meaning; find_place checks the rest when all sources are known."""
+        if (
+            self.num_processes == 0
+            or min(self.num_processes or 1, self.start_timeout) < 1
+            or (self.process_id or 0) < 0
+        ):
+            raise UsageError("--num-processes and --start-timeout must be positive, and --process-id not negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +46,15 @@ class Sampling:
     """Of the draws; the same seed gives the same answers."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for values without a meaning."""
-        if self.max_new_tokens < 1:
-            raise UserError("--max-new-tokens must be at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature and --top-k must not be negative, and --top-p must be in (0, 1]")
+        """Raises UsageError for values without a meaning."""
+        if not 0 < self.max_new_tokens < 2**31:
+            raise UsageError("--max-new-tokens must be positive")
+        if not 0 <= self.temperature <= LARGEST_FLOAT or not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1:
+            raise UsageError(
+                "--temperature and --top-k must not be negative or infinite, and --top-p must be in (0, 1]"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UsageError("--seed must be a whole number from 0 to below 2^32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +73,8 @@ class EncoderSettings:
     """With als and svd: where the iteration begins."""
     dtype: Literal["auto", "float32", "float16"] = "auto"
     """Of the written vectors; auto: with import as they are, else float32."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values without a meaning."""
+        if not 0 < self.width < 2**31 or not 0 <= self.seed < 2**32:
+            raise UsageError("--width must be positive, and --seed a whole number from 0 to below 2^32")

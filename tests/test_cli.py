@@ -258,18 +258,146 @@ def test_bad_settings_are_one_line(
     assert message.count("\n") == 1 and words in message, message
 
 
+PLAN = "plan quickstart --topology cpu:1"
+ASK = "generate nowhere --user a --prompt b"
+
+
 @pytest.mark.parametrize(
-    "arguments", [["train", "quickstart", "--train.step", "x"], ["train", "quickstart", "--train.steps", "x"], ["fly"]]
+    ("arguments", "words"),
+    [
+        ("fly", "fly"),
+        ("train quickstart --train.step x", "--train.step"),
+        ("train quickstart --train.steps x", "--train.steps"),
+        ("train", "Name of a shipped config"),
+        ("train --workdir x", "Name of a shipped config"),
+        ("train quickstart persona_chat", "persona_chat"),
+        ("train --workdir x quickstart persona_chat", "persona_chat"),
+        ("train nonesuch", "shipped configs: backbone"),
+        ("train --workdir x nonesuch", "shipped configs: backbone"),
+        ("plan --topology v5e:4x4 nonesuch", "shipped configs: backbone"),
+        ("data stats --json nonesuch", "shipped configs: backbone"),
+        ("compare --workdir x nonesuch", "shipped configs: backbone"),
+        ("compare quickstart --seeds 1 -1", "--seeds"),
+        ("compare quickstart --seeds 1 1", "--seeds"),
+        (f"{PLAN} --embedding-width 0", "--embedding-width"),
+        (f"{PLAN} --targets -1", "--targets"),
+        ("data show quickstart -n 0", "--rows"),
+        (f"{ASK} --temperature nan", "--temperature"),
+        (f"{ASK} --temperature inf", "--temperature"),
+        (f"{ASK} --top-p nan", "--top-p"),
+        (f"{ASK} --seed -1", "--seed"),
+        (f"{ASK} --max-new-tokens -1", "--max-new-tokens"),
+        ("drift nowhere --old a --new b --keep nan", "--keep"),
+        ("demo nowhere --port 70000", "--port"),
+        ("embed --data a --encoder als --out b --width 0", "--width"),
+        ("train quickstart --start-timeout 0", "--start-timeout"),
+        ("train quickstart --num-processes 0", "--num-processes"),
+        ("train|quickstart|--workdir|", "argument 4, after --workdir, is empty"),
+        ("train|quickstart|--workdir=", "argument 3, after --workdir, is empty"),
+        ("train|", "argument 2, after train, is empty"),
+        ("evaluate|nowhere|--data|\udcff.jsonl", "argument 4, '\\udcff.jsonl', is not UTF-8"),
+    ],
 )
-def test_usage_errors_exit_with_2(arguments: list[str]):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
+def test_usage_errors_exit_with_2(arguments: str, words: str, capsys: pytest.CaptureFixture[str]):
+    try:
+        code: object = main(arguments.split("|" if "|" in arguments else None))
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and words in said, said
 
 
-def test_unknown_config_and_unknown_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "nonesuch"]) == 1
-    assert "quickstart" in capsys.readouterr().err
+CONFIGS = """
+import dataclasses
+from e2p_jax.config import Config, DataConfig, TrainConfig
+config = Config(data=DataConfig(path="nowhere.jsonl"), train=TrainConfig(steps=77))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train mine.py --workdir run",
+        "train --workdir run mine.py",
+        "train --workdir run mine.py --train.rows 4",
+        "train --evaluate.conditions none text --workdir run mine.py",
+        "compare --conditions none --workdir run mine.py",
+        "data stats --json mine.py",
+        "data --rows 2 show mine.py",
+    ],
+)
+def test_the_config_is_found_wherever_it_stands(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(CONFIGS)
+    assert main(arguments.split()) == 1
+    assert "nowhere.jsonl" in capsys.readouterr().err  # not the default, which trains
+    with pytest.raises(SystemExit):
+        main([*arguments.split(), "--help"])
+    assert re.search(r"--train\.steps INT\s.*?default: 77\)", capsys.readouterr().out, re.DOTALL)
+
+
+def test_help_of_plan_shows_the_named_config(capsys: pytest.CaptureFixture[str]):
+    for arguments in ("plan llama_8b --help", "plan --topology v5e:4x4 llama_8b --help"):
+        with pytest.raises(SystemExit):
+            main(arguments.split())
+        assert "default: meta-llama/Llama-3.1-8B" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "streams", "code"),
+    [
+        ("--help", ">&-", 0),
+        ("train --help", "2>&-", 0),
+        ("train nonesuch", "<&- >&- 2>&-", 2),
+        ("--help", ">/dev/full", 1),
+    ],
+)
+def test_closed_streams_are_no_traceback(arguments: str, streams: str, code: int):
+    command = f"{sys.executable} -m e2p_jax {arguments} {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.count("\n") <= 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_names_too_long_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments in (
+        ["convert", "embedded", "--out", str(tmp_path / ("x" * 5000))],
+        ["evaluate", "x" * 100_000],
+        ["train", "quickstart", "--data.path", "x" * 100_000],
+    ):
+        assert main(arguments) == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and len(message) < 5000, message
+
+
+def test_data_cannot_act_on_a_terminal(run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Ids, texts and file names with escape sequences, carriage returns and marks that turn text around."""
+    active = "\x1b]0;owned\x07\x1b[2J\x9b\u202e[/red] :smile:"
+    shown = r"\x1b]0;owned\x07\x1b[2J\x9b\u202e[/red] :smile:"
+    vector = tmp_path / f"{active.replace('/', '')}.npy"
+    np.save(vector, synthetic.vector(3))
+    asked = ["--prompt", "do you have any pets?", "--max-new-tokens", "2"]
+    assert main(["generate", str(run), "--user", f"@{vector}", *asked]) == 0
+    assert shown.replace("/", "") in capsys.readouterr().out
+    assert main(["generate", str(run), "--user", active, *asked]) == 1
+    assert shown in capsys.readouterr().err
+    records = lines_of(place)
+    for user, record in zip(USERS, records, strict=True):
+        record["user_id"] = f"{active}{user}"
+        record["messages"] = [{"role": role, "content": active} for role in ("user", "assistant")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    ids = [record["user_id"] for record in records]
+    save_table(tmp_path / "table", ids, vectors, name="synthetic", version="1")
+    paths = ["--data.path", str(tmp_path / "data.jsonl"), "--data.embeddings", str(tmp_path / "table")]
+    assert main(["data", "show", "quickstart", *paths]) == 0
+    seen = capsys.readouterr()
+    assert f"user {shown}" in seen.out and shown.lower() in seen.out  # an id; a text, as the tokenizer has it
+    assert not set("\x1b\x07\x9b\u202e") & set(seen.out + seen.err)
+
+
+def test_unknown_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"train": {"stepz": 3}}')
     assert main(["evaluate", str(tmp_path / "run")]) == 1

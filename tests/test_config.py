@@ -21,7 +21,7 @@ from e2p_jax.config import (
     ProjectorConfig,
     TrainConfig,
 )
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UsageError, UserError
 from e2p_jax.parallel.mesh import AXES
 
 SHIPPED = sorted(
@@ -73,7 +73,12 @@ def test_changed_config_differs_in_every_field() -> None:
         ('{"train": 3}', r"run/config\.json: train must be a JSON object"),
         ("[]", r"run/config\.json: the file must be a JSON object"),
         ('{"train":\n {"steps": }}', r"run/config\.json: line 2: malformed JSON"),
+        ('{"train": {"steps": "3"}}', r"run/config\.json: train\.steps is '3'; it must be a whole number"),
+        ('{"train": {"beta2": NaN}}', r"run/config\.json: train\.beta2 is nan; it must be a finite number"),
+        ('{"data": {"eval_splits": "test"}}', r"run/config\.json: data\.eval_splits is 'test'; it must be a tuple"),
+        ("[" * 100_000, r"run/config\.json: malformed JSON"),
     ],
+    ids=range(9),
 )
 def test_malformed_json_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -108,6 +113,16 @@ REFUSED: list[tuple[Any, str]] = [
     (TrainConfig(steps=50, warmup_steps=50), "train.warmup_steps must be from 0 to below train.steps"),
     (TrainConfig(warmup_steps=-1), "train.warmup_steps must be from 0 to below train.steps"),
     (TrainConfig(learning_rate=0.0), "train.learning_rate must be positive"),
+    (TrainConfig(steps="9"), "train.steps is '9'; it must be a whole number of 32 bits"),
+    (TrainConfig(rows=True), "train.rows is True; it must be a whole number of 32 bits"),
+    (TrainConfig(steps=2**40), "train.steps is 1099511627776; it must be a whole number of 32 bits"),
+    (TrainConfig(trainable="projector/**"), "train.trainable is 'projector/**'; it must be a tuple"),
+    (TrainConfig(trainable=(3,)), "train.trainable is (3,); it must be a str"),
+    (DataConfig(embeddings=3), "data.embeddings is 3; it must be a str"),
+    (TrainConfig(final_learning_rate=-0.1), "train.final_learning_rate must be in [0, 1]"),
+    (TrainConfig(weight_decay=-0.1), "train.weight_decay must not be negative"),
+    (TrainConfig(seed=-1), "train.seed must not be negative"),
+    (ProjectorConfig(init_scale=0.0), "projector.init_scale must be positive"),
     (TrainConfig(clip_norm=0.0), "train.clip_norm must be positive"),
     (TrainConfig(null_user_rate=1.0), "train.null_user_rate must be in [0, 1)"),
     (DataConfig(missing_user="null"), "data.missing_user=null needs a null user: set train.null_user_rate"),
@@ -139,6 +154,21 @@ def test_config_that_cannot_run_is_refused(section: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_number_is_finite(value: float) -> None:
+    for section in dataclasses.fields(Config):
+        kinds = typing.get_type_hints(type(section.default))
+        for name in (name for name, kind in kinds.items() if kind is float):
+            changed = Config(**{section.name: dataclasses.replace(section.default, **{name: value})})
+            with pytest.raises(UserError, match=rf"{section.name}\.{name} is {value}; it must be a finite number"):
+                changed.validate()
+
+
+def test_a_section_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match="train is 3; it must be a TrainConfig"):
+        Config(train=3).validate()  # type: ignore[arg-type]
+
+
 def test_there_are_shipped_configs() -> None:
     assert {"quickstart", "backbone"} <= set(SHIPPED)
 
@@ -159,12 +189,16 @@ def test_config_file_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("config = {}", r"mine\.py: must define `config`, a Config"),
+        ("config = {}", r"mine\.py: must define `config`, a Config, and not dict"),
+        ("", r"mine\.py: must define `config`, a Config, and not NoneType"),
+        ("raise SystemExit(0)", r"mine\.py: SystemExit: 0; correct the file"),
+        ("while True: pass", r"mine\.py: TimeoutError: still running after 0\.3 s"),
         ("from e2p_jax.config import *\nconfig = Config(train=TrainConfig(step=1))", r"mine\.py: TypeError: .*'step'"),
         ("config = (", r"mine\.py: SyntaxError"),
     ],
 )
-def test_broken_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_config_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, message: str) -> None:
+    monkeypatch.setattr(config_lib, "LOAD_SECONDS", 0.3)
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         config_lib.load_config(str(tmp_path / "mine.py"))
@@ -172,8 +206,10 @@ def test_broken_config_file_is_named(tmp_path: Path, text: str, message: str) ->
 
 
 def test_unknown_config_lists_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match=r"config 'quikstart': .* does not exist; shipped configs: .*quickstart"):
+    with pytest.raises(UsageError, match=r"config 'quikstart': .* does not exist; shipped configs: .*quickstart"):
         config_lib.load_config("quikstart")
+    with pytest.raises(UsageError, match="does not exist; shipped configs"):
+        config_lib.load_config("x" * 5000)
 
 
 def test_resolved_paths_are_absolute_and_reserved_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,16 @@
 """What several commands share."""
 
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-import rich.console
 import tyro
 
 from e2p_jax.config import Config, load_config
 from e2p_jax.options import Processes
+from e2p_jax.terminal import Console
+from e2p_jax.terminal import say as say
 
 if TYPE_CHECKING:
     from e2p_jax.evaluate.table import Evaluation
@@ -17,15 +19,39 @@ DETECTED = Processes()
 RunPath = Annotated[str, tyro.conf.arg(metavar="PATH|gs://BUCKET/NAME")]
 
 
-def named_config(arguments: list[str]) -> tuple[str, Config]:
-    """Short name and values of the config that a command's first argument names; the defaults where it names none."""
-    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    return load_config(named) if named else ("", Config())
+def with_config(make: Callable[[str, Config], Callable[..., None]], arguments: list[str]) -> Callable[..., None]:
+    """A command whose flags default to the values of the config that its arguments name, wherever the name stands.
 
+    The same parser that will read the arguments finds the name. Arguments that it refuses are left for it to refuse.
 
-def say(text: str) -> None:
-    """A message for the person at the terminal."""
-    print(text, file=sys.stderr)
+    Args:
+      make: (short name, values) of a config -> the command, which has a positional parameter `config`.
+      arguments: the command's own; none where another command runs.
+
+    Raises:
+      UserError: the config cannot be loaded.
+    """
+    command = make("", Config())
+    if not arguments:
+        return command
+    given = inspect.signature(command)
+
+    def name(*values: Any, **flags: Any) -> str:
+        return given.bind(*values, **flags).arguments["config"]
+
+    # To show help, the config's name is enough: other text that is required need not be there.
+    parameters = [
+        p.replace(default="") if p.default is p.empty and p.kind is not p.POSITIONAL_ONLY else p
+        for p in given.parameters.values()
+    ]
+    name.__signature__ = given.replace(parameters=parameters)  # type: ignore[attr-defined]
+    name.__annotations__ = command.__annotations__
+    asked = [argument for argument in arguments if argument not in ("-h", "--help")]
+    try:
+        named = tyro.cli(name, args=asked, console_outputs=False)
+    except SystemExit:
+        return command
+    return make(*load_config(named))
 
 
 def print_tables(
@@ -39,7 +65,7 @@ def print_tables(
     """
     from e2p_jax.evaluate.table import render, render_seeds
 
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for place, evaluation in enumerate(evaluations):
         console.print(*render(evaluation), sep="\n")
         if by_seed:

@@ -7,16 +7,17 @@ from typing import Annotated, Any
 import tyro
 
 from e2p_jax.baselines import Compared
-from e2p_jax.commands.common import DETECTED, RunPath, named_config, print_tables, say
+from e2p_jax.commands.common import DETECTED, RunPath, print_tables
 from e2p_jax.config import Config
+from e2p_jax.errors import UsageError
 from e2p_jax.options import Processes
+from e2p_jax.terminal import say
 
 ALL: tuple[Compared, ...] = ("none", "shuffled", "mean", "static", "e2p", "text", "e2p+text", "lora")
 
 
-def compare_command(arguments: list[str]) -> Callable[..., None]:
+def compare_command(name: str, defaults: Config) -> Callable[..., None]:
     """`compare` with the named config's values as the defaults of its flags."""
-    name, defaults = named_config(arguments)
 
     def command(
         config: tyro.conf.Positional[str],
@@ -45,6 +46,8 @@ def compare_command(arguments: list[str]) -> Callable[..., None]:
         from e2p_jax.files import run_directory, write_text
         from e2p_jax.parallel.distributed import is_first, session
 
+        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+            raise UsageError("--seeds must be different whole numbers from 0 to below 2^32")
         directory = run_directory(workdir or f"runs/compare-{name}")
         with session(processes):
             by_seed = compare_seeds(overrides, directory, conditions, seeds)

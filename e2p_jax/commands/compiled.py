@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from e2p_jax.commands.common import say
+from e2p_jax.terminal import say
 
 _DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '([^']+)'")
 

@@ -5,16 +5,15 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import rich.console
 import tyro
 
-from e2p_jax.commands.common import named_config
 from e2p_jax.config import Config
+from e2p_jax.errors import UsageError
+from e2p_jax.terminal import Console
 
 
-def data_command(arguments: list[str]) -> Callable[..., None]:
+def data_command(_: str, defaults: Config) -> Callable[..., None]:
     """`data` with the named config's values as the defaults of its flags."""
-    _, defaults = named_config(arguments[1:])
 
     def command(
         what: tyro.conf.Positional[Literal["stats", "show"]],
@@ -41,8 +40,10 @@ def data_command(arguments: list[str]) -> Callable[..., None]:
         from e2p_jax.train.loop import read_data
         from e2p_jax.train.setup import read_inputs
 
+        if rows < 1:
+            raise UsageError("--rows must be positive")
         inputs = read_inputs(overrides.resolved())
-        console = rich.console.Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
+        console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty())
         if what == "stats":
             embeddings = overrides.data.embeddings
             table = load_table(embeddings, "null") if embeddings else None

@@ -3,7 +3,7 @@
 import tyro
 
 from e2p_jax.commands.common import RunPath
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UsageError, UserError
 
 
 def demo(
@@ -23,6 +23,8 @@ def demo(
     """
     from e2p_jax.train.run import open_run
 
+    if not 0 < port < 2**16:
+        raise UsageError("--port must be from 1 to 65535")
     try:
         from e2p_jax.export.demo import serve
     except ModuleNotFoundError as error:

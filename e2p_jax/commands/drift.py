@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from e2p_jax.commands.common import RunPath
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UsageError
 
 
 def drift(
@@ -39,7 +39,7 @@ def drift(
     from e2p_jax.train.run import open_run
 
     if not 0 < keep <= 1:
-        raise UserError("--keep must be above 0 and at most 1")
+        raise UsageError("--keep must be above 0 and at most 1")
     opened = open_run(run, checkpoint)
     data = opened.inputs.config.data
     name = split or data.eval_splits[0]

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from e2p_jax.commands.common import say
 from e2p_jax.options import EncoderSettings
+from e2p_jax.terminal import say
 
 DEFAULTS = EncoderSettings()
 

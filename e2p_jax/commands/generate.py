@@ -8,8 +8,9 @@ import tyro
 
 from e2p_jax.commands.common import RunPath
 from e2p_jax.config import Condition
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UsageError
 from e2p_jax.options import Sampling
+from e2p_jax.terminal import printable
 
 GREEDY = Sampling()
 
@@ -44,7 +45,7 @@ def generate(
     from e2p_jax.train.run import open_run
 
     if (input is None) == (not user or prompt is None):
-        raise UserError("give --user and --prompt, or --input FILE.jsonl")
+        raise UsageError("give --user and --prompt, or --input FILE.jsonl")
     opened = open_run(run, checkpoint, embeddings)
     if input is not None:
         records = read_prompts(input)
@@ -53,4 +54,7 @@ def generate(
         records = [Record(name, (), (message,), source=f"--user {name}") for name in user]
     vectors = generation.vectors_for(opened, [r.user_id for r in records], [r.source for r in records], condition)
     for record, reply in zip(records, generation.generate(opened, records, vectors, condition, sampling), strict=True):
-        print(json.dumps({"user_id": record.user_id, "response": reply}) if as_json else f"{record.user_id}: {reply}")
+        if as_json:
+            print(json.dumps({"user_id": record.user_id, "response": reply}))
+        else:
+            print(f"{printable(record.user_id)}: {printable(reply, lines=True)}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tyro
 
-from e2p_jax.commands.common import say
+from e2p_jax.terminal import say
 
 
 def import_run(

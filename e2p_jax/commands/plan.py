@@ -4,12 +4,11 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
-import rich.console
 import tyro
 
-from e2p_jax.commands.common import say
-from e2p_jax.config import Config, load_config
-from e2p_jax.errors import UserError
+from e2p_jax.config import Config
+from e2p_jax.errors import UsageError, UserError
+from e2p_jax.terminal import Console, say
 
 if TYPE_CHECKING:
     import rich.table
@@ -17,10 +16,8 @@ if TYPE_CHECKING:
     from e2p_jax.plan.plan import Plan, RowShape
 
 
-def plan_command(arguments: list[str]) -> Callable[..., None]:
+def plan_command(_: str, defaults: Config) -> Callable[..., None]:
     """`plan` with the named config's values as the defaults of its flags."""
-    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    _, defaults = load_config(named) if named else ("", Config())
 
     def command(
         config: tyro.conf.Positional[str],
@@ -47,6 +44,8 @@ def plan_command(arguments: list[str]) -> Callable[..., None]:
         """
         from e2p_jax.plan.plan import RowShape
 
+        if min(embedding_width, segments, 1 if targets is None else targets) < 1:
+            raise UsageError("--embedding-width, --targets and --segments must be positive")
         _plan(overrides, topology, RowShape(embedding_width, targets, segments), suggest, as_json)
 
     return command
@@ -79,7 +78,7 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
             values["fewest_collective_bytes"] = fewest and fewest.to_dict()
         print(json.dumps(values, indent=2))
     else:
-        console = rich.console.Console(width=None if rich.console.Console().is_terminal else 120)
+        console = Console(width=None if Console().is_terminal else 120)
         console.print(
             f"{topology}, {_mesh(plan)}, {plan.rows} rows ({plan.rows_per_device:g} a device)", highlight=False
         )

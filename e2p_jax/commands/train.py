@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from typing import Annotated
 
-import rich.console
 import tyro
 
-from e2p_jax.commands.common import DETECTED, RunPath, named_config, print_tables, say
+from e2p_jax.commands.common import DETECTED, RunPath, print_tables
 from e2p_jax.config import Config
 from e2p_jax.options import Processes
+from e2p_jax.terminal import Console, say
 
 
-def train_command(arguments: list[str]) -> Callable[..., None]:
+def train_command(name: str, defaults: Config) -> Callable[..., None]:
     """`train` with the named config's values as the defaults of its flags."""
-    name, defaults = named_config(arguments)
 
     def command(
         config: tyro.conf.Positional[str],
@@ -56,6 +55,6 @@ def _train(config: Config, name: str, workdir: str | None) -> None:
         if is_first():
             save(run, evaluations)
             print_tables(evaluations)
-        show_answers(run, rich.console.Console(quiet=not is_first()))
+        show_answers(run, Console(quiet=not is_first()))
     if is_first():
         say(f"run directory: {directory}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.errors import UserError
+from e2p_jax.terminal import say
 
 if TYPE_CHECKING:
     from e2p_jax.data.builder import RecordBuilder, RecordConfig
@@ -88,7 +89,7 @@ def _write(builder: "RecordBuilder", manual_dir: Path, sources: dict[str, str]) 
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells its progress on stdout, which is for results
         builder.download_and_prepare(download_config=download_config, file_format="array_record")
         for line in _report(builder):
-            print(line)
+            say(line)
 
 
 def _configuration(

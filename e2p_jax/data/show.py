@@ -8,6 +8,7 @@ import rich.text
 from transformers import PreTrainedTokenizerBase
 
 from e2p_jax.data.pipeline import PackedDataset
+from e2p_jax.terminal import printable
 
 SLOT, TARGET, PADDING = "black on magenta", "bold green", "dim"
 
@@ -36,7 +37,7 @@ def show_row(
     )
     for segment, number in enumerate(members):
         places = np.flatnonzero(batch["segment_ids"] == segment + 1)
-        user = dataset.examples.users[number]
+        user = printable(dataset.examples.users[number])
         vector = batch["user_embeddings"][segment]
         line = rich.text.Text(f"  segment {segment + 1}, user {user}")
         if (batch["slots"][places] >= 0).any():
@@ -49,6 +50,6 @@ def show_row(
             if slot >= 0:
                 text.append(f"<slot {slot}>", style=SLOT)
                 continue
-            words = str(tokenizer.decode(ids, skip_special_tokens=False)).replace("\n", "\n    ")
+            words = printable(str(tokenizer.decode(ids, skip_special_tokens=False)), lines=True).replace("\n", "\n    ")
             text.append(f"[[{words}]]" if marks and target else words, style=TARGET if target else "")
         yield text

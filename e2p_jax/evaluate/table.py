@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from e2p_jax.evaluate.texts import distinct, text_statistics
 from e2p_jax.files import write_text
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import is_first
+from e2p_jax.terminal import say
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer, Scores, pack_conditions
@@ -197,7 +197,7 @@ def read_splits(data: DataConfig, splits: Sequence[str]) -> dict[str, list[Recor
     bad = BadRecords(data.on_bad_record, data.max_bad_share)
     found = load_splits(data.path, splits, bad)
     if (skipped := bad.report()) and is_first():
-        print(skipped, file=sys.stderr)
+        say(skipped)
     return found
 
 

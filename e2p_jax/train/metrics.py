@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import rich.console
 import rich.progress
 from etils import epath
 from tensorboardX import SummaryWriter
 
 from e2p_jax.files import LineFile, in_bucket, write_bytes, write_text
 from e2p_jax.parallel.distributed import is_first
+from e2p_jax.terminal import Console
 
 
 class MetricsLog:
@@ -72,7 +72,7 @@ class Progress:
     """A rich bar with loss, tokens a second and ETA on a terminal; plain lines elsewhere. On stderr."""
 
     def __init__(self, steps: int, done: int, label: str):
-        self.console = rich.console.Console(stderr=True, quiet=not is_first())
+        self.console = Console(stderr=True, quiet=not is_first())
         self.steps, self.label = steps, label
         self._start, self._done = time.monotonic(), done
         self._bar: rich.progress.Progress | None = None
@@ -85,7 +85,7 @@ class Progress:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        (self._bar.console if self._bar else self.console).print(text, highlight=False, markup=False, soft_wrap=True)
+        (self._bar.console if self._bar else self.console).print(text, highlight=False, soft_wrap=True)
 
     def update(self, step: int, note: str, show: bool) -> None:
         """`show` prints a plain line where there is no terminal."""

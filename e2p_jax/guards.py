@@ -1,0 +1,49 @@
+"""What holds a config file to its form: the types of fields, and a time to run in."""
+
+import contextlib
+import signal
+import threading
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+LARGEST_FLOAT = 3.4028234663852886e38  # float32's
+
+
+def fault_of(given: Any, kind: Any) -> str | None:
+    """What `given` should have been, unless it is of that kind: a field's annotation."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return None if given in options else f"choose from {', '.join(options)}"
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(given, tuple):
+            return "it must be a tuple"
+        return next(filter(None, (fault_of(each, options[0]) for each in given)), None)
+    if options:  # X | None
+        return None if given is None else fault_of(given, options[0])
+    if kind is float:
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        return None if is_number and abs(given) <= LARGEST_FLOAT else "it must be a finite number"
+    if kind is int:
+        is_number = isinstance(given, int) and not isinstance(given, bool)
+        return None if is_number and abs(given) < 2**32 else "it must be a whole number of 32 bits"
+    return None if isinstance(given, kind) else f"it must be a {kind.__name__}"
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in the block after that long; signals reach the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"still running after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
