@@ -9,7 +9,6 @@ import fcntl
 import importlib.util
 import io
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,20 +58,44 @@ def _refuse_bucket(path: Path | epath.Path) -> None:
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Writes a file atomically, creating its folder."""
+    """Writes a file atomically, creating its folder. It waits for other processes that write the same file."""
     path = epath.Path(path)
     if in_bucket(path):
         path.write_bytes(data)
         return
     _refuse_bucket(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # another process may write the same file
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary = Path(path.with_name(f".{path.name}.tmp"))
+    with _locked(temporary):
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Makes a file, and its folder, that one process has at a time, and renames or removes before the block ends.
+
+    What a killed process left of it is there within the block; so its name is always the same, and nothing heaps up.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("ab")
+        except FileNotFoundError:  # the process before has just removed the folder
+            continue
+        with file:
+            with contextlib.suppress(OSError):  # storage without locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # the system takes it back when this process ends
+            try:
+                mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                mine = False
+            if mine:  # else the process before has renamed or removed it
+                yield
+                return
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -129,11 +152,12 @@ def replace_directory(path: Path) -> Iterator[Path]:
     path = path.resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
-    with _workplace(path) as work:
-        new, old = work / "new", work / "old"
+    work = path.with_name(f".{path.name}.writing")
+    lock, new, old = work / "lock", work / "new", work / "old"
+    with _locked(lock):
         _clear(new, old, path)
-        new.mkdir()
         try:
+            new.mkdir()
             yield new
             if path.exists():
                 foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in new.iterdir()})
@@ -144,6 +168,9 @@ def replace_directory(path: Path) -> Iterator[Path]:
             new.rename(path)
         finally:
             _clear(new, old, path)
+            lock.unlink()
+            with contextlib.suppress(OSError):  # the next process has it already
+                work.rmdir()
 
 
 def _clear(new: Path, old: Path, path: Path) -> None:
@@ -152,29 +179,6 @@ def _clear(new: Path, old: Path, path: Path) -> None:
         old.rename(path)
     for directory in (new, old):
         shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _workplace(path: Path) -> Iterator[Path]:
-    """A directory beside `path`, always the same, which one command has at a time and which is gone afterwards."""
-    work = path.with_name(f".{path.name}.writing")
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = (work / "lock").open("w")
-        except FileNotFoundError:  # the command before has just removed it
-            continue
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it back when this process ends
-            if os.fstat(lock.fileno()).st_nlink == 0:  # removed while this command waited
-                continue
-            try:
-                yield work
-            finally:
-                (work / "lock").unlink()
-                with contextlib.suppress(OSError):  # the next command has it already
-                    work.rmdir()
-            return
 
 
 @contextlib.contextmanager

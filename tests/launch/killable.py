@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,18 +18,27 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.
 WRITES = os.O_WRONLY | os.O_RDWR
 
 
-def call(module: str, function: str, arguments: list[Any], log: str, change: int | None, seconds: float | None) -> Any:
+def call(
+    module: str,
+    function: str,
+    arguments: list[Any],
+    log: str,
+    environment: dict[str, str],
+    change: int | None,
+    seconds: float | None,
+) -> Any:
     """Calls it in a process of its own, which is killed before the nth change to the disk that Python makes, or after a
     while.
 
     Returns:
-      How it ended, its seconds, and how many changes it made if it was not killed.
+      How it ended, its seconds of wall clock and of processors, and how many changes it made if it was not killed.
     """
     counts, count = os.pipe()
-    began = time.monotonic()
+    began, spent = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
     if child == 0:
         os.setsid()
+        os.environ.update(environment)
         _run(module, function, arguments, log, change, count)
     os.close(count)
     deadline = began + (900 if seconds is None else seconds)
@@ -43,7 +53,9 @@ def call(module: str, function: str, arguments: list[Any], log: str, change: int
         os.killpg(child, signal.SIGKILL)  # what it had started
     with os.fdopen(counts) as file:
         text = file.read()
-    return os.waitstatus_to_exitcode(status[1]), elapsed, int(text or 0)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - spent.ru_utime - spent.ru_stime
+    return os.waitstatus_to_exitcode(status[1]), elapsed, cpu, int(text or 0)
 
 
 def _run(module: str, function: str, arguments: list[Any], log: str, change: int | None, count: int) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from e2p_jax.files import replace_directory
+from e2p_jax.files import replace_directory, write_text
 
 
 def write(out: str, text: str) -> None:
@@ -17,3 +17,9 @@ def fail(out: str) -> None:
     """Does not come to that."""
     with replace_directory(Path(out)):
         raise ValueError(out)
+
+
+def write_file(path: str, text: str, times: int = 1) -> None:
+    """Replaces a file."""
+    for _ in range(times):
+        write_text(path, text)
