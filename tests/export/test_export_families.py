@@ -37,7 +37,7 @@ NEW = 8
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A run that was never trained, its projector moved off its first values, and its export in torch."""
+    """A run that was never trained, and its export in torch."""
 
     family: str
     run: Run
@@ -54,6 +54,13 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     (family, changes), (placement, num_tokens, kind) = request.param
     folder = tmp_path_factory.mktemp(family)
     backbone = make_backbone(folder / "backbone", family, changes)
+    run = untrained_run(folder, backbone, placement, num_tokens, kind)
+    export_transformers(run, folder / "out", include_backbone=True)
+    return Exported(family, run, folder / "out", *load(folder / "out"))
+
+
+def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int, kind: str) -> Run:
+    """Three users; the projector is moved off its first values."""
     save_table(folder / "table", USERS, np.stack([synthetic.vector(user) for user in (1, 2, 3)]), name="t", version="1")
     config = Config(
         backbone=BackboneConfig(path=str(backbone)),
@@ -72,9 +79,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     }
     moved = {name: jax.device_put(moved[name], old.sharding) for name, old in model.params["projector"].items()}
     model = dataclasses.replace(model, params={**model.params, "projector": moved})
-    run = Run(folder, 0, inputs, model)
-    export_transformers(run, folder / "out", include_backbone=True)
-    return Exported(family, run, folder / "out", *load(folder / "out"))
+    return Run(folder, 0, inputs, model)
 
 
 def make_backbone(out: Path, family: str, changes: dict[str, Any]) -> Path:
@@ -141,14 +146,18 @@ def test_nll_of_every_example_is_the_same(exported: Exported):
 
 
 def test_answers_are_the_same(exported: Exported):
-    """Three users in one left-padded batch, the pipeline, and beams, which are one by one what they are together."""
+    """Three users in one batch padded on either side, the pipeline, and beams, which are one by one what they are
+    together.
+    """
     vectors = exported.vectors(USERS)
     ours = generate(exported.run, asked(), vectors.numpy(), "e2p", Sampling(max_new_tokens=NEW))
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-    inputs = encode(exported.tokenizer, asked(), add_generation_prompt=True)
-    start = inputs["input_ids"].shape[1]
-    out = exported.model.generate(**inputs, user_embedding=vectors, **options)
-    assert [t.strip() for t in exported.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)] == ours
+    for side in ("right", "left"):
+        exported.tokenizer.padding_side = side
+        inputs = encode(exported.tokenizer, asked(), add_generation_prompt=True)
+        start = inputs["input_ids"].shape[1]
+        out = exported.model.generate(**inputs, user_embedding=vectors, **options)
+        assert [t.strip() for t in exported.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)] == ours
     pipe = transformers.pipeline("text-generation", model=exported.model, tokenizer=exported.tokenizer)
     for record, vector, answer in zip(asked(), vectors, ours, strict=True):
         (said,) = pipe(list(record.messages), user_embedding=vector, **options)

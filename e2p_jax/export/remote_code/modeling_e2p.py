@@ -6,6 +6,7 @@
 `model.backbone` is the LM without a prefix.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -17,10 +18,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration_e2p import E2PConfig
+
+LENGTHS = ("max_length", "min_length")  # of a prompt and its answer together
 
 
 class E2PProjector(nn.Module):
@@ -40,7 +43,20 @@ class E2PProjector(nn.Module):
         for name, size in [("input_mean", e), ("input_std", e), ("token_mean", d), ("token_std", d)]:
             self.register_buffer(name, torch.zeros(size))
 
+    def _apply(self, fn, recurse=True):
+        """`model.half()` or `model.to("cuda", dtype)` casts the LM; what is here moves only, and stays float32."""
+
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def forward(self, vectors):
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self.project(vectors)
+
+    def project(self, vectors):
         x = (vectors.float() - self.input_mean) / self.input_std
         if hasattr(self, "null_user"):
             x = torch.where(x[..., :1].isnan(), self.null_user, x)
@@ -99,8 +115,10 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         local = {key: kwargs.pop(key) for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
         for key in ("adapter_kwargs", "trust_remote_code", "_from_auto", "code_revision"):
             kwargs.pop(key, None)
-        kwargs.setdefault("dtype", config.dtype)
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", config.dtype))
+        config.backbone = None  # it is in the model now, and in whatever `save_pretrained` writes
         model = cls(config, AutoModelForCausalLM.from_pretrained(path, *args, **kwargs))
+        model.generation_config = GenerationConfig.from_pretrained(directory, **local)
         weights = load_file(cached_file(directory, "model.safetensors", **local))
         model.projector.load_state_dict({name.removeprefix("projector."): value for name, value in weights.items()})
         model.projector.to(model.backbone.device)
@@ -122,22 +140,54 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
           labels: [B, T]; soft tokens are never labels.
 
         Raises:
-          ValueError: no vector, or one of the wrong width or number.
+          ValueError: no vector, one of the wrong width or number, padding that cannot be told from text, or a cache,
+            positions or embeddings that have no place for the soft tokens.
         """
-        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, labels)
-        # Left to itself, an LM counts the padding on the left as positions; `generate` does not.
-        kwargs.setdefault("position_ids", (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0))
-        return self.backbone(**inputs, **kwargs)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None and cache.get_seq_length():
+            raise ValueError("the soft tokens are in the cache already: go on from it with model.backbone")
+        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, labels, kwargs)
+        del inputs["input_ids"]
+        positions = kwargs.pop("position_ids", None)
+        if positions is None:
+            # Left to itself, an LM counts the padding on the left as positions; `generate` does not.
+            positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        elif positions.shape[-1] != inputs["attention_mask"].shape[1]:
+            raise ValueError(
+                f"position_ids has {positions.shape[-1]} columns; needs {inputs['attention_mask'].shape[1]}, the soft "
+                "tokens' included: leave it out"
+            )
+        return self.backbone(**inputs, position_ids=positions, **kwargs)
 
     @torch.no_grad()
     def generate(self, input_ids=None, attention_mask=None, user_embedding=None, **kwargs):
-        """As the LM's `generate`; the returned sequences begin with `input_ids`, without the soft tokens."""
+        """As the LM's `generate`; the returned sequences begin with `input_ids`, without the soft tokens.
+
+        Padding may stand on either side: what stands on the right is moved to the left for the LM. Lengths do not count
+        the soft tokens.
+        """
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
-        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, None)
-        self.backbone.generation_config = self.generation_config
+        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, None, kwargs)
+        mask, count = inputs["attention_mask"], self.config.num_soft_tokens
+        empty = (mask.sum(dim=1) == count).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"row {empty[0]} of input_ids is all padding: leave it out")
+        if kwargs.get("cache", kwargs.get("past_key_values")) is not None and (mask.diff(dim=1) < 0).any():
+            raise ValueError("a cache goes on from its last token: pad on the left")
+        behind = (mask == 0).flip(1).long().cumprod(dim=1).sum(dim=1).tolist()
+        inputs = {
+            name: torch.stack([row.roll(places, 0) for row, places in zip(rows, behind, strict=True)])
+            for name, rows in inputs.items()
+        }
+        self.backbone.generation_config = longer(self.generation_config, count)
+        if kwargs.get("generation_config") is not None:
+            kwargs["generation_config"] = longer(kwargs["generation_config"], count)
+        for name in LENGTHS:
+            if kwargs.get(name):
+                kwargs[name] += count
         output = self.backbone.generate(**inputs, **kwargs)
-        new = output if isinstance(output, torch.Tensor) else output.sequences
+        new = (output if isinstance(output, torch.Tensor) else output.sequences)[:, mask.shape[1] :]
         prompts = input_ids.to(new.device).repeat_interleave(len(new) // len(input_ids), dim=0)
         sequences = torch.cat([prompts, new], dim=1)
         if isinstance(output, torch.Tensor):
@@ -145,20 +195,35 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         output.sequences = sequences
         return output
 
-    def with_prefix(self, input_ids, attention_mask, user_embedding, labels):
-        """`inputs_embeds`, `attention_mask` and `labels` with the soft tokens in place."""
+    def with_prefix(self, input_ids, attention_mask, user_embedding, labels, options):
+        """`input_ids`, `inputs_embeds`, `attention_mask` and `labels` with the soft tokens in place.
+
+        Among `input_ids`, which penalties for repetition look at, a soft token is the token beside it once more.
+
+        Args:
+          options: the other arguments of the call.
+        """
+        if input_ids is None or options.get("inputs_embeds") is not None:
+            raise ValueError("input_ids is needed, not inputs_embeds: the soft tokens stand among the prompt's tokens")
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; needs [B, T], one token or more a row")
         soft = self.soft_tokens(user_embedding, input_ids)
         embeds = self.get_input_embeddings()(input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = self.real_tokens(input_ids, attention_mask, options)
+        firsts, real = mask.argmax(dim=1).tolist(), mask.any(dim=1).tolist()
+        starts = [
+            self.slot_start(ids, first) if any_real else 0  # a row of padding has no place, and nobody reads it
+            for ids, first, any_real in zip(input_ids.tolist(), firsts, real, strict=True)
+        ]
+        beside = [ids[max(start - 1, first)] for ids, start, first in zip(input_ids, starts, firsts, strict=True)]
         shape = soft.shape[:2]
         wanted = {
+            "input_ids": (input_ids, torch.stack(beside)[:, None].expand(shape)),
             "inputs_embeds": (embeds, soft.to(embeds.device, embeds.dtype)),
             "attention_mask": (mask, mask.new_ones(shape)),
         }
         if labels is not None:
             wanted["labels"] = (labels, labels.new_full(shape, -100))
-        firsts = mask.argmax(dim=1).tolist()
-        starts = [self.slot_start(ids, first) for ids, first in zip(input_ids.tolist(), firsts, strict=True)]
 
         def insert(tokens, slots):
             rows = [torch.cat([row[:i], slot, row[i:]]) for row, slot, i in zip(tokens, slots, starts, strict=True)]
@@ -166,10 +231,40 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
 
         return {name: insert(*pair) for name, pair in wanted.items()}
 
+    def real_tokens(self, input_ids, attention_mask, options):
+        """[B, T] of 0 for padding and 1: the mask, or what `generate` of transformers makes of the ids without one.
+
+        Raises:
+          ValueError: a mask of another shape, or none where the ids leave open what is padding.
+        """
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; needs {tuple(input_ids.shape)}, as "
+                    "input_ids: the soft tokens are put in here"
+                )
+            return attention_mask.to(input_ids.device).ne(0).long()
+        given = options.get("generation_config")
+
+        def setting(name):
+            values = [options.get(name), getattr(given, name, None), getattr(self.generation_config, name)]
+            return next((value for value in values if value is not None), None)
+
+        pad, stops = setting("pad_token_id"), setting("eos_token_id")
+        padding = torch.zeros_like(input_ids, dtype=torch.bool) if pad is None else input_ids == pad
+        if pad not in (stops if isinstance(stops, list) else [stops]):
+            return (~padding).long()
+        for side in (padding, padding.flip(1)):
+            run = side.long().cumprod(dim=1).sum(dim=1)
+            if (run > 1).any() or (run != run[0]).any():
+                raise ValueError(
+                    "attention_mask is missing, and the padding token also ends turns, so that the one cannot be told "
+                    "from the other: pass the tokenizer's attention_mask"
+                )
+        return torch.ones_like(input_ids)
+
     def soft_tokens(self, user_embedding, input_ids):
         """[B, K, D] float32 for the rows of `input_ids`."""
-        if input_ids is None:
-            raise ValueError("input_ids is missing: the soft tokens stand among the prompt's tokens")
         if user_embedding is None:
             raise ValueError("user_embedding is missing: pass a vector for every row (model.backbone takes none)")
         vectors = torch.as_tensor(user_embedding, device=self.projector.skip.weight.device)
@@ -196,6 +291,15 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
             if ids[start : start + len(turn)] == turn:
                 return start + len(turn)
         raise ValueError("no user turn in the prompt: use tokenizer.apply_chat_template")
+
+
+def longer(settings, count):
+    """A copy of a GenerationConfig whose lengths count so many soft tokens as well."""
+    settings, default = copy.deepcopy(settings), GenerationConfig()
+    for name in LENGTHS:
+        if getattr(settings, name) not in (None, getattr(default, name)):
+            setattr(settings, name, getattr(settings, name) + count)
+    return settings
 
 
 def fingerprint(directory):
