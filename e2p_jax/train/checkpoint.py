@@ -3,6 +3,7 @@
 The frozen backbone is never written; `backbone.json` in the run directory names it by path, revision and fingerprint.
 """
 
+import shutil
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from e2p_jax.train.partition import path_name
 from e2p_jax.train.step import TrainState
 
 PyTree = Any
+_REMOVED = ".removed"  # where steps go at once that are no longer kept, so that none is ever there in part
 _BEST: dict[str, Any] = {"best_fn": lambda metrics: metrics["nll"], "best_mode": "min"}
 
 
@@ -62,6 +64,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
+                todelete_subdir=_REMOVED,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
                 **_BEST,
             )
@@ -71,6 +74,12 @@ class Checkpoints:
             "data": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._writes = settings is not None
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._writes and distributed.is_first():
+            shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
 
     def _move_damaged(self) -> None:
         steps = sorted(ocp.utils.checkpoint_steps(self.directory))
@@ -130,7 +139,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, statistics: PyTree, data: dict[str, Any], nll: float | None) -> None:
         """Writes in the background; `nll` is the evaluation result at this step, if there is one."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._saving = int(state.step)
         self._manager.save(
             self._saving,
@@ -177,6 +186,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
+        self._remove()
 
     def close(self) -> None:
         self._manager.close()
+        self._remove()

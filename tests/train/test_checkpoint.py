@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +19,7 @@ from e2p_jax.config import MeshConfig, TrainConfig
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.manifest import find_damage
 from e2p_jax.train.optimizer import make_optimizer
 from e2p_jax.train.partition import split
 from e2p_jax.train.step import TrainState
@@ -278,3 +280,19 @@ def test_what_a_crash_left_half_written_is_removed_by_the_next_writer_alone(tmp_
     reader.close()
     save_steps(tmp_path, [None, None], TrainConfig())  # step 1 is there, and stays as it is
     assert not left.exists() and steps_on_disk(tmp_path) == [1, 2]
+
+
+def test_a_step_that_is_no_longer_kept_goes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while its files are deleted leaves no step in part; the next writer deletes the rest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it began
+        save_steps(tmp_path, [2.0, 1.0, 3.0], KEEP)
+    removed = tmp_path / "checkpoints" / ".removed" / "1"
+    assert find_damage(epath.Path(removed)) is None and (removed / "sha256.json").is_file()
+    (removed / "sha256.json").unlink()
+    reader = Checkpoints(tmp_path)
+    assert reader.step_of("best") == 2 and removed.exists()
+    reader.close()
+    writer = Checkpoints(tmp_path, KEEP)
+    assert writer.damaged == [] and steps_on_disk(tmp_path) == [2, 3] and not (tmp_path / "damaged").exists()
+    writer.close()
