@@ -17,3 +17,8 @@ class Preempted(Exception):
 
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; the launchers run it again
+
+
+def shown(text: str, longest: int = 80) -> str:
+    """What an error can show of an id or a path: quoted, on one line, and not all of it where that is much."""
+    return repr(text if len(text) <= longest else f"{text[:longest]}...")

@@ -16,12 +16,36 @@ from typing import Any
 
 from etils import epath
 
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UserError, shown
 
 
 def user_cache() -> Path:
     """Where what can be made again is kept between commands."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax"
+
+
+def existing(name: str | os.PathLike[str], what: str, *, only_file: bool = False) -> Path:
+    """The file or directory of a name that a user gave; `~` is their home.
+
+    Args:
+      what: for errors, the flag or setting that named it.
+      only_file: a directory is refused.
+
+    Raises:
+      UserError: nothing that may be read is there, or the name is none that a file can have.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+        reason = "" if os.access(path, os.R_OK) else "it may not be read"
+        reason = "it is a directory" if only_file and path.is_dir() else reason
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: {os.fspath(name)} does not exist") from error
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, nobody's home
+        reason = str(getattr(error, "strerror", None) or error)
+    if reason:
+        raise UserError(f"{what}: {shown(os.fspath(name))} cannot be opened ({reason}); give another path")
+    return path
 
 
 def in_bucket(path: epath.PathLike) -> bool:

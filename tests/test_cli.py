@@ -136,7 +136,9 @@ def test_generate_for_users_and_vectors(run: Path, tmp_path: Path, capsys: pytes
     assert answers[0]["response"] == answers[2]["response"]
     np.savez(tmp_path / "vectors.npz", synthetic.vector(3))
     assert main(["generate", str(run), "--user", f"@{tmp_path / 'vectors.npz'}", *asked]) == 1
-    assert "vectors.npz: not a readable .npy file" in capsys.readouterr().err
+    assert "vectors.npz: unreadable" in capsys.readouterr().err
+    assert main(["generate", str(run), "--user", "@alice", *asked]) == 1
+    assert "alice does not exist" in (said := capsys.readouterr().err) and "'@@alice'" in said
     (tmp_path / "prompts.jsonl").write_text('{"user_id": "user-4", "prompt": "do you have any pets?"}\n')
     assert main(["generate", str(run), "--input", str(tmp_path / "prompts.jsonl"), *asked[2:]]) == 0
     assert json.loads(capsys.readouterr().out)["response"] == answers[1]["response"]

@@ -32,7 +32,7 @@ def export(
         /generate; backbone: a model directory of the backbone alone, for a run that trained it.
       include_backbone: With transformers: copy the backbone's tensors too; else they are named and
         fingerprinted, but for the embedded backbone, which always comes along.
-      user: With peft and the engines: user ids, or @vector.npy.
+      user: With peft and the engines: user ids, or @vector.npy (@@alice is the user @alice).
       prompt: With the engines: the user turn to answer.
       embeddings: With peft and the engines: table of user vectors to use in place of the run's.
       dtype: With backbone: of the written tensors.

@@ -31,7 +31,8 @@ def generate(
 
     Args:
       run: Run directory.
-      user: User ids of the table, or @vector.npy; several answer the same prompt in one batch.
+      user: User ids of the table, or @vector.npy, the vector in a file (@@alice is the user @alice); several answer the
+        same prompt in one batch.
       prompt: The user turn to answer.
       input: JSON Lines of {user_id, prompt} or {user_id, messages} to answer in place of --user and --prompt.
       embeddings: Table of user vectors to use in place of the run's.
@@ -49,10 +50,12 @@ def generate(
     opened = open_run(run, checkpoint, embeddings)
     if input is not None:
         records = read_prompts(input)
+        users, where = [r.user_id for r in records], [r.source for r in records]
+        vectors = generation.vectors_for(opened, users, where, condition)
     else:
+        names, vectors = generation.asked_for(opened, user, condition)
         message = {"role": "user", "content": prompt or ""}
-        records = [Record(name, (), (message,), source=f"--user {name}") for name in user]
-    vectors = generation.vectors_for(opened, [r.user_id for r in records], [r.source for r in records], condition)
+        records = [Record(name, (), (message,), source=f"--user {name}") for name in names]
     for record, reply in zip(records, generation.generate(opened, records, vectors, condition, sampling), strict=True):
         if as_json:
             print(json.dumps({"user_id": record.user_id, "response": reply}))

@@ -2,16 +2,18 @@
 
 `.npz` (arrays `embeddings` and `ids`), `.npy` with its ids beside it (`NAME.ids.txt`), `.parquet` and `.arrow`,
 `.feather` or `.ipc` (columns `user_id` and `embedding`, or LanceDB's `id` and `vector`; lists of one length), `.csv`
-and `.tsv` (a header; the first column the id, every other one a number of the vector).
+and `.tsv` (`csv_table.py`). No more of a file is read than is asked for.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from e2p_jax.data.arrays import first_line, map_array, read_members, refuse_inflation
+from e2p_jax.data.csv_table import read_csv
+from e2p_jax.data.tables import shortened
 from e2p_jax.data.user_index import UserIndex
 from e2p_jax.errors import UserError
 
@@ -34,33 +36,19 @@ def read_file(place: Path) -> tuple[Sequence[str] | UserIndex, np.ndarray]:
         ids = place.with_suffix(".ids.txt")
         if not ids.is_file():
             raise UserError(f"{place}: needs the user ids beside it, one a line in row order, in {ids.name}")
-        return UserIndex.open(ids), read_arrays(place)
+        return UserIndex.open(ids), map_array(place)
     if place.suffix == ".parquet" or place.suffix in ARROW:
         return _read_columns(place)
     if place.suffix in (".csv", ".tsv"):
-        return _read_csv(place)
+        return read_csv(place)
     raise UserError(
         f"{place}: not a table; give a table directory, .npz, .parquet, {', '.join(ARROW)}, .csv, .tsv, "
         "or .npy with ids beside it"
     )
 
 
-def read_arrays(path: Path) -> Any:
-    """The array of a .npy, as a memory map, or the arrays of a .npz by name. Nothing is ever unpickled."""
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception as error:  # NumPy reads a damaged header as Python: whatever that raises
-        reason = _first_line(error)
-        raise UserError(f"{path}: unreadable ({reason}); save plain arrays of numbers and text, not objects") from error
-
-
 def _read_npz(place: Path) -> tuple[list[str], np.ndarray]:
-    arrays = read_arrays(place)
-    if not isinstance(arrays, dict) or not {"embeddings", "ids"} <= arrays.keys():
-        raise UserError(f"{place}: needs the arrays `embeddings` and `ids`, has {sorted(arrays)}")
+    arrays = read_members(place, ["embeddings", "ids"])
     ids = arrays["ids"]
     if ids.ndim != 1 or ids.dtype.kind not in "USiu":
         raise UserError(f"{place}: ids have shape {ids.shape} and dtype {ids.dtype}; save [users] texts or numbers")
@@ -69,27 +57,27 @@ def _read_npz(place: Path) -> tuple[list[str], np.ndarray]:
             ids = np.char.decode(ids, "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: ids are not UTF-8 text ({error}); save them as text") from error
-    return [str(user) for user in ids.tolist()], arrays["embeddings"]
+    try:
+        return [str(user) for user in ids.tolist()], arrays["embeddings"]
+    except ValueError as error:  # beyond Unicode's last character
+        raise UserError(f"{place}: ids are not text ({first_line(error)}); save them as text") from error
 
 
 def _read_columns(place: Path) -> tuple[list[str], np.ndarray]:
     import pyarrow
     import pyarrow.compute
-    import pyarrow.feather
-    import pyarrow.parquet
 
-    kind = "Parquet" if place.suffix == ".parquet" else "Arrow"
-    read = pyarrow.parquet.read_table if kind == "Parquet" else pyarrow.feather.read_table
+    read = _read_parquet if place.suffix == ".parquet" else _read_arrow
     try:
         table = read(place)
         table.validate(full=True)
-        columns = table.column_names
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: unreadable ({_first_line(error)}); give {_article(kind)} file") from error
-    names = next((pair for pair in _NAMES if set(pair) <= set(columns)), None)
-    if names is None or any(columns.count(name) > 1 for name in names):
-        raise UserError(f"{place}: needs the columns `user_id` and `embedding`, has {columns}")
+        kind = "a Parquet" if place.suffix == ".parquet" else "an Arrow"
+        raise UserError(f"{place}: unreadable ({first_line(error)}); give {kind} file") from error
+    names = _columns(place, table.column_names)
     ids, lists = (table.column(name) for name in names)
+    if pyarrow.types.is_dictionary(ids.type):  # pandas' categories
+        ids = ids.cast(ids.type.value_type)
     for name, column in zip(names, (ids, lists), strict=True):
         if column.null_count:
             row = pyarrow.compute.index(column.is_null(), True).as_py()
@@ -114,35 +102,36 @@ def _read_columns(place: Path) -> tuple[list[str], np.ndarray]:
     return users, vectors.reshape(len(users), width)
 
 
-def _read_csv(place: Path) -> tuple[list[str], np.ndarray]:
-    import pyarrow
-    import pyarrow.csv
+def _read_parquet(place: Path) -> Any:
+    import pyarrow.parquet
 
-    delimiter = "\t" if place.suffix == ".tsv" else ","
-    try:
-        with place.open("rb") as file:
-            header = file.readline().decode("utf-8-sig").rstrip("\r\n").split(delimiter)
-        width = len(header) - 1
-        names = ["user_id", *map(str, range(width))]
-        types = dict(zip(names, [pyarrow.string(), *[pyarrow.float32()] * width], strict=True))
-        table = pyarrow.csv.read_csv(
-            place,
-            pyarrow.csv.ReadOptions(column_names=names, skip_rows=1, use_threads=False),
-            pyarrow.csv.ParseOptions(delimiter=delimiter),
-            pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False, null_values=[]),
+    with place.open("rb") as source:
+        file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+        names = _columns(place, file.schema_arrow.names)
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        values = sum(column.num_values for column in columns if column.path_in_schema.split(".")[0] in names)
+        refuse_inflation(place, f"`{names[1]}`", 4 * values, place.stat().st_size)
+        return file.read(columns=list(names))
+
+
+def _read_arrow(place: Path) -> Any:
+    import pyarrow
+
+    with pyarrow.OSFile(str(place)) as source:
+        schema = pyarrow.ipc.open_file(source).schema
+        asked = [schema.get_field_index(name) for name in _columns(place, schema.names)]
+        return pyarrow.ipc.open_file(source, options=pyarrow.ipc.IpcReadOptions(included_fields=asked)).read_all()
+
+
+def _columns(place: Path, columns: Sequence[str]) -> tuple[str, str]:
+    """The names of the ids' and the vectors' column."""
+    names = next((pair for pair in _NAMES if set(pair) <= set(columns)), None)
+    if names is None or any(columns.count(name) > 1 for name in names):
+        raise UserError(
+            f"{place}: needs the columns `user_id` and `embedding`, has {shortened(columns)}; write each once"
         )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: the header is not UTF-8 text; save the file as UTF-8") from error
-    except pyarrow.ArrowException as error:
-        # Arrow counts rows from 1, the skipped header among them.
-        row = re.search(r"Row #(\d+)", str(error))
-        where = f"{place}:{row[1]}" if row else str(place)
-        reason = re.sub(r"^.*Row #\d+: ", "", _first_line(error))
-        raise UserError(f"{where}: {reason}; a line is an id and then {width} numbers, as the header says") from error
-    if width < 1:
-        raise UserError(f"{place}: its header has one column; the first is the user's id, every other a number")
-    vectors = np.stack([table.column(name).to_numpy() for name in names[1:]], axis=1)
-    return table.column("user_id").to_pylist(), vectors
+    return names
 
 
 def _is_text(kind: Any) -> bool:
@@ -153,7 +142,3 @@ def _is_text(kind: Any) -> bool:
 
 def _article(kind: str) -> str:
     return f"an {kind}" if kind == "Arrow" else f"a {kind}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from e2p_jax.data.bad_records import BadRecords
-from e2p_jax.data.tables import Line, decode_json, read_lines
+from e2p_jax.data.tables import Line, decode_json, read_lines, shortened
 from e2p_jax.errors import UserError
-from e2p_jax.files import write_text
+from e2p_jax.files import existing, write_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -96,10 +96,8 @@ def read_prompts(path: Path) -> list[Record]:
     Raises:
       UserError: a missing file or a malformed line, named by its number.
     """
-    if not path.is_file():
-        raise UserError(f"--input {path}: does not exist")
     records = []
-    for line in _lines(path):
+    for line in _lines(existing(path, "--input", only_file=True)):
         source, values = line.place, decode_json(line)
         if isinstance(values, dict) and "messages" not in values and "prompt" in values:
             messages = [{"role": "user", "content": values["prompt"]}]
@@ -129,7 +127,9 @@ def _parse(values: Any, source: str) -> Record:
     known = {"user_id", "context", "messages", "candidates", "references", "split"}
     unknown, missing = sorted(values.keys() - known), sorted({"user_id", "messages"} - values.keys())
     if unknown or missing:
-        faults = [f"{name} keys {keys}" for name, keys in (("unknown", unknown), ("missing", missing)) if keys]
+        faults = [
+            f"{name} keys {shortened(keys)}" for name, keys in (("unknown", unknown), ("missing", missing)) if keys
+        ]
         raise UserError(
             f"{source}: {', '.join(faults)}; a record has user_id, messages (or prompt and response), "
             "and may have context, candidates, references, split"
@@ -137,11 +137,11 @@ def _parse(values: Any, source: str) -> Record:
     user, messages = values["user_id"], values["messages"]
     # A number is written as its digits; anything else would never match the ids of a table.
     if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
-        raise UserError(f"{source}: user_id must be text or a whole number, not {user!r}")
+        raise UserError(f"{source}: user_id must be text or a whole number, not {repr(user)[:60]}")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{source}: messages must be a list of {{role, content}} objects")
     if not isinstance(values.get("split", "train"), str) or values.get("split") == "":
-        raise UserError(f"{source}: split must be a name, not {values['split']!r}")
+        raise UserError(f"{source}: split must be a name, not {repr(values['split'])[:60]}")
     context, candidates, references = (_texts(values, key, source) for key in ("context", "candidates", "references"))
     return Record(str(user), context, tuple(messages), candidates, references, source)
 
@@ -159,11 +159,11 @@ def _check_messages(record: Record) -> None:
     for number, message in enumerate(record.messages):
         place = f"{record.source}: message {number}"
         if message.get("role") not in ROLES:
-            raise UserError(f"{place} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+            raise UserError(f"{place} has role {repr(message.get('role'))[:60]}; use one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise UserError(f"{place} ({message['role']}) has no text; give it some or drop it")
         if unknown := sorted(message.keys() - {"role", "content"}):
-            raise UserError(f"{place} has unknown keys {unknown}; keep role and content")
+            raise UserError(f"{place} has unknown keys {shortened(unknown)}; keep role and content")
 
 
 def write_jsonl(records: Iterable[Record], path: Path) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,13 @@ def decode_json(line: Line) -> Any:
 
 
 def parse_json(text: str, place: str, remedy: str) -> Any:
-    """What `text` holds; every text in it can be encoded again.
+    """What `text` holds; every text in it can be encoded again, and no object has a key twice.
 
     Raises:
-      UserError: naming the line and column of `text`.
+      UserError: naming the line and column of `text`, or the key.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_object)
         if _SURROGATE.search(text):
             json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -140,6 +141,14 @@ def parse_json(text: str, place: str, remedy: str) -> Any:
         raise UserError(f"{place}: holds half a surrogate pair ({half!r}); drop it") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: malformed JSON ({error}); {remedy}") from error
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key[:40]!r} stands twice in one object")
     return values
 
 

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UserError, shown
 
-_VERSION = 1
-_HEADER = 5  # version, checksum of the text and of what follows here, rows, users, bits
+_VERSION = 2
+_HEADER = 5  # version, checksum of the text and of all that follows here, rows, users, bits
+_BODY = 2  # where what the checksum covers begins
+_BOM = b"\xef\xbb\xbf"
 _LOWER = np.uint64(0xFFFFFFFF)
 _BLOCK = 1 << 16  # ids made into Python objects at once
 
@@ -43,8 +45,16 @@ class UserIndex:
 
     @classmethod
     def of(cls, ids: Sequence[str], source: str) -> "UserIndex":
-        """In memory, over ids that may hold anything."""
+        """In memory, over ids that may hold anything that is text.
+
+        Raises:
+          UserError: naming the row of an id that is not, or begins with what editors put in front of a file.
+        """
         encoded = list(map(_encode, ids))
+        for row, user in enumerate(encoded):
+            if user.startswith(_BOM) or not _is_text(user):
+                fault = "begins with a byte order mark" if user.startswith(_BOM) else "holds half a surrogate pair"
+                raise UserError(f"{source}: row {row}: user id {shown(ids[row])} {fault}; rename that user")
         text = np.frombuffer(b"\n".join(encoded), np.uint8)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return cls(text, build(text, np.cumsum(lengths + 1) - 1), source)
@@ -173,14 +183,14 @@ def build(text: np.ndarray, ends: np.ndarray) -> np.ndarray:
     entries = hashes << np.uint64(32) | order.astype(np.uint64)
     header = np.array([_VERSION, 0, len(ends), len(order), bits], np.uint64)
     words = np.concatenate([header, starts, entries, ends])
-    words[1] = _checksum([text.data, words[_HEADER:].data])
+    words[1] = _checksum([text.data, words[_BODY:].data])
     return words
 
 
 def _read(index: Path, ids: Path) -> np.ndarray | None:
     """The words of an index file; none if it is damaged, or of other ids, or by another version of this code."""
     try:
-        words = np.load(index, mmap_mode="r", allow_pickle=False)
+        words = np.lib.format.open_memmap(index, mode="r")
     except Exception:  # NumPy reads a damaged header as Python: whatever that raises
         return None
     if words.ndim != 1 or words.dtype != np.uint64 or len(words) < _HEADER or words[0] != _VERSION:
@@ -188,7 +198,7 @@ def _read(index: Path, ids: Path) -> np.ndarray | None:
     checksum, rows, users, bits = map(int, words[1:_HEADER])
     if bits > 40 or len(words) != _HEADER + (1 << bits) + 1 + users + rows:
         return None
-    body = index.stat().st_size - 8 * (len(words) - _HEADER)
+    body = index.stat().st_size - 8 * (len(words) - _BODY)
     same = checksum == _checksum(itertools.chain(_blocks(ids, 0), _blocks(index, body)))
     return words if same else None
 
@@ -209,6 +219,8 @@ def _blocks(path: Path, first: int) -> Iterator[bytes]:
 
 
 def _line_ends(text: np.ndarray, path: Path) -> np.ndarray:
+    if text[: len(_BOM)].tobytes() == _BOM:
+        raise UserError(f"{path}:1: begins with a byte order mark; save the ids as UTF-8 without one")
     ends = np.flatnonzero(text == ord("\n"))
     if len(text) and text[-1] != ord("\n"):
         ends = np.append(ends, len(text))
@@ -243,6 +255,14 @@ def _spans(ends: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _bucket(hashes: np.ndarray, bits: int) -> np.ndarray:
     return (hashes >> np.uint64(64 - bits)).astype(np.int64)
+
+
+def _is_text(user: bytes) -> bool:
+    try:
+        user.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _encode(user: str) -> bytes:

@@ -13,10 +13,12 @@ from flax import nnx
 
 from e2p_jax.backbone.decoder import Cache
 from e2p_jax.config import Condition
+from e2p_jax.data.arrays import map_array
 from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.records import Record
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UserError, shown
+from e2p_jax.files import existing
 from e2p_jax.options import Sampling
 from e2p_jax.prefix.model import PrefixModel
 
@@ -285,31 +287,51 @@ def _encode(run: Any, records: Sequence[Record], conditions: Sequence[Condition]
 
 
 def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition: Condition) -> np.ndarray:
-    """[N, E] float32: what the condition gives each user; its own vector is the table's or, as `@vector.npy`, a file's.
+    """[N, E] float32: what the condition gives each user, its own vector from the run's table.
+
+    Args:
+      users: N ids, whatever they begin with.
+      where: for errors, the record or flag that each stands in.
+
+    Raises:
+      UserError: no vector.
+    """
+    if where and FRONTS[condition].vector == "own" and run.inputs.table is None:
+        raise UserError(f"{where[0]}: the run names no table of user vectors; give --embeddings TABLE")
+    records = [Record(user, (), (), source=place) for user, place in zip(users, where, strict=True)]
+    return user_vectors(records, condition, run.inputs.table, run.population)
+
+
+def asked_for(run: Any, flags: Sequence[str], condition: Condition = "e2p") -> tuple[list[str], np.ndarray]:
+    """Who `--user` names: the id of a user; `@vector.npy`, a file; `@@alice`, the user `@alice`.
+
+    Returns:
+      N names, those of files as they were given, and what the condition gives them, [N, E] float32.
 
     Raises:
       UserError: no vector, or one of the wrong width.
     """
+    names = [flag[1:] if flag.startswith("@@") else flag for flag in flags]
+    in_files = [FRONTS[condition].vector == "own" and flag[:1] == "@" and flag[:2] != "@@" for flag in flags]
     width = int(run.model.params["projector"]["input_mean"].shape[0])
-    if FRONTS[condition].vector != "own":
-        records = [Record(user, (), (), source=place) for user, place in zip(users, where, strict=True)]
-        return user_vectors(records, condition, run.inputs.table, run.population)
-    vectors = np.zeros((len(users), width), np.float32)
-    for row, (user, place) in enumerate(zip(users, where, strict=True)):
-        if user.startswith("@"):
-            vectors[row] = _read_vector(Path(user[1:]), width)
-        elif run.inputs.table is None:
-            raise UserError(f"{place}: the run names no table of user vectors; give --embeddings TABLE or @vector.npy")
-        else:
-            vectors[row] = run.inputs.table.lookup([user], [place])[0]
-    return vectors
+    vectors = np.zeros((len(flags), width), np.float32)
+    for row, flag in enumerate(flags):
+        if in_files[row]:
+            vectors[row] = _read_vector(flag, width)
+    if rows := [row for row, in_file in enumerate(in_files) if not in_file]:
+        users, where = [names[row] for row in rows], [f"--user {flags[row]}" for row in rows]
+        vectors[rows] = vectors_for(run, users, where, condition)
+    return names, vectors
 
 
-def _read_vector(path: Path, width: int) -> np.ndarray:
-    try:
-        vector = np.lib.format.open_memmap(path, mode="r").astype(np.float32).reshape(-1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable .npy file of numbers ({error})") from error
-    if vector.shape != (width,) or not np.isfinite(vector).all():
-        raise UserError(f"{path}: needs {width} finite numbers, has shape {vector.shape}")
-    return vector
+def _read_vector(flag: str, width: int) -> np.ndarray:
+    """The vector of `@vector.npy`."""
+    remedy = f"the user {shown(flag)} is written {shown('@' + flag)}"
+    path = existing(flag[1:], f"--user {shown(flag)} ({remedy})", only_file=True)
+    array = map_array(path)
+    if array.dtype.kind in "iuf" and array.size == width:
+        with np.errstate(over="ignore"):
+            vector = array.astype(np.float32).reshape(-1)
+        if np.isfinite(vector).all():
+            return vector
+    raise UserError(f"{path}: needs {width} finite numbers, has shape {array.shape} of {array.dtype}")

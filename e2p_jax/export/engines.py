@@ -11,7 +11,7 @@ from flax import nnx
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import vectors_for
+from e2p_jax.evaluate.generate import asked_for
 from e2p_jax.export import payloads
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
@@ -42,7 +42,7 @@ def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> l
 
     Args:
       format: `vllm` (`/v1/completions`), `vllm-chat` (`/v1/chat/completions`) or `sglang` (`/generate`).
-      users: ids in the run's table of user vectors, or `@vector.npy`.
+      users: ids in the run's table of user vectors, `@vector.npy`, or `@@alice` for the user `@alice`.
       prompt: the user turn to answer.
 
     Raises:
@@ -57,9 +57,9 @@ def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> l
             "run's placement or template says otherwise; use --format vllm, which sends the whole prompt"
         )
     model, name = nnx.merge(run.model.graph, run.model.params), run.inputs.published()[0]
-    vectors = vectors_for(run, users, [f"--user {user}" for user in users], "e2p")
+    names, vectors = asked_for(run, users)
     bodies = []
-    for user, vector in zip(users, vectors, strict=True):
+    for user, vector in zip(names, vectors, strict=True):
         prefix = np.asarray(model.projector(vector))  # one by one: the same bytes, whoever else was asked for
         messages = ({"role": "user", "content": prompt},)
         example = encoder.encode_prompt(Record(user, (), messages, source="--prompt"), "e2p")

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import vectors_for
+from e2p_jax.evaluate.generate import asked_for
 from e2p_jax.files import replace_directory
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
@@ -22,7 +22,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
     code of ours to load them in front of the run's backbone.
 
     Args:
-      users: ids in the run's table of user vectors, or `@vector.npy`.
+      users: ids in the run's table of user vectors, `@vector.npy`, or `@@alice` for the user `@alice`.
 
     Raises:
       UserError: no users, an unknown one, a placement that PEFT has no word for, or a trained backbone.
@@ -37,7 +37,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
             "export --format transformers, or train with prefix.placement=before_bos"
         )
     path, revision = run.inputs.published()
-    vectors = vectors_for(run, users, [f"--user {user}" for user in users], "e2p")
+    names, vectors = asked_for(run, users)
     soft = np.asarray(nnx.merge(run.model.graph, run.model.params).projector(vectors))  # [N, K, D]
     settings = {
         "peft_type": "PROMPT_TUNING",
@@ -52,7 +52,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
         "inference_mode": True,
     }
     with replace_directory(out) as temporary:
-        for user, prefix in zip(users, soft, strict=True):
+        for user, prefix in zip(names, soft, strict=True):
             place = temporary / urllib.parse.quote(user.removeprefix("@"), safe="")
             place.mkdir()
             (place / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,20 +1,23 @@
 """Tables of user vectors: every form reads the same, every fault is named."""
 
 import csv
+import io
 import json
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from e2p_jax.data import arrays, synthetic
 from e2p_jax.data import embeddings as module
-from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import UserTable, load_table, save_table
 from e2p_jax.errors import UserError
 
@@ -148,11 +151,13 @@ def test_width_must_be_what_meta_says(tmp_path: Path) -> None:
         load_table(str(place))
 
 
-@pytest.mark.parametrize("meta", ["{", "[]", '{"dtype": "float32"}'])
+@pytest.mark.parametrize(
+    "meta", ["{", "[]", '{"dtype": "float32"}', '{"width": "5"}', '{"width": 5, "width": 5}', "[" * 99_999, "\udcff"]
+)
 def test_broken_meta_is_named(tmp_path: Path, meta: str) -> None:
     place = write("directory", tmp_path)
-    (place / "meta.json").write_text(meta)
-    with pytest.raises(UserError, match=r"meta\.json: must be a JSON object with a width"):
+    (place / "meta.json").write_bytes(meta.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"meta\.json: .*must be a JSON object with a width"):
         load_table(str(place))
 
 
@@ -182,27 +187,59 @@ def _parquet(path: Path, **columns: Any) -> Path:
     return path / "t.parquet"
 
 
+def _zip(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path / "t.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("_", "."), content)
+    return path / "t.npz"
+
+
+def _header(shape: Any, kind: str = "<f4") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def _saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 OBJECTS = np.array([{"any": "thing"}, None], object)
+F32S = pa.list_(pa.float32())
 FAULTS = {
     "pickled vectors": (lambda p: _npz(p, ids=np.array(IDS), embeddings=OBJECTS), "unreadable.*not objects"),
     "pickled ids": (lambda p: _npz(p, ids=np.array(IDS, object), embeddings=VECTORS), "unreadable.*not objects"),
     "pickled npy": (lambda p: _npy(p, OBJECTS), "unreadable.*not objects"),
     "no ids": (lambda p: _npz(p, embeddings=VECTORS), r"needs the arrays `embeddings` and `ids`, has \['embeddings'\]"),
+    "ids that are no array": (lambda p: _zip(p, ids=b"ann", embeddings_npy=_saved(VECTORS)), r"has \['embeddings'\]"),
+    "a member cut short": (lambda p: _zip(p, ids_npy=_saved(VECTORS), embeddings_npy=_header((9, 9))), "unreadable"),
+    "negative sizes": (lambda p: _zip(p, ids_npy=_saved(VECTORS), embeddings_npy=_header((-1, -1))), "unreadable"),
+    "bytes after the end": (lambda p: _bytes(p, "t.npy", _saved(VECTORS) + b"x"), "bytes are not what its header says"),
+    "an npz called npy": (lambda p: _npz(_npy(p, VECTORS).parent, a=VECTORS).rename(p / "t.npy"), "unreadable"),
+    "width 0": (lambda p: _npz(p, ids=np.array(IDS), embeddings=VECTORS[:, :0]), r"shape \(4, 0\)"),
+    "width 0 of Parquet": (lambda p: _parquet(p, user_id=["a"], embedding=pa.array([[]], F32S)), r"shape \(1, 0\)"),
+    "other byte order": (lambda p: _npz(p, ids=np.array(IDS), embeddings=VECTORS.astype(">f4")), "byte order"),
+    "half a surrogate": (lambda p: _npz(p, ids=np.array([*IDS[:3], "\ud800"]), embeddings=VECTORS), "row 3: .*half a"),
+    "long name": (lambda p: p / ("x" * 5000), r"data.embeddings: '.*x\.\.\.' cannot be opened \(File name too long\)"),
+    "NUL in the name": (lambda p: p / "a\0b", r"a\\x00b' cannot be opened \(embedded null byte\)"),
+    "nobody's home": (lambda p: Path("~nobody-here/t"), r"~nobody-here/t' cannot be opened"),
     "one vector": (lambda p: _npy(p, VECTORS[0]), r"shape \(5,\) and dtype float32; save them as \[users, width\]"),
     "text": (lambda p: _npy(p, np.array([["a", "b"]] * 4)), "dtype <U1; save them as"),
     "whole numbers": (lambda p: _npy(p, np.arange(8).reshape(4, 2)), "dtype int64; save them as"),
     "not an npy": (lambda p: _text(p, "t.npy"), "unreadable"),
     "not an npz": (lambda p: _text(p, "t.npz"), "unreadable"),
     "not a parquet": (lambda p: _text(p, "t.parquet"), "unreadable.*give a Parquet file"),
-    "numbers as text": (lambda p: _text(p, "t.csv", "u,0\nann,1.0\nbob,x\n"), r":3: CSV conversion error .*'x'"),
-    "cells": (lambda p: _text(p, "t.csv", "u,0\nann,1.0\nbob\n"), r":3: Expected 2 columns, got 1.*an id and then 1"),
-    "empty cell": (lambda p: _text(p, "t.csv", "u,0\nann,\n"), r":2: CSV conversion error .*''; a line is an id"),
+    "numbers as text": (lambda p: _text(p, "t.csv", "user,0\nann,1.0\nbob,x\n"), r":3: CSV conversion error .*'x'"),
+    "cells": (lambda p: _text(p, "t.csv", "user,0\nann,1.0\nbob\n"), r":3: Expected 2 columns, got 1.*an id and 1 num"),
+    "empty cell": (lambda p: _text(p, "t.csv", "user,0\nann,\n"), r":2: CSV conversion error .*''; a line is an id"),
     "one column": (
         lambda p: _text(p, "t.tsv", "u,0\nann,1\n"),
-        "its header has one column; the first is the user's id",
+        "its first line has one column; one is the user's id, every other a number, between tabs",
     ),
     "no lines": (lambda p: _text(p, "t.csv", ""), "t.csv: "),
-    "Latin-1": (lambda p: _bytes(p, "t.csv", b"u,0\nZo\xeb,1\n"), "invalid UTF8"),
+    "Latin-1": (lambda p: _bytes(p, "t.csv", b"user,0\nZo\xeb,1\n"), "invalid UTF8"),
     "null id": (lambda p: _parquet(p, user_id=["a", None], embedding=[[1.0], [2.0]]), "row 1: user_id is null"),
     "ids of floats": (lambda p: _parquet(p, user_id=[1.5], embedding=[[1.0]]), "`user_id` has type double; make it"),
     "ids of bytes": (lambda p: _npz(p, ids=np.array([b"Zo\xeb"]), embeddings=VECTORS[:1]), "ids are not UTF-8"),
@@ -227,7 +264,69 @@ def test_fault_is_one_line_that_names_the_file(tmp_path: Path, fault: str) -> No
     path = make(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
         load_table(str(path))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path)[:70] in str(caught.value).replace("\\x00", "\0")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_file_that_would_fill_the_memory_is_refused(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its size alone: what it holds is not read. Where the bound is lower, so that the test's file is small."""
+    vectors = np.zeros((4, 500_000), np.float32)
+    if form == "npz":
+        np.savez_compressed(tmp_path / "t.npz", ids=IDS, embeddings=vectors)
+    else:
+        lists = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
+        pq.write_table(pa.table({"user_id": IDS, "embedding": lists}), tmp_path / "t.parquet", compression="zstd")
+    assert load_table(str(tmp_path / f"t.{form}")).width == 500_000
+    monkeypatch.setattr(arrays, "_LARGE", 1 << 20)
+    with pytest.raises(UserError, match=rf"t\.{form}: `embeddings?` takes 8 MB, from 0\.. MB in the file"):
+        load_table(str(tmp_path / f"t.{form}"))
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    """Members and columns that nobody asks for may hold anything."""
+    path = _zip(tmp_path, ids_npy=_saved(np.array(IDS)), embeddings_npy=_saved(VECTORS), more_npy=b"\x93NUMPY", raw=b"")
+    assert list(load_table(str(path)).ids) == IDS
+    other = pa.array([{"no": "vector"}] * 4)
+    table = pa.table({"other": other, "user_id": IDS, "embedding": list(VECTORS)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    pyarrow.feather.write_feather(table, tmp_path / "t.feather")
+    for name in ("t.parquet", "t.feather"):
+        np.testing.assert_array_equal(load_table(str(tmp_path / name)).lookup(IDS, IDS), VECTORS)
+
+
+@pytest.mark.parametrize("form", ["parquet", "feather"])
+def test_categories_are_read_as_the_ids_they_stand_for(tmp_path: Path, form: str) -> None:
+    for ids in (pa.array(IDS), pa.array([10, 7, 3, 5])):
+        table = pa.table({"user_id": ids.dictionary_encode(), "embedding": list(VECTORS)})
+        write_file = pq.write_table if form == "parquet" else pyarrow.feather.write_feather
+        write_file(table, tmp_path / f"t.{form}")
+        assert list(load_table(str(tmp_path / f"t.{form}")).ids) == [str(user) for user in ids.to_pylist()]
+
+
+def test_two_vectors_of_a_user_are_compared_by_their_length(tmp_path: Path) -> None:
+    """Copies may differ by what float16 rounds away, however short the vectors are."""
+    short = np.array([[1e-4, 2e-4], [-5e-4, 7e-4]], np.float32)
+    for scale in (1.0, 1e-30, 1e30):
+        with pytest.raises(UserError, match="user 'a' has different vectors in rows 0 and 1"):
+            UserTable(["a", "a"], short * np.float32(scale), "here")
+        first = short[:1] * np.float32(scale)
+        assert len(UserTable(["a", "a"], np.concatenate([first, first * np.float32(1.0003)]), "here")) == 1
+    assert len(UserTable(["a", "a"], np.zeros((2, 2), np.float32), "here")) == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "asked"),
+    [("10.0", "10"), ("10", "10.0"), ("7", "007"), (" ann", "ann"), ("ann\r", "ann"), ("ann", "ann "), ("Ann", "ann")],
+)
+def test_id_that_another_program_made_something_of_is_named(there: str, asked: str) -> None:
+    table = UserTable([there, "other"], VECTORS[:2], "the table")
+    with pytest.raises(UserError) as caught:
+        table.lookup([asked], ["r.jsonl:1"])
+    assert str(caught.value) == (
+        f"r.jsonl:1: user {asked!r} has no vector in the table, but {there!r} has; ids must agree to the letter, so "
+        "mend one of the two"
+    )
 
 
 def test_npy_needs_its_ids_beside_it(tmp_path: Path) -> None:

@@ -229,5 +229,37 @@ def test_malformed_prompt_is_named(tmp_path: Path, line: Any, message: str) -> N
 
 
 def test_missing_prompt_file_names_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--input .*none\.jsonl: does not exist"):
+    with pytest.raises(UserError, match=r"--input: .*none\.jsonl does not exist"):
         records.read_prompts(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"user_id": "ann", "user_id": "bob", "prompt": "b"}', "the key 'user_id' stands twice"),
+        (
+            '{"user_id": "a", "messages": [{"role": "user", "content": "a", "content": "b"}]}',
+            "key 'content' stands",
+        ),
+        ("[" * 100_000, "malformed JSON"),
+        ('{"user_id": 10.0, "prompt": "b"}', "user_id must be text or a whole number, not 10.0"),
+        ('{"user_id": "\\udcff", "prompt": "b"}', "holds half a surrogate pair"),
+        ('{"user_id": "a", "prompt": "b", "' + "x" * 9999 + '": 1}', "unknown keys"),
+        ('{"user_id": "a", "messages": [{"role": "' + "x" * 9999 + '"}]}', "has role 'xxx"),
+    ],
+)
+def test_hostile_line_is_one_line(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "p.jsonl", {"user_id": "a", "prompt": "b"}, line)
+    for read in (records.read_prompts, lambda path: records.read_jsonl(path, "all")):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        said = str(caught.value)
+        assert "\n" not in said and len(said) < 700
+    with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{message}"):
+        records.read_prompts(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "."])
+def test_prompt_file_of_an_impossible_name_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=r"^--input: '.*' cannot be opened \(.*\); give another path$"):
+        records.read_prompts(Path(name))

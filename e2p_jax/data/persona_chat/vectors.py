@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from e2p_jax.data.arrays import map_array
 from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.import_table import read_arrays
 from e2p_jax.data.persona_chat.dialogues import Dialogue, user_id
 from e2p_jax.errors import UserError
 
@@ -38,7 +38,7 @@ def save_vectors(parts: Sequence[tuple[Path, int, Sequence[Dialogue]]], table: P
 
 def _read(path: Path, count: int, dialogues: Sequence[Dialogue]) -> np.ndarray:
     """[len(dialogues), E] of any float type."""
-    vectors: np.ndarray = read_arrays(path)
+    vectors: np.ndarray = map_array(path)
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
         raise UserError(f"{path}: {vectors.dtype} of shape {vectors.shape}, expected floats [dialogues, width]")
     if len(vectors) != count:
