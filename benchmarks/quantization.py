@@ -20,20 +20,19 @@ KINDS = ("none", "int8", "int4", "nf4")
 def nll(kind: Any, users: int) -> dict[str, float]:
     """Nats a target of the embedded backbone, by condition."""
     import jax
-    import numpy as np
 
     from e2p_jax.config import BackboneConfig, Config, DataConfig
     from e2p_jax.data import synthetic
-    from e2p_jax.data.conditions import Population
+    from e2p_jax.data.population import Population
     from e2p_jax.train.partition import split
     from e2p_jax.train.score import pack_conditions, score
     from e2p_jax.train.setup import build_model, jit_eval_step, read_inputs
 
     config = Config(backbone=BackboneConfig(quantization=kind), data=DataConfig(seq_len=256))
     inputs = read_inputs(config)
-    model = build_model(inputs, np.zeros((2, 8), np.float32))
+    nobody = Population.standard(8)
+    model = build_model(inputs, nobody)
     trainable, frozen = split(model.params, model.mask)
-    nobody = Population(np.zeros(8, np.float32), np.ones(8, np.float32))
     packed, kept, _ = pack_conditions(
         synthetic.records("validation")[:users], ("none", "text"), inputs.encoder, None, nobody
     )

@@ -66,7 +66,7 @@ def break_down() -> dict[str, float]:
     inputs = setup.read_inputs(config)
     data = read_data(inputs)
     done("data: read, tokenise, pack")
-    model = setup.build_model(inputs, data.user_vectors)
+    model = setup.build_model(inputs, data.population)
     state, frozen = setup.initial_state(model, config.train)
     done("backbone, projector, optimizer")
     with jax.set_mesh(model.mesh):

@@ -35,6 +35,7 @@ from peers import LeftOut, Peer, Stage
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data.pipeline import to_devices
+from e2p_jax.data.population import Population
 from e2p_jax.train import setup
 from e2p_jax.train.partition import split
 from e2p_jax.train.step import make_eval_step
@@ -133,7 +134,7 @@ def main(
         )
         inputs = setup.read_inputs(config)
         packed = work.read_work(inputs, data, rows)
-        model = setup.build_model(inputs, packed.dataset.vectors)
+        model = setup.build_model(inputs, Population.of(packed.dataset.vectors))
         projector = {name: np.asarray(value) for name, value in model.params["projector"].items()}
         stage = Stage(packed, directory, torch_model, projector, turns, device, dtype)
         for key in peers:

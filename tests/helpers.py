@@ -17,6 +17,7 @@ from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.backbone.layout import PLAIN, Execution
 from e2p_jax.backbone.weights import abstract, load
 from e2p_jax.config import MeshConfig
+from e2p_jax.data.population import Population
 from e2p_jax.parallel.mesh import AXES, make_mesh, param_sharding
 from e2p_jax.prefix.model import Batch, PrefixModel
 from e2p_jax.prefix.projector import Projector
@@ -140,8 +141,8 @@ def prefix_model(
         dropout=dropout,
         rngs=nnx.Rngs(2),
     )
-    vectors = jnp.asarray(np.random.default_rng(3).normal(1.0, 2.0, (64, USER_WIDTH)), jnp.float32)
-    projector.calibrate(vectors, backbone.embedding[...], 1.0)
+    vectors = np.random.default_rng(3).normal(1.0, 2.0, (64, USER_WIDTH)).astype(np.float32)
+    projector.calibrate(*Population.of(vectors), backbone.embedding[...], 1.0)
     return PrefixModel(backbone, projector)
 
 

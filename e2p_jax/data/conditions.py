@@ -12,6 +12,7 @@ import numpy as np
 
 from e2p_jax.config import Condition
 from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.population import Population
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 
@@ -34,18 +35,6 @@ FRONTS: dict[Condition, Front] = {
     "zero": Front("zero", False),
     "noise": Front("noise", False),
 }
-
-
-class Population(NamedTuple):
-    """Statistics of the training users' vectors."""
-
-    mean: np.ndarray  # [E] float32
-    std: np.ndarray  # [E] float32
-
-    @classmethod
-    def of(cls, vectors: np.ndarray) -> "Population":
-        """Of [N, E] vectors, one per user."""
-        return cls(np.mean(vectors, axis=0), np.std(vectors, axis=0))
 
 
 def user_vectors(

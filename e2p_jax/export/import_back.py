@@ -14,6 +14,7 @@ from e2p_jax.config import Config, MeshConfig, from_json
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset, train_iterator
+from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.export.transformers import TORCH_NAMES
 from e2p_jax.files import replace_directory
@@ -52,7 +53,7 @@ def import_transformers(directory: Path, out: Path, data: str | None = None, emb
         exported = _with_data(exported, data, embeddings)
         here, there = (_with_paths(exported, settings, place) for place in (temporary, out.resolve()))
         inputs = read_inputs(here)
-        model = build_model(inputs, np.zeros((1, settings["embedding_size"]), np.float32))
+        model = build_model(inputs, Population.standard(settings["embedding_size"]))
         if model.fingerprint != settings["run"]["fingerprint"]:
             wanted = settings["run"]["fingerprint"]
             raise UserError(

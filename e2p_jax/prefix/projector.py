@@ -96,17 +96,17 @@ class Projector(nnx.Module):
         lead = (1,) * vectors.ndim
         return row(self.token_mean) + row(self.token_std) * y
 
-    def calibrate(self, vectors: jax.Array, token_embeddings: jax.Array, scale: float) -> None:
+    def calibrate(self, mean: jax.Array, std: jax.Array, token_embeddings: jax.Array, scale: float) -> None:
         """Sets the statistics.
 
         Args:
-          vectors: [N, E], one per training user; a dimension that never varies is left unscaled.
+          mean: [E] float32, of the training users' vectors (`e2p_jax.data.population`).
+          std: [E] float32, greater than 0.
           token_embeddings: [V, D] of the backbone.
           scale: root mean square of the soft tokens, in units of the token embeddings.
         """
-        std = jnp.std(vectors, axis=0)
-        self.input_mean[...] = jnp.mean(vectors, axis=0)
-        self.input_std[...] = jnp.where(std > 1e-6, std, 1.0)
+        self.input_mean[...] = mean
+        self.input_std[...] = std
         tokens = token_embeddings.astype(jnp.float32)
         self.token_mean[...] = scale * jnp.mean(tokens, axis=0)
         self.token_std[...] = scale * jnp.std(tokens, axis=0)

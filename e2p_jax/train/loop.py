@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import chex
 import jax
-import numpy as np
 from etils import epath
 
 from e2p_jax.config import Config
-from e2p_jax.data.conditions import Population, user_vectors
+from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.pipeline import PackedDataset, to_devices, train_iterator
+from e2p_jax.data.population import Population, training_population
 from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
 from e2p_jax.errors import Preempted, UserError
@@ -34,7 +34,8 @@ class Data:
 
     train: PackedDataset
     held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; `dev` picks the best checkpoint
-    user_vectors: np.ndarray  # [U, E] float32, one per training user
+    population: Population  # of the training users' vectors
+    warnings: list[str]  # about these
     dropped_messages: int
     skipped: str | None  # what was skipped as bad, if anything was
 
@@ -47,26 +48,27 @@ def read_data(inputs: Inputs) -> Data:
     """
     config, condition = inputs.config, inputs.config.data.condition
     read = read_training(config, inputs.encoder)
-    everyone = _one_vector_per_user(inputs, read.records)
-    population = Population.of(everyone)
+    population, warnings = _population(inputs, read.records)
     vectors = user_vectors(read.records, condition, inputs.table, population)
     train = PackedDataset(read.examples, vectors, read.rows, read.budget, inputs.encoder.num_tokens)
     held_out = {}
     for name, others in ({"dev": read.dev} | read.reported if read.dev else read.reported).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
         held_out[name] = (packed[condition], kept)
-    return Data(train, held_out, everyone, read.dropped_messages, read.skipped)
+    return Data(train, held_out, population, warnings, read.dropped_messages, read.skipped)
 
 
-def _one_vector_per_user(inputs: Inputs, records: Sequence[Record]) -> np.ndarray:
-    if inputs.table is None:
-        return np.zeros((1, 1), np.float32)
+def _population(inputs: Inputs, records: Sequence[Record]) -> tuple[Population, list[str]]:
+    """The statistics of the training users' vectors, each user counted once, and what to warn of."""
+    table, condition = inputs.table, inputs.config.data.condition
+    if table is None:
+        return Population.standard(1), []
     places = {record.user_id: record.source for record in records}
-    vectors = inputs.table.lookup(list(places), list(places.values()))
-    known = vectors[~np.isnan(vectors[:, 0])]  # the null user has no part in the statistics
+    rows = table.rows(list(places), list(places.values()))
+    known = rows[rows >= 0]  # the null user has no part in the statistics
     if not len(known):
-        raise UserError(f"{inputs.table.source}: holds none of the {len(places)} training users; give their table")
-    return known
+        raise UserError(f"{table.source}: holds none of the {len(places)} training users; give their table")
+    return training_population(table, known, told_apart=FRONTS[condition].vector in ("own", "other"))
 
 
 def train(config: Config, run: epath.PathLike) -> epath.Path:
@@ -82,7 +84,7 @@ def train(config: Config, run: epath.PathLike) -> epath.Path:
     inputs = read_inputs(config)
     data = read_data(inputs)
     distributed.check_same("training data", data.train.digest)
-    model = build_model(inputs, data.user_vectors)
+    model = build_model(inputs, data.population)
     with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
         _train(config, run, data, model)
@@ -118,6 +120,8 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model) -> None:
     say = recorder.progress.say
     for damage in checkpoints.damaged:
         say(damage)
+    for warning in data.warnings:
+        say(f"warning: {warning}")
     say(describe(model.params, model.mask))
     say(
         f"{len(data.train.examples):,} conversations in {len(data.train.rows):,} rows of {config.data.seq_len} tokens, "

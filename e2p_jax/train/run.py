@@ -15,7 +15,7 @@ from etils import epath
 from e2p_jax import config as config_lib
 from e2p_jax.backbone.attention import runs_on
 from e2p_jax.config import Config, MeshConfig
-from e2p_jax.data.conditions import Population
+from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.files import run_directory, write_text
 from e2p_jax.parallel import distributed
@@ -134,7 +134,7 @@ def open_run(directory: epath.PathLike, checkpoint: str = "best", embeddings: st
         raise UserError(
             f"{inputs.table.source}: vectors have width {inputs.table.width}, but the run's projector takes {width}"
         )
-    model = build_model(inputs, np.zeros((1, width), np.float32))
+    model = build_model(inputs, Population.standard(width))
     _check_fingerprint(directory, model)
     checkpoints = Checkpoints(directory)
     step = checkpoints.step_of(checkpoint)

@@ -9,7 +9,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -22,6 +21,7 @@ from e2p_jax.backbone.lora import Lora
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.encode import Encoder, load_tokenizer
+from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated
 from e2p_jax.prefix.model import PrefixModel
@@ -125,26 +125,26 @@ def _lora(config: Config, decoder: DecoderConfig) -> Lora:
     return Lora(decoder, config.backbone.lora_rank, rngs=nnx.Rngs(config.train.seed + 2))
 
 
-def build_model(inputs: Inputs, training_vectors: np.ndarray) -> Model:
+def build_model(inputs: Inputs, population: Population) -> Model:
     """Abstract init, shardings, weights straight into place, one jitted init of the projector.
 
     Args:
-      training_vectors: [N, E] float32, one per training user; they set the projector's statistics.
+      population: of the training users; it sets the projector's statistics.
 
     Raises:
       UserError: the backbone's weights cannot be read or `train.trainable` does not fit.
     """
-    config, width = inputs.config, training_vectors.shape[1]
+    config, width = inputs.config, len(population.mean)
     model = abstract_model(config, inputs.decoder, width, make_mesh(config.mesh))
     backbone, fingerprint = _backbone(inputs, model)
 
-    def initialise(embedding: jax.Array, vectors: jax.Array) -> PyTree:
+    def initialise(embedding: jax.Array, mean: jax.Array, std: jax.Array) -> PyTree:
         projector = _projector(config, inputs.decoder, width)
-        projector.calibrate(vectors, embedding, config.projector.init_scale * inputs.decoder.embedding_scale)
+        projector.calibrate(mean, std, embedding, config.projector.init_scale * inputs.decoder.embedding_scale)
         return nnx.to_pure_dict(nnx.state(projector))
 
     with jax.set_mesh(model.mesh):
-        projector = jax.jit(initialise, out_shardings=replicated(model.mesh))(backbone["embedding"], training_vectors)
+        projector = jax.jit(initialise, out_shardings=replicated(model.mesh))(backbone["embedding"], *population)
     params = {"backbone": backbone, "projector": projector}
     if config.backbone.lora_rank:
         params["lora"] = _adapters(inputs, model)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import FRONTS, Population, other_users, user_vectors
+from e2p_jax.data.conditions import FRONTS, other_users, user_vectors
 from e2p_jax.data.embeddings import UserTable
+from e2p_jax.data.population import Population
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 
@@ -73,8 +74,3 @@ def test_controls_need_no_table(condition: Condition) -> None:
         assert (vectors[:, 1] == -5).all()
     else:
         assert (vectors == (0 if condition == "zero" else POPULATION.mean)).all()
-
-
-def test_population_of_the_training_users() -> None:
-    vectors = np.array([[1.0, 5], [3, 5]], np.float32)
-    assert [part.tolist() for part in Population.of(vectors)] == [[2, 5], [1, 0]]

@@ -8,6 +8,7 @@ import pytest
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig
 from e2p_jax.data import synthetic
+from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate import rank as ranking
 from e2p_jax.train.run import Run
@@ -26,7 +27,9 @@ def run(tiny_backbone: Path) -> Run:
         projector=ProjectorConfig(hidden_size=16, init_scale=3.0),
     )
     inputs = read_inputs(config)
-    return Run(Path(), 0, inputs, build_model(inputs, np.stack([synthetic.vector(user) for user in range(50)])))
+    return Run(
+        Path(), 0, inputs, build_model(inputs, Population.of(np.stack([synthetic.vector(user) for user in range(50)])))
+    )
 
 
 @pytest.fixture(scope="module")

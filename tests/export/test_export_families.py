@@ -20,6 +20,7 @@ from e2p_jax.backbone.families import FAMILIES
 from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
+from e2p_jax.data.population import Population
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.evaluate.table import evaluate
@@ -71,7 +72,7 @@ def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int,
     )
     inputs = read_inputs(config)
     assert inputs.table is not None
-    model = build_model(inputs, np.asarray(inputs.table.vectors))
+    model = build_model(inputs, Population.of(inputs.table.vectors))
     rng = np.random.default_rng(0)
     moved = {
         name: value if name.endswith(("mean", "std")) else value + 0.3 * rng.normal(size=value.shape).astype(np.float32)

@@ -20,6 +20,7 @@ from flax import nnx
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, MeshConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
+from e2p_jax.data.population import Population
 from e2p_jax.data.records import write_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.table import evaluate
@@ -162,7 +163,7 @@ def test_what_trains_of_a_bfloat16_backbone_is_kept_in_float32(config: Config, t
     data = dataclasses.replace(config.data, condition="none")
     run = train(dataclasses.replace(config, backbone=backbone, train=settings, data=data), tmp_path / "run")
     opened = open_run(run, "last")
-    start = build_model(opened.inputs, np.zeros((1, 64), np.float32))
+    start = build_model(opened.inputs, Population.standard(64))
     part = trainable.split("/")[0]
     for now, before in zip(
         jax.tree.leaves(opened.model.params[part]), jax.tree.leaves(start.params[part]), strict=True
