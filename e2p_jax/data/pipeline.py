@@ -80,10 +80,13 @@ class _Steps(grain.sources.RandomAccessDataSource):
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        places = step * self.batch_rows + self.local
-        epochs, within = np.divmod(places, len(self.dataset.rows))
-        rows = [epoch_order(self.seed, int(e), len(self.dataset.rows))[i] for e, i in zip(epochs, within, strict=True)]
-        return self.dataset.batch([int(row) for row in rows])
+        return self.dataset.batch(rows_at(self.dataset, self.seed, step * self.batch_rows + self.local))
+
+
+def rows_at(dataset: PackedDataset, seed: int, places: np.ndarray) -> list[int]:
+    """The rows that stand at these places of the whole run: batch after batch, epoch after epoch."""
+    epochs, within = np.divmod(places, len(dataset.rows))
+    return [int(epoch_order(seed, int(e), len(dataset.rows))[i]) for e, i in zip(epochs, within, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)

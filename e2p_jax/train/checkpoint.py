@@ -3,10 +3,12 @@
 The frozen backbone is never written; `backbone.json` in the run directory names it by path, revision and fingerprint.
 """
 
+import math
 import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -21,7 +23,14 @@ from e2p_jax.train.step import TrainState
 
 PyTree = Any
 _REMOVED = ".removed"  # where steps go at once that are no longer kept, so that none is ever there in part
-_BEST: dict[str, Any] = {"best_fn": lambda metrics: metrics["nll"], "best_mode": "min"}
+
+
+def _rank(metrics: dict[str, float]) -> float:
+    """Its NLL; runs of earlier versions hold some that are not finite, and no order of numbers knows what to do."""
+    return metrics["nll"] if math.isfinite(metrics["nll"]) else math.inf
+
+
+_BEST: dict[str, Any] = {"best_fn": _rank, "best_mode": "min"}
 
 
 def _flatten(tree: PyTree) -> dict[str, jax.Array]:
@@ -58,7 +67,7 @@ class Checkpoints:
             kept = [
                 policies.LatestN(settings.keep_last),
                 policies.BestN(
-                    get_metric_fn=lambda m: -m["nll"], n=settings.keep_best, keep_checkpoints_without_metrics=False
+                    get_metric_fn=_rank, reverse=True, n=settings.keep_best, keep_checkpoints_without_metrics=False
                 ),
             ]
             options = ocp.CheckpointManagerOptions(
@@ -110,7 +119,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def step_of(self, which: str) -> int:
-        """`best` (lowest evaluation NLL), `last`, or a number.
+        """`best` (lowest evaluation NLL; the last one where none is known), `last`, or a number.
 
         Raises:
           UserError: there is no such checkpoint.
@@ -122,7 +131,8 @@ class Checkpoints:
             return steps[-1]
         if which == "best":
             best = self._manager.best_step()
-            return steps[-1] if best is None else best
+            metrics = None if best is None else self._manager.metrics(best)
+            return best if metrics and math.isfinite(_rank(metrics)) else steps[-1]
         if not which.isdigit() or int(which) not in steps:
             raise UserError(f"--checkpoint {which}: {self.directory} has best, last and {steps}")
         return int(which)
@@ -138,7 +148,13 @@ class Checkpoints:
             raise UserError(f"{self.directory / str(step)}: {damage}; choose another with --checkpoint: {others}")
 
     def save(self, state: TrainState, statistics: PyTree, data: dict[str, Any], nll: float | None) -> None:
-        """Writes in the background; `nll` is the evaluation result at this step, if there is one."""
+        """Writes in the background; `nll` is the evaluation result at this step, if there is one.
+
+        Raises:
+          ValueError: it is not finite.
+        """
+        if nll is not None and not math.isfinite(nll):
+            raise ValueError(f"an NLL of {nll} ranks nothing")
         self.wait()
         self._saving = int(state.step)
         self._manager.save(
@@ -155,7 +171,7 @@ class Checkpoints:
         """Reads a checkpoint onto the shardings of the given state, whatever mesh it was saved from.
 
         Raises:
-          UserError: the checkpoint does not fit this config.
+          UserError: the checkpoint does not fit this config, or holds parameters that are not finite.
         """
         raw = state._replace(key=jax.random.key_data(state.key))
         abstract = {
@@ -181,6 +197,11 @@ class Checkpoints:
             ),
         )
         raw = _unflatten(raw, restored["state"])
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(raw.trainable)):
+            raise UserError(
+                f"{self.directory / str(step)}: holds parameters that are not finite (earlier versions saved them); "
+                "move it away to resume from the one before, or choose another with --checkpoint"
+            )
         key = jax.random.wrap_key_data(raw.key)
         return raw._replace(key=key), _unflatten(statistics, restored["statistics"]), restored["data"]
 

@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
+import numpy as np
 from etils import epath
 
-from e2p_jax.config import Config
+from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.conditions import FRONTS, user_vectors
-from e2p_jax.data.pipeline import PackedDataset, to_devices, train_iterator
+from e2p_jax.data.pipeline import PackedDataset, rows_at, to_devices, train_iterator
 from e2p_jax.data.population import Population, training_population
 from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
@@ -19,12 +20,13 @@ from e2p_jax.errors import Preempted, UserError
 from e2p_jax.files import explain_full_disk, run_directory
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
+from e2p_jax.prefix.model import Batch
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.lock import lock_run
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.partition import describe
 from e2p_jax.train.run import claim_run
-from e2p_jax.train.score import pack_conditions, score
+from e2p_jax.train.score import pack_conditions, score, some
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, jit_eval_step, jit_train_step, read_inputs
 
 
@@ -75,8 +77,8 @@ def train(config: Config, run: epath.PathLike) -> epath.Path:
     """Trains until `train.steps`, resuming whatever `run` already holds. Every process of a run calls it.
 
     Raises:
-      UserError: before any compilation, whatever is wrong with the config, data, vectors or backbone; or another
-        command trains in `run`.
+      UserError: before any compilation, whatever is wrong with the config, data, vectors or backbone; another command
+        trains in `run`; or a loss, a gradient, a parameter or a split's NLL is not finite, and nothing of it was saved.
       Preempted: SIGTERM came; the run is saved.
     """
     run = run_directory(run)
@@ -87,16 +89,16 @@ def train(config: Config, run: epath.PathLike) -> epath.Path:
     model = build_model(inputs, data.population)
     with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
-        _train(config, run, data, model)
+        with contextlib.closing(Checkpoints(run, config.train)) as checkpoints:  # waits for what is being written
+            _train(config, run, data, model, checkpoints)
     return run
 
 
-def _train(config: Config, run: epath.Path, data: Data, model: Model) -> None:
+def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoints: Checkpoints) -> None:
     settings, mesh = config.train, model.mesh
     state, frozen = initial_state(model, settings)
     digest = data.train.digest().hex()
     iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
-    checkpoints = Checkpoints(run, settings)
     if checkpoints.latest_step is not None:  # resume, else start at step 0
         state, statistics, position = checkpoints.restore(checkpoints.latest_step, state, frozen["projector"])
         frozen = {**frozen, "projector": statistics}
@@ -116,6 +118,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model) -> None:
         first=first,
         log_every=settings.log_every,
         tokens_per_step=settings.rows * config.data.seq_len,
+        users=functools.partial(_users_of_step, data.train, settings),
     )
     say = recorder.progress.say
     for damage in checkpoints.damaged:
@@ -144,10 +147,9 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model) -> None:
             last, nll = number == settings.steps, None
             evaluated = number % settings.eval_every == 0 or last
             if evaluated:
-                by_split = {}
-                for name, (dataset, records) in data.held_out.items():
-                    evaluate = functools.partial(eval_step, state.trainable, frozen)
-                    by_split[name] = score(dataset, records, evaluate, mesh, settings.rows).per_target
+                recorder.flush()
+                evaluate = functools.partial(eval_step, state.trainable, frozen)
+                by_split = _evaluate(data, number, evaluate, mesh, settings.rows)
                 nll = by_split.get("dev")  # without one, the last checkpoint is the best
                 recorder.evaluation(number, by_split)
             stop = stop_here(number) and not last
@@ -156,6 +158,27 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model) -> None:
                 checkpoints.save(state, frozen["projector"], {**iterator.get_state(), "data": digest}, nll)
             if stop:
                 break
-        checkpoints.close()
+        checkpoints.wait()  # while SIGTERM still asks, and does not end the process
     if stop:
         raise Preempted(f"told to stop; saved at step {number}, rerun the same command to resume")
+
+
+def _evaluate(
+    data: Data, number: int, evaluate: Callable[[Batch], jax.Array], mesh: jax.sharding.Mesh, batch_rows: int
+) -> dict[str, float]:
+    """NLL a target by split, after step `number`."""
+    by_split = {}
+    for name, (dataset, records) in data.held_out.items():
+        try:
+            by_split[name] = score(dataset, records, evaluate, mesh, batch_rows).per_target
+        except UserError as error:
+            raise UserError(f"after step {number}, split {name}: {error}") from error
+    return by_split
+
+
+def _users_of_step(dataset: PackedDataset, settings: TrainConfig, number: int) -> str:
+    """Some users of the batch of step `number`, those with the largest vectors first."""
+    rows = rows_at(dataset, settings.seed, (number - 1) * settings.rows + np.arange(settings.rows))
+    members = np.array([member for row in rows for member in dataset.rows[row]])
+    sizes = np.abs(np.nan_to_num(dataset.vectors[members])).max(axis=1)
+    return some(dataset.examples.users[int(member)] for member in members[np.argsort(-sizes, kind="stable")])

@@ -1,8 +1,10 @@
 """Where numbers go: metrics.jsonl, TensorBoard, and the console."""
 
 import json
+import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import rich.progress
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from e2p_jax.errors import UserError
 from e2p_jax.files import LineFile, in_bucket, write_bytes, write_text
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.terminal import Console
@@ -102,35 +105,75 @@ class Progress:
 
 
 class Recorder:
-    """Takes a step's metrics as they are dispatched and writes them one step late, when nothing waits for them."""
+    """Takes a step's metrics as it is dispatched, and waits for those of the step before.
 
-    def __init__(self, run: epath.Path, *, steps: int, first: int, log_every: int, tokens_per_step: int):
+    So the device always has its next step, and never more than that: whoever stops the run waits for two steps at the
+    most. And no step goes unseen: one that is not finite ends the run before anything is evaluated or saved after it.
+    """
+
+    def __init__(
+        self,
+        run: epath.Path,
+        *,
+        steps: int,
+        first: int,
+        log_every: int,
+        tokens_per_step: int,
+        users: Callable[[int], str],
+    ):
         """
         Args:
           run: Run directory.
           steps: Of the whole run.
           first: Steps already done.
           tokens_per_step: B * T, for the speed shown.
+          users: Names those of a step's batch.
         """
         self.progress = Progress(steps, first, "train")
         self._log = MetricsLog(run, first) if is_first() else None
         self._steps, self._first, self._log_every, self._tokens = steps, first, log_every, tokens_per_step
-        self._pending: tuple[int, Any] | None = None
+        self._users = users
+        self._pending: tuple[int, Any] | None = None  # the step that was dispatched last
         self._clock = (time.monotonic(), first)  # when the last step was written, and which
 
     def step(self, number: int, metrics: Any) -> None:
-        """`metrics`: a NamedTuple of device scalars."""
-        self.flush()
-        if number % self._log_every == 0 or number in (self._first + 1, self._steps):
-            self._pending = (number, metrics)
+        """Returns when the step before `number` is done.
+
+        Args:
+          number: Of the step that was dispatched.
+          metrics: a NamedTuple of device scalars.
+
+        Raises:
+          UserError: the step before is not finite.
+        """
+        for value in metrics:
+            value.copy_to_host_async()
+        before, self._pending = self._pending, (number, metrics)
+        self._settle(before)
 
     def flush(self) -> None:
-        """Writes what is pending."""
-        if self._pending is None:
+        """Returns when every step is done.
+
+        Raises:
+          UserError: the last one is not finite.
+        """
+        before, self._pending = self._pending, None
+        self._settle(before)
+
+    def _settle(self, dispatched: tuple[int, Any] | None) -> None:
+        """Waits for a step and, where it is to be logged, writes its metrics."""
+        if dispatched is None:
             return
-        number, metrics = self._pending
-        self._pending = None
+        number, metrics = dispatched
         values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+        if wrong := [f"{name.removeprefix('train/')} {v}" for name, v in values.items() if not math.isfinite(v)]:
+            raise UserError(
+                f"step {number} is not finite ({', '.join(wrong)}), and nothing of it was saved; users of its batch, "
+                f"largest vectors first: {self._users(number)}; look at their vectors and texts, or lower "
+                "train.learning_rate in another --workdir; the same command goes on from the last checkpoint"
+            )
+        if number % self._log_every and number not in (self._first + 1, self._steps):
+            return
         now = time.monotonic()
         speed = (number - self._clock[1]) * self._tokens / (now - self._clock[0])
         self._clock = (now, number)
@@ -153,9 +196,6 @@ class Recorder:
             self._log.sync()
 
     def close(self) -> None:
-        try:
-            self.flush()
-        finally:
-            if self._log:
-                self._log.close()
-            self.progress.close()
+        if self._log:
+            self._log.close()
+        self.progress.close()

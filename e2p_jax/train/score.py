@@ -1,7 +1,7 @@
 """Summed NLL of records and examples."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +16,7 @@ from e2p_jax.data.packing import Budget, choose_budget
 from e2p_jax.data.pipeline import PackedDataset, eval_batches, pack
 from e2p_jax.data.population import Population
 from e2p_jax.data.records import Record
+from e2p_jax.errors import UserError, shown
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import Model, jit_eval_step
@@ -81,13 +82,30 @@ def pack_conditions(
 def example_nll(
     dataset: PackedDataset, evaluate: Callable[[Batch], jax.Array], mesh: jax.sharding.Mesh, batch_rows: int
 ) -> np.ndarray:
-    """[N] float64: each example's nats, through `evaluate` ([B, S] nats per segment) over all rows."""
+    """[N] float64: each example's nats, through `evaluate` ([B, S] nats per segment) over all rows.
+
+    Raises:
+      UserError: naming users for whom they are not finite.
+    """
     nll = np.zeros(len(dataset.examples), np.float64)
     for batch, members in eval_batches(dataset, mesh, batch_rows):
         sums = np.asarray(jax.device_get(evaluate(batch)))
         for row, numbers in enumerate(members):
             nll[list(numbers)] = sums[row, : len(numbers)]
+    if len(wrong := np.flatnonzero(~np.isfinite(nll))):
+        raise UserError(
+            f"the NLL of {len(wrong)} of {len(nll)} conversations is not finite, those of "
+            f"{some(dataset.examples.users[int(n)] for n in wrong)}; look at their vectors and texts, or take an "
+            "earlier checkpoint"
+        )
     return nll
+
+
+def some(users: Iterable[str]) -> str:
+    """Each once, in order, and not more than a line holds."""
+    names = list(dict.fromkeys(users))
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(shown, names[:8])) + more
 
 
 def score(

@@ -30,6 +30,7 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # of the trainable part, before the clip
     learning_rate: jax.Array
     targets: jax.Array
+    parameter_norm: jax.Array  # of the trainable part, after the step: finite where every parameter is
 
 
 def make_train_step(
@@ -71,7 +72,8 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = Metrics(nll / targets, optax.tree.norm(grads), learning_rate, targets)
+        size = optax.tree.norm(trainable).astype(jnp.float32)
+        metrics = Metrics(nll / targets, optax.tree.norm(grads), learning_rate, targets, size)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return train_step

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, whatever mesh they are read onto; which are kept, and what damage does."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from e2p_jax.config import MeshConfig, TrainConfig
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train.checkpoint import Checkpoints
-from e2p_jax.train.manifest import find_damage
+from e2p_jax.train.manifest import find_damage, write_manifest
 from e2p_jax.train.optimizer import make_optimizer
 from e2p_jax.train.partition import split
 from e2p_jax.train.step import TrainState
@@ -132,6 +133,48 @@ def test_the_last_and_the_best_are_kept(
     assert (again.step_of("best"), again.step_of("last"), again.latest_step) == (best, len(nlls), len(nlls))
     assert [again.step_of(str(step)) for step in kept] == kept
     again.close()
+
+
+def test_an_nll_that_is_not_finite_is_never_best(tmp_path: Path) -> None:
+    """Earlier versions kept such numbers; they are as if there were none."""
+    keep = TrainConfig(keep_last=2)
+    save_steps(tmp_path, [3.0, 1.0, 2.0, 4.0], keep)
+    assert steps_on_disk(tmp_path) == [2, 3, 4]
+    record_as_nan(tmp_path, [3, 4])
+    reader = Checkpoints(tmp_path)
+    assert reader.step_of("best") == 2
+    reader.close()
+    writer = Checkpoints(tmp_path, keep)
+    for nll in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ranks nothing"):
+            writer.save(*make_state(5), DATA, nll)
+    writer.save(*make_state(5), DATA, 5.0)
+    writer.close()
+    assert steps_on_disk(tmp_path) == [2, 4, 5]
+    record_as_nan(tmp_path, [2, 5])
+    reader = Checkpoints(tmp_path)
+    assert reader.step_of("best") == 5  # the last: none is known to be better
+    reader.close()
+
+
+def record_as_nan(run: Path, steps: list[int]) -> None:
+    for step in steps:
+        place = run / "checkpoints" / str(step)
+        metrics = place / "metrics" / "metrics"
+        assert "nll" in json.loads(metrics.read_text())
+        metrics.write_text('{"nll": NaN}')
+        write_manifest(epath.Path(place))
+
+
+def test_parameters_that_are_not_finite_are_not_restored(tmp_path: Path) -> None:
+    state, statistics = make_state(1)
+    state = state._replace(trainable=jax.tree.map(lambda p: p.at[0].set(jnp.nan), state.trainable))
+    checkpoints = Checkpoints(tmp_path, KEEP)
+    checkpoints.save(state, statistics, DATA, None)
+    checkpoints.wait()
+    with pytest.raises(UserError, match=r"checkpoints/1: holds parameters that are not finite .*; move it away"):
+        checkpoints.restore(1, *make_state(blank=True))
+    checkpoints.close()
 
 
 def test_best_is_remembered_over_a_restart(tmp_path: Path) -> None:

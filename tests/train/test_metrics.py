@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from e2p_jax.errors import UserError
 from e2p_jax.train.metrics import MetricsLog, Progress, Recorder, read_metrics
 
 
@@ -103,8 +104,35 @@ class Loss(NamedTuple):
     loss: jax.Array
 
 
+def recorder_of(run: Path) -> Recorder:
+    return Recorder(run, steps=7, first=2, log_every=2, tokens_per_step=1000, users=lambda step: f"'user-{step}'")
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("number", [5, 6])
+def test_a_step_that_is_not_finite_ends_the_run_whether_it_is_logged_or_not(
+    tmp_path: Path, number: int, wrong: float
+) -> None:
+    recorder = recorder_of(tmp_path)
+    recorder.step(4, Loss(jnp.float32(1.0)))
+    recorder.step(number, Loss(jnp.float32(wrong)))
+    said = (
+        rf"step {number} is not finite \(loss {wrong}\), and nothing of it was saved; users .*: 'user-{number}'; look"
+    )
+    with pytest.raises(UserError, match=said):
+        recorder.step(number + 1, Loss(jnp.float32(1.0)))
+    recorder.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4]
+    for ends in (Recorder.flush, Recorder.sync, lambda r: r.evaluation(number, {"dev": 1.0})):
+        recorder = recorder_of(tmp_path)
+        recorder.step(number, Loss(jnp.float32(wrong)))
+        with pytest.raises(UserError, match=said):
+            ends(recorder)
+        recorder.close()
+
+
 def test_recorder_writes_a_step_late_and_everything_before_a_checkpoint(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, steps=7, first=2, log_every=2, tokens_per_step=1000)
+    recorder = recorder_of(tmp_path)
 
     def step(number: int) -> list[int]:
         recorder.step(number, Loss(jnp.float32(number / 4)))
