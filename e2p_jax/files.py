@@ -82,16 +82,26 @@ def _refuse_bucket(path: Path | epath.Path) -> None:
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Writes a file atomically, creating its folder. It waits for other processes that write the same file."""
+    """Writes a file atomically, creating its folder."""
     path = epath.Path(path)
     if in_bucket(path):
         path.write_bytes(data)
         return
     _refuse_bucket(path)
-    temporary = Path(path.with_name(f".{path.name}.tmp"))
+    with replace_file(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary file that takes the place of `path` when the block ends without an error.
+
+    It waits for other processes that write `path`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     with _locked(temporary):
         try:
-            temporary.write_bytes(data)
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

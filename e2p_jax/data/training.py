@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from e2p_jax.data.packing import Budget, choose_budget, plan_rows
 from e2p_jax.data.prepared import load_splits, load_training
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.files import user_cache
+from e2p_jax.files import replace_directory, user_cache
 
 _LAYOUT = 2  # of a cache directory
 _META = "meta.json"
@@ -138,9 +137,8 @@ def _digest(path: Path) -> str:
 
 def _save(training: Training, place: Path) -> None:
     """Whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
-    try:
+    shutil.rmtree(place, ignore_errors=True)  # a damaged one
+    with replace_directory(place) as temporary:
         training.examples.save(temporary)
         np.save(temporary / "rows.npy", np.concatenate([np.asarray(row, np.int64) for row in training.rows]))
         np.save(temporary / "row_ends.npy", np.cumsum([len(row) for row in training.rows]))
@@ -155,13 +153,6 @@ def _save(training: Training, place: Path) -> None:
         (temporary / "records.json").write_text(json.dumps(texts), encoding="utf-8")
         meta = {"files": {path.name: _digest(path) for path in sorted(temporary.iterdir())}}
         (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)  # a damaged one
-        temporary.rename(place)
-    except OSError:
-        if not place.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load(place: Path) -> Training:

@@ -9,7 +9,6 @@ and array may be memory-mapped.
 
 import contextlib
 import itertools
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import xxhash
 
 from e2p_jax.errors import UserError, shown
+from e2p_jax.files import replace_file
 
 _VERSION = 2
 _HEADER = 5  # version, checksum of the text and of all that follows here, rows, users, bits
@@ -83,13 +83,8 @@ class UserIndex:
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            with temporary.open("wb") as file:
-                np.save(file, self.words, allow_pickle=False)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replace_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, self.words, allow_pickle=False)
 
     def __len__(self) -> int:
         return len(self._entries)
