@@ -23,8 +23,9 @@ from flax import nnx
 
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.user_index import UserIndex
-from e2p_jax.export.prefix_reader import MANIFEST, PrefixTable
-from e2p_jax.export.prefix_table import Shard, project_table, rows_a_shard, write_ids
+from e2p_jax.export.prefix_files import write_ids, write_manifest
+from e2p_jax.export.prefix_reader import PrefixTable
+from e2p_jax.export.prefix_table import Shard, project_table, rows_a_shard
 from e2p_jax.prefix.projector import Projector
 
 BLOCK = 1 << 16  # users made at once
@@ -120,8 +121,8 @@ def main(
     def timed() -> float:
         nonlocal ids
         started = time.perf_counter()
-        ids = write_ids(table, out)
-        shards[:] = project_table(projector, table, out, dtype)
+        ids = write_ids(table, out, [])
+        shards[:] = project_table(projector, table, out, dtype, [])[0]
         os.sync()
         return time.perf_counter() - started
 
@@ -142,7 +143,7 @@ def main(
         "ids": ids,
         "shards": [{"name": shard.name, "users": shard.users} for shard in shards],
     }
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(out, manifest)
     peak, started = Peak(), time.perf_counter()
     prefixes = PrefixTable(out)
     seconds["open"] = time.perf_counter() - started

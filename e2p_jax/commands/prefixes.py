@@ -7,6 +7,7 @@ import tyro
 
 from e2p_jax.commands.common import DETECTED, RunPath
 from e2p_jax.options import Processes
+from e2p_jax.terminal import say
 
 
 def prefixes(
@@ -16,9 +17,10 @@ def prefixes(
     embeddings: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
     checkpoint: str = "best",
+    keep_hours: float = 24.0,
     processes: Annotated[Processes, tyro.conf.arg(name="")] = DETECTED,
 ) -> None:
-    """Projects every user of a table once, to be looked up when serving; rerun it to resume or to update.
+    """Projects every user of a table once, to be looked up when serving; rerun it to resume, to update, or to mend.
 
     Args:
       run: Run directory.
@@ -26,6 +28,7 @@ def prefixes(
       embeddings: Table of user vectors to use in place of the run's.
       dtype: Of the soft tokens.
       checkpoint: best, last, or a step.
+      keep_hours: How long at least files stay that an update takes out, for readers that opened the table before.
       processes: Which process this is, where several project together.
     """
     from e2p_jax.export.prefix_table import export_prefixes
@@ -33,6 +36,7 @@ def prefixes(
     from e2p_jax.train.run import open_run
 
     with session(processes):
-        export_prefixes(open_run(run, checkpoint, embeddings), out, dtype)
+        written = export_prefixes(open_run(run, checkpoint, embeddings), out, dtype, keep_hours)
         if is_first():
+            say(written.text())
             print(out)

@@ -17,8 +17,7 @@ from e2p_jax.config import from_json
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.export import payloads
-from e2p_jax.export.prefix_reader import MANIFEST, REMEDY, PrefixTable
-from e2p_jax.tensors import read_tensors
+from e2p_jax.export.prefix_reader import MANIFEST, REMEDY, CheckedRows, PrefixTable, directory_name
 
 if TYPE_CHECKING:
     from e2p_jax.data.encode import Encoder
@@ -40,7 +39,8 @@ class EngineClient:
         """
         payloads.refuse_scaled(table.manifest["embedding_scale"], str(table.directory))
         self.table, self.model = table, model
-        self._tokens = read_tensors(table.directory / "token_embeddings.safetensors", REMEDY)["embeddings"]  # [V, D]
+        tokens = table.directory / f"{table.manifest['tokens']}.tokens.safetensors"
+        self._tokens = CheckedRows(tokens, "embeddings")  # [V, D]
 
     def vllm_completion(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/v1/completions`.
@@ -63,8 +63,7 @@ class EngineClient:
             )
         if all(message["role"] != "user" for message in messages):
             raise UserError("the conversation has no user turn for the soft tokens to stand in; add one")
-        prefix = self.table.lookup([user])[0]
-        return payloads.vllm_chat(self.model, messages, prefix.astype(self._tokens.dtype))
+        return payloads.vllm_chat(self.model, messages, self._prefix(user))
 
     def sglang(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/generate`.
@@ -77,15 +76,21 @@ class EngineClient:
     def embeddings(self, user: str, messages: Messages) -> np.ndarray:
         """[T, D]: the templated prompt with the user's soft tokens in their slots."""
         example = self._encoder.encode_prompt(Record(user, (), tuple(messages), source=f"user {user!r}"), "e2p")
-        rows = np.asarray(self._tokens[example.tokens])
-        return payloads.with_prefix(rows, example.slot_start, self.table.lookup([user])[0])
+        return payloads.with_prefix(self._tokens.read(example.tokens), example.slot_start, self._prefix(user))
+
+    def _prefix(self, user: str) -> np.ndarray:
+        """[K, D] in the dtype of the token embeddings."""
+        return payloads.soft_tokens(self.table.lookup([user])[0], self._tokens.rows.dtype, user)
 
     @functools.cached_property
     def _encoder(self) -> "Encoder":
         from e2p_jax.data.encode import Encoder, load_tokenizer
 
-        directory = self.table.directory
+        directory, name = self.table.directory, self.table.manifest["tokenizer"]
+        tokenizer = directory / f"{name}.tokenizer"
+        if not tokenizer.is_dir() or directory_name(tokenizer) != name:
+            raise UserError(f"{tokenizer}: missing or damaged; {REMEDY}")
         config = from_json(json.dumps(self.table.manifest["config"]), directory / MANIFEST)
         # The tokenizer beside the table carries the run's template.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template="auto"))
-        return Encoder.from_config(config, load_tokenizer(directory / "tokenizer", len(self._tokens)))
+        return Encoder.from_config(config, load_tokenizer(tokenizer, len(self._tokens.rows)))

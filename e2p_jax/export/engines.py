@@ -60,12 +60,13 @@ def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> l
     names, vectors = asked_for(run, users)
     bodies = []
     for user, vector in zip(names, vectors, strict=True):
-        prefix = np.asarray(model.projector(vector))  # one by one: the same bytes, whoever else was asked for
+        projected = np.asarray(model.projector(vector))  # one by one: the same bytes, whoever else was asked for
         messages = ({"role": "user", "content": prompt},)
         example = encoder.encode_prompt(Record(user, (), messages, source="--prompt"), "e2p")
         tokens = np.asarray(model.backbone.embed(example.tokens[None])[0])
+        prefix = payloads.soft_tokens(projected, tokens.dtype, user)
         if format == "vllm-chat":
-            bodies.append(payloads.vllm_chat(name, messages, prefix.astype(tokens.dtype)))
+            bodies.append(payloads.vllm_chat(name, messages, prefix))
             continue
         whole = payloads.with_prefix(tokens, example.slot_start, prefix)
         bodies.append(payloads.sglang(whole) if format == "sglang" else payloads.vllm_completion(name, whole))

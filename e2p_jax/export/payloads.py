@@ -51,6 +51,7 @@ def sglang(embeddings: np.ndarray) -> dict[str, Any]:
     Args:
       embeddings: [T, D]: the whole templated prompt.
     """
+    _refuse_not_finite(embeddings)
     sampling = {"max_new_tokens": SAMPLING["max_tokens"], "temperature": SAMPLING["temperature"]}
     return {"input_embeds": embeddings.astype(np.float32).tolist(), "sampling_params": sampling}
 
@@ -68,10 +69,29 @@ def refuse_scaled(scale: float, where: str) -> None:
         )
 
 
+def soft_tokens(prefix: np.ndarray, dtype: np.dtype, user: str) -> np.ndarray:
+    """[K, D] in the dtype of the token embeddings that they will stand among.
+
+    Raises:
+      UserError: naming the user whose soft tokens are not finite in that dtype.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = prefix.astype(dtype)
+    if not np.isfinite(out).all():
+        raise UserError(f"user {user!r}: the soft tokens are not finite in {dtype.name}; repair or drop that vector")
+    return out
+
+
+def _refuse_not_finite(array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        place = int(np.flatnonzero(~np.isfinite(array).all(axis=-1))[0])
+        raise UserError(f"embedding {place} of a request is not finite; repair or drop the user's vector")
+
+
 def with_prefix(tokens: np.ndarray, start: int, prefix: np.ndarray) -> np.ndarray:
-    """[T, D] token embeddings with the soft tokens [K, D] in their slots, in the dtype of the former."""
+    """[T, D] token embeddings with the soft tokens [K, D], of the same dtype, in their slots."""
     out = np.array(tokens)
-    out[start : start + len(prefix)] = prefix.astype(out.dtype)
+    out[start : start + len(prefix)] = prefix
     return out
 
 
@@ -90,7 +110,11 @@ def tensor_base64(array: np.ndarray) -> str:
 
     Args:
       array: float32, float16 or bfloat16.
+
+    Raises:
+      UserError: a number is not finite.
     """
+    _refuse_not_finite(array)
     storage = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}[array.dtype.name]
     strides = [int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)]
     pickled = (

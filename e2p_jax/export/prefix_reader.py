@@ -1,24 +1,30 @@
 """Looks up users' soft tokens in a table that `e2p prefixes` wrote. Imports neither jax, torch nor transformers."""
 
+import functools
 import hashlib
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 
 from e2p_jax.data.user_index import UserIndex
 from e2p_jax.errors import UserError
 from e2p_jax.tensors import read_tensors
 
 MANIFEST = "manifest.json"
-REMEDY = "rerun `e2p prefixes`"  # of a damaged file
+REMEDY = "rerun `e2p prefixes` to mend it; if the table was updated since it was opened, open it anew"
+_WORD = (1 << 64) - 1
 
 
 class PrefixTable:
     """User id -> soft tokens. Rows, ids and their index stay on disk, memory-mapped.
 
-    An update of the table swaps its manifest: a reader keeps what it opened until it is made anew.
+    Manifest, ids and index are verified when the table is opened, a user's soft tokens whenever they are looked up. An
+    update of the table swaps its manifest: a reader keeps what it opened until it is made anew.
     """
 
     def __init__(self, directory: Path, fingerprint: str | None = None):
@@ -29,12 +35,9 @@ class PrefixTable:
             (`backbone.json` of a run, `config.json` of an export).
 
         Raises:
-          UserError: unfinished, damaged, or made for another backbone.
+          UserError: unfinished, damaged, of an earlier version, or made for another backbone.
         """
-        path = directory / MANIFEST
-        if not path.is_file():
-            raise UserError(f"{directory}: no {MANIFEST}: not a prefix table, or unfinished; rerun `e2p prefixes`")
-        self.directory, self.manifest = directory, json.loads(path.read_text(encoding="utf-8"))
+        self.directory, self.manifest = directory, read_manifest(directory / MANIFEST)
         there = self.manifest["backbone"]["fingerprint"]
         if fingerprint is not None and fingerprint != there:
             raise UserError(
@@ -43,23 +46,21 @@ class PrefixTable:
             )
         self.shape = (int(self.manifest["num_tokens"]), int(self.manifest["width"]))  # K, D
         self._index = self._open_ids(self.manifest["ids"])
-        self._shards = [self._open(shard["name"], shard["users"]) for shard in self.manifest["shards"]]
-        self._users_a_shard = len(self._shards[0])  # of all but the last
+        shards = self.manifest["shards"]
+        open_shard = functools.partial(_open_shard, directory, shards, self.shape, self.manifest["dtype"])
+        self._shard = functools.lru_cache(_most_mapped())(open_shard)
+        self._users_a_shard, self._dtype = shards[0]["users"], self._shard(0).rows.dtype  # of all but the last
+        for number in range(len(shards)):  # missing or truncated: known now
+            self._shard(number)
+        sizes = [shard["users"] for shard in shards]
+        if sum(sizes) != self._index.rows or set(sizes[:-1]) - {sizes[0]} or sizes[-1] > sizes[0]:
+            raise UserError(f"{directory}: {self._index.rows} ids for shards of {sizes[:3]} users and more; {REMEDY}")
 
     def _open_ids(self, name: str) -> UserIndex:
         path = self.directory / f"{name}.ids.txt"
         if not path.is_file() or ids_name(path) != name:
             raise UserError(f"{path}: missing or damaged; {REMEDY}")
         return UserIndex.open(path, self.directory / f"{name}.index.npy")
-
-    def _open(self, name: str, users: int) -> np.ndarray:
-        rows = read_tensors(self.directory / f"{name}.safetensors", REMEDY)["prefixes"]
-        if rows.shape != (users, *self.shape) or rows.dtype.name != self.manifest["dtype"]:
-            raise UserError(
-                f"{self.directory}: shard {name} holds {rows.dtype} {rows.shape}, {MANIFEST} says "
-                f"{self.manifest['dtype']} {(users, *self.shape)}; delete the shard and rerun `e2p prefixes`"
-            )
-        return rows
 
     def __len__(self) -> int:
         return len(self._index)
@@ -71,21 +72,148 @@ class PrefixTable:
         """[N, K, D] in the table's dtype.
 
         Raises:
-          UserError: naming the user who is not in the table.
+          UserError: naming the user who is not in the table, or the damaged file in which the user's soft tokens are.
         """
         rows = self._index.find(users)
         if len(absent := np.flatnonzero(rows < 0)):
             user = users[int(absent[0])]
             raise UserError(f"{self.directory}: user {user!r} has no prefix; add the vector, rerun `e2p prefixes`")
-        out = np.empty((len(users), *self.shape), self._shards[0].dtype)
+        out = np.empty((len(users), *self.shape), self._dtype)
         shards, places = np.divmod(rows, self._users_a_shard)
-        for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self._shards[shard][places[here]]
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            try:
+                out[here] = self._shard(number).read(places[here])
+            except UserError:
+                self._shard.cache_clear()  # it may be mended meanwhile
+                out[here] = self._shard(number).read(places[here])
         return out
+
+
+class DamagedManifest(UserError):
+    """A manifest that is not what was written."""
+
+
+class CheckedRows:
+    """The rows of a tensor in a file; whatever is read is held against its checksum, every time.
+
+    The file is `<name>.<kind>.safetensors` or `<name>.safetensors`, `name` 32 hexadecimal digits. Beside the tensor
+    [N, ...] it holds `checksums` [N]: see `checksums`.
+    """
+
+    def __init__(self, path: Path, tensor: str):
+        """
+        Raises:
+          UserError: missing, truncated or malformed.
+        """
+        tensors = read_tensors(path, REMEDY)
+        try:
+            self.rows, self._sums = tensors[tensor], tensors["checksums"]
+        except KeyError as error:
+            raise UserError(f"{path}: damaged: no {error}; {REMEDY}") from error
+        if self.rows.ndim < 2 or self._sums.shape != self.rows.shape[:1] or self._sums.dtype != np.int64:
+            raise UserError(f"{path}: damaged: {self._sums.shape} checksums for {self.rows.shape}; {REMEDY}")
+        self.path, self._sums = path, self._sums.view(np.uint64)
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """[n, ...]: a copy of these rows.
+
+        Args:
+          places: [n] int64.
+
+        Raises:
+          UserError: naming the file and the row that is not what was written.
+        """
+        rows = self.rows[places]
+        self._hold(rows, places)
+        return rows
+
+    def verify(self) -> None:
+        """Every row.
+
+        Raises:
+          UserError: as `read` does.
+        """
+        self._hold(self.rows, np.arange(len(self.rows)))
+
+    def _hold(self, rows: np.ndarray, places: np.ndarray) -> None:
+        if len(wrong := np.flatnonzero(checksums(rows, self.path, places) != self._sums[places])):
+            raise UserError(f"{self.path}: damaged: row {places[wrong[0]]} is not what was written; {REMEDY}")
+
+
+def checksums(rows: np.ndarray, path: Path, places: np.ndarray) -> np.ndarray:
+    """[n] uint64: XXH3 of each row's bytes, which depends on the file's name and the row's place in it, too.
+
+    Args:
+      rows: [n, ...], contiguous.
+      path: of the file; the first 16 digits of its name count.
+      places: [n] int64.
+    """
+    first = int(path.name[:16], 16)
+    seeds = [(first + place) & _WORD for place in places.tolist()]
+    raw: Any = rows.view(np.uint8).reshape(len(rows), rows[0].nbytes if len(rows) else 1)
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, raw, seeds), np.uint64, len(rows))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+      DamagedManifest: truncated or altered.
+      UserError: missing, or of an earlier version.
+    """
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest.pop("checksum", None) == manifest_checksum(manifest):
+            return manifest
+        reason = "it is not what was written"
+        if "format" not in manifest and "shards" in manifest:
+            raise UserError(
+                f"{path}: a table from an earlier version of e2p_jax, without checksums; run `e2p prefixes` with a new "
+                "--out"
+            )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path.parent}: no {path.name}: not a prefix table, or unfinished; rerun `e2p prefixes`"
+        ) from error
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+        reason = f"{error}"
+    raise DamagedManifest(f"{path}: damaged ({reason}); {REMEDY}")
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Of what it says, however it is spaced."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def ids_name(path: Path) -> str:
     """The name that a file of user ids has in a table: a digest of what it holds."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def directory_name(path: Path) -> str:
+    """The name that a directory of files has in a table: a digest of what they hold."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        held = file.read_bytes()
+        digest.update(f"{file.name} {len(held)}\n".encode() + held)
+    return digest.hexdigest()[:32]
+
+
+def _most_mapped() -> int | None:
+    """A mapped file holds a descriptor; three quarters of those that a process may have are left to others."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if most == resource.RLIM_INFINITY else max(most // 4, 1)
+
+
+def _open_shard(
+    directory: Path, shards: Sequence[dict[str, Any]], shape: tuple[int, int], dtype: str, number: int
+) -> CheckedRows:
+    name, users = shards[number]["name"], shards[number]["users"]
+    shard = CheckedRows(directory / f"{name}.safetensors", "prefixes")
+    if shard.rows.shape != (users, *shape) or shard.rows.dtype.name != dtype:
+        raise UserError(
+            f"{shard.path}: holds {shard.rows.dtype} {shard.rows.shape}, {MANIFEST} says {dtype} {(users, *shape)}; "
+            f"{REMEDY}"
+        )
+    return shard

@@ -131,7 +131,7 @@ def test_killed_run_goes_on_and_is_exact(
     monkeypatch.setattr(prefix_table, "_write", dies)
     with pytest.raises(KeyboardInterrupt):
         export_prefixes(run, tmp_path / "out", "float32")
-    (tmp_path / "out" / ".half.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "out" / f".{'0' * 32}.safetensors.tmp").write_bytes(b"half")
     with pytest.raises(UserError, match=r"unfinished; rerun `e2p prefixes`"):
         PrefixTable(tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -187,14 +187,17 @@ def test_update_writes_only_what_changed(make_run: Callable, small_shards: None,
     run = with_table(make_run(), tmp_path, changed, "2")
     export_prefixes(run, tmp_path / "out", "float32")
     after = contents(tmp_path / "out")
-    shards = [name for name in after if name in before and name.endswith(".safetensors")]
-    assert all(after[name] == before[name] for name in shards)
-    assert len(shards) == 1 + 4  # all but the third shard and the last
-    assert len(after) == len(before)  # the old two are gone
-    users = [f"user-{user}" for user in range(COUNT + 1)]
     new = PrefixTable(tmp_path / "out")
+    named = {f"{shard['name']}.safetensors" for shard in new.manifest["shards"]}
+    shards = [name for name in after if name in before and name in named]
+    assert all(after[name] == before[name] for name in shards)
+    assert len(shards) == 4  # all but the third shard and the last
+    assert len(after) == len(before) + 2 + 2  # two shards, ids and index; the old ones are there for readers
+    users = [f"user-{user}" for user in range(COUNT + 1)]
     export_prefixes(run, tmp_path / "fresh", "float32")
     assert np.array_equal(new.lookup(users), PrefixTable(tmp_path / "fresh").lookup(users))
+    export_prefixes(run, tmp_path / "out", "float32", keep_hours=0)
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "fresh").keys()
     assert new.manifest["table"]["version"] == "2"
     assert np.array_equal(reader.lookup(["user-17"]), old) and not np.array_equal(new.lookup(["user-17"]), old)
 
@@ -231,7 +234,7 @@ def test_mismatches_are_refused(make_run: Callable, small_shards: None, tmp_path
     export_prefixes(run, out, "float32")  # as the message says
     assert first.read_bytes() == whole
     second.write_bytes(prefix_table_of(out, rows=7))
-    with pytest.raises(UserError, match=f"shard {second.stem} holds"):
+    with pytest.raises(UserError, match=f"{second.name}: holds float32 \\(7, 1, 32\\), manifest.json says"):
         PrefixTable(out)
     ids = out / f"{table.manifest['ids']}.ids.txt"
     ids.write_text(ids.read_text().replace("user-9\n", "user-x\n"))
@@ -246,7 +249,8 @@ def test_mismatches_are_refused(make_run: Callable, small_shards: None, tmp_path
 def prefix_table_of(out: Path, rows: int) -> bytes:
     """The first shard's file, as it would be with fewer rows."""
     (name,) = (shard["name"] for shard in json.loads((out / "manifest.json").read_text())["shards"][:1])
-    return save({"prefixes": np.asarray(read_tensors(out / f"{name}.safetensors", "")["prefixes"])[:rows]})
+    held = read_tensors(out / f"{name}.safetensors", "")
+    return save({name: np.asarray(tensor)[:rows] for name, tensor in held.items()})
 
 
 def test_bad_vectors_are_named(make_run: Callable, small_shards: None, tmp_path: Path):

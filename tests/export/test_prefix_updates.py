@@ -1,0 +1,131 @@
+"""`e2p prefixes` again: what is damaged is mended, and nobody sees half of an update."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import UserTable, save_table
+from e2p_jax.errors import UserError
+from e2p_jax.export import prefix_table
+from e2p_jax.export.client import EngineClient
+from e2p_jax.export.engines import export_engine
+from e2p_jax.export.payloads import sglang, soft_tokens, tensor_base64
+from e2p_jax.export.prefix_reader import PrefixTable
+from e2p_jax.export.prefix_table import export_prefixes
+from e2p_jax.train.run import Run
+
+COUNT = 45  # users: six shards, the last one not full
+USERS = [f"user-{user}" for user in range(COUNT)]
+VECTORS = np.stack([synthetic.vector(user) for user in range(COUNT)])
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight users a shard at K=1, D=32, float32."""
+    monkeypatch.setattr(prefix_table, "SHARD_BYTES", 8 * 32 * 4)
+
+
+def with_vectors(run: Run, vectors: np.ndarray, users: list[str] = USERS) -> Run:
+    table = UserTable(users, vectors, "here")
+    return dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, table=table))
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_rerun_mends_what_is_damaged_or_missing(make_run: Callable, tmp_path: Path):
+    run, out = with_vectors(make_run(), VECTORS), tmp_path / "out"
+    assert export_prefixes(run, out, "float32").text() == "45 users in 6 shards: 6 projected, 0 kept"
+    whole, manifest = held(out), PrefixTable(out).manifest
+    shards = [f"{shard['name']}.safetensors" for shard in manifest["shards"]]
+    tokens, tokenizer = f"{manifest['tokens']}.tokens.safetensors", f"{manifest['tokenizer']}.tokenizer"
+    ids, index = f"{manifest['ids']}.ids.txt", f"{manifest['ids']}.index.npy"
+    for name in (shards[2], tokens, f"{tokenizer}/tokenizer.json", ids, index, "manifest.json"):
+        flip(out / name)
+    (out / shards[4]).write_bytes(whole[shards[4]][:100])
+    written = export_prefixes(run, out, "float32")
+    assert sorted(written.mended) == sorted([shards[2], shards[4], tokens, tokenizer, ids, index, "manifest.json"])
+    assert held(out) == whole and written.projected == 2
+    (out / shards[0]).unlink()
+    said = export_prefixes(run, out, "float32").text()
+    assert said == f"45 users in 6 shards: 1 projected, 5 kept; damaged or missing, and written again: {shards[0]}"
+    assert held(out) == whole and export_prefixes(run, out, "float32").mended == ()
+
+
+def test_the_client_refuses_damaged_tokens_and_tokenizers(make_run: Callable, tmp_path: Path):
+    run, out = with_vectors(make_run(), VECTORS), tmp_path / "out"
+    export_prefixes(run, out, "float32")
+    table, messages = PrefixTable(out), [{"role": "user", "content": "hi"}]
+    wanted = EngineClient(table, "mine").embeddings("user-1", messages)
+    tokens = out / f"{table.manifest['tokens']}.tokens.safetensors"
+    data = tokens.read_bytes()
+    place = data.index(wanted[-1].tobytes())
+    tokens.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(UserError, match=rf"{tokens}: damaged: row \d+ is not what was written; rerun `e2p prefixes`"):
+        EngineClient(table, "mine").embeddings("user-1", messages)
+    tokens.write_bytes(data)
+    flip(out / f"{table.manifest['tokenizer']}.tokenizer" / "tokenizer.json")
+    with pytest.raises(UserError, match=r"\.tokenizer: missing or damaged; rerun `e2p prefixes`"):
+        EngineClient(table, "mine").embeddings("user-1", messages)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1e38), ("bfloat16", 1e38), ("float16", 1e6)])
+def test_soft_tokens_that_are_not_finite_are_refused(make_run: Callable, tmp_path: Path, dtype: str, factor: float):
+    run, out = make_run(), tmp_path / "out"
+    export_prefixes(with_vectors(run, VECTORS), out, dtype)
+    before, vectors = held(out), VECTORS.copy()
+    vectors[5] *= factor
+    with pytest.raises(UserError, match=rf"user 'user-5': the soft tokens are not finite in {dtype}; repair or drop"):
+        export_prefixes(with_vectors(run, vectors), out, dtype)
+    assert held(out) == before
+
+
+def test_payloads_refuse_what_is_not_finite(make_run: Callable, tmp_path: Path):
+    with pytest.raises(UserError, match="user 'a': the soft tokens are not finite in float16"):
+        soft_tokens(np.full((1, 4), 1e6, np.float32), np.dtype(np.float16), "a")
+    broken = np.ones((3, 4), np.float32)
+    broken[1, 2] = np.nan
+    for make in (tensor_base64, sglang):
+        with pytest.raises(UserError, match="embedding 1 of a request is not finite"):
+            make(broken)
+    vectors = VECTORS.copy()
+    vectors[5] *= 1e38
+    for format in ("vllm", "sglang"):
+        with pytest.raises(UserError, match="user 'user-5': the soft tokens are not finite in float32"):
+            export_engine(with_vectors(make_run(), vectors), format, ["user-5"], "hi")
+
+
+def test_out_is_refused_and_left_as_it_is(make_run: Callable, tmp_path: Path):
+    run, vectors = with_vectors(make_run(), VECTORS), tmp_path / "vectors"
+    save_table(vectors, USERS, VECTORS, name="taste", version="1")
+    (tmp_path / "file").write_text("mine")
+    others = {"foreign": "manifest.json", "template": "chat_template.jinja", "half": ".notes.tmp", "older": "tokenizer"}
+    for folder, name in others.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text('{"shards": 1, "format": "another"}')
+    before = held(tmp_path)
+    refused = {"file": "is a file", "vectors": "holds other files", "x" * 300: "File name too long"}
+    refused |= {"file/below": "Not a directory"} | dict.fromkeys(others, "holds other files")
+    for name, reason in refused.items():
+        with pytest.raises(UserError, match=rf"--out {tmp_path / name}: {reason}.*; choose a"):
+            export_prefixes(run, tmp_path / name, "float32")
+        assert held(tmp_path) == before
+
+
+@pytest.mark.parametrize("user", ["a\nb", "a\r"])
+def test_ids_that_do_not_fit_on_a_line_leave_nothing(make_run: Callable, tmp_path: Path, user: str):
+    run = with_vectors(make_run(), VECTORS[:2], ["a", user])
+    with pytest.raises(UserError, match=r"here: user id '.*' holds a line break; rename that user"):
+        export_prefixes(run, tmp_path / "out", "float32")
+    assert held(tmp_path) == {}
