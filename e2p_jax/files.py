@@ -5,9 +5,11 @@ nothing is appended or renamed, and gcsfs does the work behind `epath.Path`, whi
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import io
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -114,11 +116,13 @@ def _locked(path: Path) -> Iterator[None]:
 
     What a killed process left of it is there within the block; so its name is always the same, and nothing heaps up.
     """
-    while True:
+    for attempt in itertools.count():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = path.open("ab")
         except FileNotFoundError:  # the process before has just removed the folder
+            if attempt == 1000:  # or the system says so of a folder that takes no files, as /proc
+                raise
             continue
         with file:
             with contextlib.suppress(OSError):  # storage without locks
@@ -180,19 +184,25 @@ def replace_directory(path: Path) -> Iterator[Path]:
     It waits for other commands that write `path`, and clears away what a killed one left.
 
     Raises:
-      UserError: `path` is a file, or holds anything that the new directory has no newer version of.
+      UserError: `path` is a file, cannot be written, or holds anything that the new directory has no newer version of;
+        the disk is full. What was there stays.
     """
     _refuse_bucket(path)
-    path = path.resolve()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
-    work = path.with_name(f".{path.name}.writing")
-    lock, new, old = work / "lock", work / "new", work / "old"
-    with _locked(lock):
+    with contextlib.ExitStack() as held, explain_refusal(path):
+        path = path.resolve()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
+        work = path.with_name(f".{path.name}.writing")
+        lock, new, old = work / "lock", work / "new", work / "old"
+        held.enter_context(_locked(lock))
+        held.callback(_leave, work, path)
         _clear(new, old, path)
-        try:
-            new.mkdir()
+        new.mkdir()
+        held = held.pop_all()
+    with held:
+        with explain_full_disk(path):
             yield new
+        with explain_refusal(path):
             if path.exists():
                 foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in new.iterdir()})
                 if foreign:
@@ -200,11 +210,6 @@ def replace_directory(path: Path) -> Iterator[Path]:
                     raise UserError(f"{path}: holds other files ({names}); choose an empty or new directory")
                 path.rename(old)
             new.rename(path)
-        finally:
-            _clear(new, old, path)
-            lock.unlink()
-            with contextlib.suppress(OSError):  # the next process has it already
-                work.rmdir()
 
 
 def _clear(new: Path, old: Path, path: Path) -> None:
@@ -213,6 +218,27 @@ def _clear(new: Path, old: Path, path: Path) -> None:
         old.rename(path)
     for directory in (new, old):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _leave(work: Path, path: Path) -> None:
+    _clear(work / "new", work / "old", path)
+    (work / "lock").unlink()
+    with contextlib.suppress(OSError):  # the next process has it already
+        work.rmdir()
+
+
+@contextlib.contextmanager
+def explain_refusal(path: epath.PathLike) -> Iterator[None]:
+    """Turns what the system says to writing at a place that a user named into an error that names it.
+
+    Raises:
+      UserError: no such place can be written: too long, read-only, below a file, a ring of links, a full disk.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # the latter two: NUL or no name at all, and rings of links
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{os.fspath(path)}: cannot be written ({reason}); choose another place") from error
 
 
 @contextlib.contextmanager
@@ -225,9 +251,11 @@ def explain_full_disk(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore wrap it in types of their own
-        if isinstance(error, UserError) or "No space left on device" not in f"{error} {error.__cause__}":
+        told = f"{error} {error.__cause__}"
+        full = any(os.strerror(code) in told for code in (errno.ENOSPC, errno.EDQUOT))
+        if isinstance(error, UserError) or not full:
             raise
         raise UserError(
             f"{directory}: no space left on the device; what was saved before is whole. Make room and rerun the same "
-            "command to resume"
+            "command"
         ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from e2p_jax.errors import UserError
-from e2p_jax.files import replace_directory, write_text
+from e2p_jax.files import explain_refusal, replace_directory, write_text
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -73,3 +73,29 @@ def test_outputs_in_a_bucket_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match="gs:/bucket/out: only run directories can be in a bucket"):
             write(Path("gs://bucket/out"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "y/" * 3000, "nul\0", "file/below", "/proc/none", "/"])
+def test_places_that_cannot_be_written_are_named(tmp_path: Path, place: str) -> None:
+    """Before the work begins, where the work is a directory."""
+    (tmp_path / "file").write_text("a file")
+    before = sorted(tmp_path.rglob("*"))
+    refused = pytest.raises(UserError, match=r"cannot be written \(.+\); choose another place")
+    with refused, replace_directory(tmp_path / place):
+        pytest.fail("the block was entered")
+    with refused, explain_refusal(place):
+        write_text(tmp_path / place, "text")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_ring_of_links_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ring").symlink_to("ring")
+    with pytest.raises(UserError, match=r"ring: cannot be written \(.+\)"):
+        write_directory(tmp_path / "ring", a="new")
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    write_directory(tmp_path / "real", a="old")
+    (tmp_path / "link").symlink_to("real")
+    write_directory(tmp_path / "link", a="new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a").read_text() == "new"

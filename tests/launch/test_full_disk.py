@@ -7,11 +7,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from e2p_jax.config import Config
 from e2p_jax.errors import UserError
-from e2p_jax.files import explain_full_disk
+from e2p_jax.files import explain_full_disk, replace_directory
+from e2p_jax.tensors import write_tensors
 from e2p_jax.train import loop
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.loop import train
@@ -69,3 +71,13 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
         assert caught.value is error
     with pytest.raises(UserError, match="no space left"), explain_full_disk(tmp_path):
         raise RuntimeError("a background write failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_output_that_does_not_fit_leaves_the_one_before(disk: Path) -> None:
+    with replace_directory(disk / "out") as new:
+        (new / "model.safetensors").write_bytes(b"before")
+    refused = pytest.raises(UserError, match=r"out: no space left on the device; what was saved before is whole")
+    with refused, replace_directory(disk / "out") as new:
+        write_tensors(new, [("large", np.zeros(5_000_000, np.uint8))])
+    assert [path.name for path in disk.rglob("*") if path.is_file()] == ["model.safetensors"]
+    assert (disk / "out" / "model.safetensors").read_bytes() == b"before"
