@@ -27,7 +27,7 @@ from e2p_jax.commands.prefixes import prefixes
 from e2p_jax.commands.prepare import prepare
 from e2p_jax.commands.report import report
 from e2p_jax.commands.train import train_command
-from e2p_jax.errors import RESTART, Preempted, UsageError, UserError
+from e2p_jax.errors import RESTART, Preempted, UsageError, UserError, explain_open_files
 from e2p_jax.terminal import flush_or_drop, prepare_streams, say
 
 HALF = re.compile("[\ud800-\udfff]")  # what Python makes of an argument's bytes that are not UTF-8
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             refuse_unset(arguments)
             set_environment("".join(arguments[:1]))
-            with damaged_programs_removed():
+            with damaged_programs_removed(), explain_open_files():
                 tyro.extras.subcommand_cli_from_dict(commands_of(arguments), prog="e2p", args=arguments)
         finally:
             sys.stdout.flush()  # help, too, leaves by SystemExit

@@ -1,5 +1,11 @@
 """What ends a command before its end; the command line prints it as a single line."""
 
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A mistake that a user can mend: bad input, configuration or environment.
@@ -22,3 +28,25 @@ RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; th
 def shown(text: str, longest: int = 80) -> str:
     """What an error can show of an id or a path: quoted, on one line, and not all of it where that is much."""
     return repr(text if len(text) <= longest else f"{text[:longest]}...")
+
+
+@contextlib.contextmanager
+def explain_open_files() -> Iterator[None]:
+    """Turns what is made of a file that could not be opened, because too many were, into an error that says so.
+
+    Raises:
+      UserError: this process may open no more files.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and os.strerror(errno.EMFILE) not in str(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise UserError(
+            f"too many open files: {limit} are allowed here; allow more (`ulimit -n {max(4096, 2 * limit)}`) and run "
+            "the same command again"
+        ) from error

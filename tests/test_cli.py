@@ -1,8 +1,10 @@
 """The command line end to end on a tiny backbone, and every mistake a user can make: one line, exit 1 or 2."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -420,6 +422,30 @@ def test_compiled_steps_are_kept_unless_told_otherwise(monkeypatch: pytest.Monke
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
     set_environment("train")
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == ("/cache/e2p_jax" if given is None else given)
+
+
+def test_too_many_open_files_are_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Whatever is made of the file that could not be opened: here it would be called damaged."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    arguments = ["embed", "--data", str(place / "table"), "--encoder", "import", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0  # all that it imports is imported
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        assert main(arguments) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        for descriptor in held:
+            os.close(descriptor)
+    told = (
+        r"e2p: too many open files: 64 are allowed here; allow more \(`ulimit -n 4096`\) and run the same command again"
+    )
+    assert re.fullmatch(told, capsys.readouterr().err.strip())
+    assert main(arguments) == 0
 
 
 @pytest.mark.filterwarnings("default:Error reading persistent compilation cache entry")
