@@ -2,22 +2,32 @@
 
 import html
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
 import gradio
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from e2p_jax.config import Condition
 from e2p_jax.data.prepared import load_records
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import stream, vectors_for
+from e2p_jax.export.guard import NAMES, Guard
 from e2p_jax.options import Sampling
+from e2p_jax.terminal import printable
 from e2p_jax.train.run import Run
 
 HOST = "127.0.0.1"
 SHOWN = 1000  # users to choose from: what a browser's list can hold
+MOST_USERS, LONGEST_PROMPT, LONGEST_REPLY = 8, 4000, 128  # of one request: users, characters, tokens
+SECONDS = 60  # that a reply may grow for
+AT_ONCE, WAITING = 4, 16  # requests: those answered, a token each in turn, and those that wait for one of them to end
 _STYLE = """
 .gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
 .e2p-user { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 1rem; margin-bottom: 1rem; }
@@ -39,23 +49,36 @@ def serve(run: Run, port: int) -> None:
     """
     people = find_people(run)
     page = build(run, people)
+    launch(page, port)
+    print(f"http://{HOST}:{port}", flush=True)
+    page.block_thread()
+
+
+def launch(page: gradio.Blocks, port: int) -> None:
+    """Serves the page in the background.
+
+    Raises:
+      UserError: the port is taken.
+    """
+    page.queue(max_size=WAITING)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])  # none from elsewhere
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False), Middleware(Guard)]
     try:
         page.launch(
             server_name=HOST,
             server_port=port,
             share=False,
             ssr_mode=False,
+            mcp_server=False,
             quiet=True,
             theme=theme,
             css=_STYLE,
             footer_links=[],
+            app_kwargs={"middleware": guards},
             prevent_thread_lock=True,
         )
     except OSError as error:
         raise UserError(f"--port {port}: {error}; choose another") from error
-    print(f"http://{HOST}:{port}", flush=True)
-    page.block_thread()
 
 
 def find_people(run: Run) -> dict[str, tuple[str, ...]]:
@@ -88,35 +111,107 @@ def answers(run: Run, users: Sequence[str], prompt: str, sampling: Sampling) -> 
 
 def build(run: Run, people: dict[str, tuple[str, ...]]) -> gradio.Blocks:
     """The page."""
+    answering: set[str | None] = set()  # sessions
+    lock = threading.Lock()
 
-    def ask(users: list[str], prompt: str, temperature: float, max_new_tokens: float, seed: float) -> Iterator[str]:
-        if len(users) < 2 or not prompt.strip():
-            raise gradio.Error("Choose at least two users and type a prompt.", print_exception=False)
-        sampling = Sampling(max_new_tokens=int(max_new_tokens), temperature=temperature, seed=int(seed))
+    def ask(
+        users: Any, prompt: Any, temperature: Any, length: Any, seed: Any, request: gradio.Request
+    ) -> Iterator[str]:
+        chosen, text, sampling = check(people, users, prompt, temperature, length, seed)
+        with lock:
+            if request.session_hash in answering:
+                raise refused("Your last prompt is still being answered.")
+            answering.add(request.session_hash)
         try:
-            for said in answers(run, users, prompt.strip(), sampling):
-                yield render(users, people, said)
+            first = None
+            for said in answers(run, chosen, text, sampling):
+                yield render(chosen, people, said)
+                first = first or time.monotonic()  # what comes before it compiles, once for every size
+                if time.monotonic() - first > SECONDS:
+                    gradio.Warning(f"Stopped after {SECONDS} s.")
+                    return
         except UserError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            raise refused(str(error)) from error
+        finally:
+            with lock:
+                answering.discard(request.session_hash)
 
-    def show(users: list[str]) -> str:
-        return render(users, people, [("", "", "")] * len(users))
+    def show(users: Any) -> str:
+        chosen = check_users(people, users, least=0)
+        return render(chosen, people, [("", "", "")] * len(chosen))
 
     first = list(people)[:2]
     with gradio.Blocks(title="Embedding-to-Prefix", analytics_enabled=False) as page:
         gradio.Markdown(f"# One prompt, several users\n{_describe(run)}")
-        users = gradio.Dropdown(list(people), value=first, multiselect=True, label="Users", elem_id="users")
-        prompt = gradio.Textbox(label="Prompt", placeholder="do you have any pets?", elem_id="prompt")
+        users = gradio.Dropdown(
+            list(people), value=first, multiselect=True, max_choices=MOST_USERS, label="Users", elem_id="users"
+        )
+        prompt = gradio.Textbox(
+            label="Prompt", placeholder="do you have any pets?", max_length=LONGEST_PROMPT, elem_id="prompt"
+        )
         with gradio.Accordion("Sampling", open=False):
             temperature = gradio.Slider(0, 2, value=0, step=0.1, label="Temperature (0: the most likely token)")
-            length = gradio.Slider(1, 128, value=32, step=1, label="Longest reply, in tokens")
+            length = gradio.Slider(1, LONGEST_REPLY, value=32, step=1, label="Longest reply, in tokens")
             seed = gradio.Number(0, precision=0, label="Seed")
         button = gradio.Button("Ask", variant="primary", elem_id="ask")
         shown = gradio.HTML(show(first), elem_id="answers", padding=False)
-        users.change(show, users, shown, show_progress="hidden")
+        # preprocess=False: what a request holds is checked here, all of it, and answered with a reason.
+        users.change(show, users, shown, show_progress="hidden", preprocess=False, concurrency_limit=None)
         for event in (button.click, prompt.submit):
-            event(ask, [users, prompt, temperature, length, seed], shown, show_progress="hidden")
+            event(
+                ask,
+                [users, prompt, temperature, length, seed],
+                shown,
+                show_progress="hidden",
+                preprocess=False,
+                concurrency_id="ask",
+                concurrency_limit=AT_ONCE,
+            )
     return page
+
+
+def refused(reason: str) -> gradio.Error:
+    """To be raised: shown on the page, and not as a traceback in the terminal."""
+    return gradio.Error(printable(reason), print_exception=False)
+
+
+def check_users(people: dict[str, tuple[str, ...]], users: Any, least: int = 2) -> list[str]:
+    """The users of a request.
+
+    Raises:
+      gradio.Error: too few or too many, one twice, or one whom the page does not offer.
+    """
+    if not isinstance(users, list) or not all(isinstance(user, str) and user in people for user in users):
+        raise refused("Choose users of the list.")
+    if not least <= len(users) <= MOST_USERS or len(set(users)) < len(users):
+        raise refused(f"Choose {least} to {MOST_USERS} users, each once.")
+    return users
+
+
+def check(
+    people: dict[str, tuple[str, ...]], users: Any, prompt: Any, temperature: Any, length: Any, seed: Any
+) -> tuple[list[str], str, Sampling]:
+    """What a request asks, in form and bounds; any program can send one.
+
+    Raises:
+      gradio.Error: saying what is not.
+    """
+    chosen = check_users(people, users)
+    if not isinstance(prompt, str) or not (text := prompt.strip()):
+        raise refused("Type a prompt.")
+    if len(text) > LONGEST_PROMPT:
+        raise refused(f"The prompt has {len(text):,} characters; {LONGEST_PROMPT:,} are the most.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise refused("The prompt holds half a surrogate pair.")
+    numbers = (
+        ("Temperature", temperature, 0, 2),
+        ("The longest reply", length, 1, LONGEST_REPLY),
+        ("The seed", seed, 0, 2**32 - 1),
+    )
+    for name, value, least, most in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise refused(f"{name} must be a number from {least} to {most}.")
+    return chosen, text, Sampling(max_new_tokens=int(length), temperature=float(temperature), seed=int(seed))
 
 
 def render(users: Sequence[str], people: dict[str, tuple[str, ...]], said: Sequence[tuple[str, str, str]]) -> str:
