@@ -164,8 +164,8 @@ def swap(out: Path, before: dict[str, Any] | None, manifest: dict[str, Any], kee
     """Puts the manifest into its place, and removes what left the table `keep_hours` ago or a killed run left."""
     unnamed = [p for p in out.iterdir() if _NAMED.fullmatch(p.name) and p.name not in files_of(manifest)]
     for path in unnamed:
-        if before is None or path.name in files_of(before):
-            os.utime(path)  # when it left the table
+        if before is None or path.name in files_of(before) or path.stat().st_mtime > time.time():
+            os.utime(path)  # when it left the table; after the clock went back, no earlier than now
     write_manifest(out, manifest)
     for path in unnamed:
         if path.stat().st_mtime <= time.time() - 3600 * keep_hours:

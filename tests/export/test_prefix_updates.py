@@ -1,6 +1,8 @@
 """`e2p prefixes` again: what is damaged is mended, and nobody sees half of an update."""
 
 import dataclasses
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from e2p_jax.export import prefix_table
 from e2p_jax.export.client import EngineClient
 from e2p_jax.export.engines import export_engine
 from e2p_jax.export.payloads import sglang, soft_tokens, tensor_base64
+from e2p_jax.export.prefix_files import files_of
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
 from e2p_jax.train.run import Run
@@ -61,6 +64,24 @@ def test_a_rerun_mends_what_is_damaged_or_missing(make_run: Callable, tmp_path: 
     said = export_prefixes(run, out, "float32").text()
     assert said == f"45 users in 6 shards: 1 projected, 5 kept; damaged or missing, and written again: {shards[0]}"
     assert held(out) == whole and export_prefixes(run, out, "float32").mended == ()
+
+
+def test_a_clock_that_goes_back_keeps_nothing_for_ever(make_run: Callable, tmp_path: Path):
+    run, out = make_run(), tmp_path / "out"
+    export_prefixes(with_vectors(run, VECTORS), out, "float32")
+    before, vectors = set(held(out)), VECTORS.copy()
+    vectors[5] += 1
+    run = with_vectors(run, vectors)
+    export_prefixes(run, out, "float32")
+    (left,) = [
+        path for path in out.iterdir() if path.name not in files_of(PrefixTable(out).manifest) | {"manifest.json"}
+    ]
+    assert left.name in before
+    for moved in (1e8, -7201.0):  # seconds
+        assert left.exists()
+        os.utime(left, (time.time(), time.time() + moved))
+        export_prefixes(run, out, "float32", keep_hours=2)
+        assert left.exists() == (moved > 0) and (moved < 0 or left.stat().st_mtime <= time.time())
 
 
 def test_the_client_refuses_damaged_tokens_and_tokenizers(make_run: Callable, tmp_path: Path):
