@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.guards import fault_of, time_limit
+from e2p_jax.json_files import parse_object
 
 Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
 Measures = Literal["ranking", "users", "texts"]
@@ -311,18 +312,13 @@ def _is_date(text: str) -> bool:
     return True
 
 
-def from_json(text: str, source: Path) -> Config:
+def from_json(text: str | bytes, source: Path) -> Config:
     """A resolved `config.json` -> `Config`.
 
     Raises:
       UserError: malformed JSON, an unknown field or a value of the wrong type.
     """
-    try:
-        sections = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: line {error.lineno}: malformed JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise UserError(f"{source}: malformed JSON ({error})") from error
+    sections = parse_object(text, source, "restore the file")
     config: Config = _build(Config, sections, source, "")
     try:
         config.check_types()

@@ -6,16 +6,18 @@ Imports nothing heavy.
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
-
-from etils import epath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from e2p_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _SEAL = "sha256"
 
 
-def read_object(path: epath.PathLike, remedy: str) -> dict[str, Any]:
+def read_object(path: "Path | epath.Path", remedy: str) -> dict[str, Any]:
     """The object in a file.
 
     Args:
@@ -25,13 +27,13 @@ def read_object(path: epath.PathLike, remedy: str) -> dict[str, Any]:
       UserError: missing, or what `parse_object` refuses.
     """
     try:
-        data = epath.Path(path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
     return parse_object(data, path, remedy)
 
 
-def parse_object(data: bytes | str, source: epath.PathLike, remedy: str) -> dict[str, Any]:
+def parse_object(data: bytes | str, source: "Path | epath.Path", remedy: str) -> dict[str, Any]:
     """The same, of what was read from `source`.
 
     Raises:

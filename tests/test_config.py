@@ -74,11 +74,13 @@ def test_changed_config_differs_in_every_field() -> None:
         ("[]", r"run/config\.json: the file must be a JSON object"),
         ('{"train":\n {"steps": }}', r"run/config\.json: line 2: malformed JSON"),
         ('{"train": {"steps": "3"}}', r"run/config\.json: train\.steps is '3'; it must be a whole number"),
-        ('{"train": {"beta2": NaN}}', r"run/config\.json: train\.beta2 is nan; it must be a finite number"),
+        ('{"train": {"beta2": NaN}}', r"run/config\.json: NaN is no number"),
         ('{"data": {"eval_splits": "test"}}', r"run/config\.json: data\.eval_splits is 'test'; it must be a tuple"),
         ("[" * 100_000, r"run/config\.json: malformed JSON"),
+        ('{"train": {"steps": 3}, "train": {}}', r"run/config\.json: key 'train' stands twice"),
+        ('{"train": {"beta2": 1e999}}', r"run/config\.json: train\.beta2 is inf; it must be a finite number"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_malformed_json_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -150,7 +150,7 @@ def kept(kind: str, files: Sequence[Path], opened: str, find: Callable[[], str])
         if is_digest(known[:64]) and known == line(known[:64]):
             return known[:64]
     found = find()
-    newest = max(file.stat().st_ctime_ns for file in files)
+    newest = max((file.stat().st_ctime_ns for file in files), default=0)
     if stamp(files) == opened and abs(time.time_ns() - newest) > _TICK_NS:
         with contextlib.suppress(OSError):  # a home that cannot be written to costs the time again, no more
             write_text(place, line(found))

@@ -26,6 +26,7 @@ from e2p_jax.data.prepared import load_splits, load_training
 from e2p_jax.data.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory, user_cache
+from e2p_jax.json_files import digest, object_in
 
 _LAYOUT = 2  # of a cache directory
 _META = "meta.json"
@@ -59,6 +60,8 @@ def read_training(config: Config, encoder: Encoder) -> Training:
         return _load(place)
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         training = _read(config, encoder)
+    if _key(config, encoder) != place.name:  # the data was written to meanwhile: which of the two was read?
+        return training
     try:
         _save(training, place)
     except OSError as error:
@@ -114,7 +117,7 @@ def _key(config: Config, encoder: Encoder) -> str:
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "pad": encoder.pad_id,
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    return digest(settings)[:32]
 
 
 def fingerprint(data: DataConfig) -> str:
@@ -124,10 +127,10 @@ def fingerprint(data: DataConfig) -> str:
         place = Path(synthetic.__file__)
     if place.is_file():
         return _digest(place)
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for path in sorted(path for path in place.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(place)} {_digest(path)}\n".encode())
-    return digest.hexdigest()
+        content.update(f"{path.relative_to(place)} {_digest(path)}\n".encode())
+    return content.hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -160,9 +163,9 @@ def _load(place: Path) -> Training:
     Raises:
       OSError, ValueError, KeyError, TypeError: it is not there, or not as it was written.
     """
-    files = json.loads((place / _META).read_text(encoding="utf-8"))["files"]
-    if wrong := [name for name, digest in files.items() if _digest(place / name) != digest]:
-        raise ValueError(f"{place}: {wrong} changed")
+    files = object_in((place / _META).read_bytes())["files"]
+    if files != {path.name: _digest(path) for path in place.iterdir() if path.name != _META}:
+        raise ValueError(f"{place}: its files are not those that were written")
     texts = json.loads((place / "records.json").read_text(encoding="utf-8"))
     records = [Record(user, (), (), source=source) for user, source in texts["records"]]
     return Training(

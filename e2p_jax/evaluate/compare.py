@@ -1,28 +1,35 @@
 """A table of conditions, each asked of the run that was trained for it.
 
 A comparison's directory holds one run directory per trained condition, and `scores/<run>.npz`: what was measured of
-that run, reused while its checkpoint, the records and what is measured stay the same.
+that run, reused while all that it depends on stays the same (`_key`).
 """
 
 import dataclasses
 import hashlib
 import io
-import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+import e2p_jax
 from e2p_jax.baselines import ARMS, BASELINES, Compared, Trained
 from e2p_jax.config import Condition, Config
+from e2p_jax.data.conditions import FRONTS
 from e2p_jax.data.records import Record
 from e2p_jax.evaluate.table import Evaluation, evaluate, rank_without, read_splits
 from e2p_jax.files import write_bytes
+from e2p_jax.json_files import digest
 from e2p_jax.parallel.distributed import is_first
+from e2p_jax.train import identity, manifest
 from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
 from e2p_jax.train.score import Scores
+
+_LAYOUT = 2  # of a file of scores
 
 
 def train_all(config: Config, directory: epath.Path, compared: Sequence[Compared]) -> dict[Trained, epath.Path]:
@@ -107,14 +114,13 @@ def _scores(
     run: Run, path: epath.Path, splits: dict[str, list[Record]], conditions: list[Condition]
 ) -> dict[str, dict[Condition, Scores]]:
     """By split and condition: read from `path`, or measured and written there."""
-    settings = run.inputs.config.evaluate
-    asked = [run.step, conditions, settings.measures, settings.candidates, settings.max_records]
-    asked += [[repr(record) for record in records] for records in splits.values()]
-    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    if path.is_file():
+    key = _key(run, splits, conditions)
+    try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["key"]) == key:
                 return {name: {c: _unpack(stored, f"{name}/{c}/") for c in conditions} for name in splits}
+    except (OSError, ValueError, LookupError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        pass  # it is not there, or damaged
     found = {name: evaluate(run, records, name, conditions).scores for name, records in splits.items()}
     if is_first():
         arrays = {"key": np.array(key)}
@@ -124,6 +130,28 @@ def _scores(
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
         write_bytes(path, packed.getvalue())
     return {name: {c: by[c] for c in conditions} for name, by in found.items()}
+
+
+def _key(run: Run, splits: dict[str, list[Record]], conditions: list[Condition]) -> str:
+    """Names everything that scores depend on: what is measured of which records, with which vectors, of what model."""
+    inputs, settings = run.inputs, run.inputs.config.evaluate
+    vectors: dict[str, str] = {}
+    if inputs.table is not None and any(FRONTS[c].vector in ("own", "other") for c in conditions):
+        for name, records in splits.items():
+            held = inputs.table.gather(inputs.table.index.find(sorted({record.user_id for record in records})))
+            vectors[name] = hashlib.sha256(held.data).hexdigest()
+    asked = {
+        "layout": _LAYOUT,
+        "version": e2p_jax.__version__,
+        "conditions": conditions,
+        "measured": [settings.measures, settings.candidates, settings.max_records],
+        "records": {name: [repr(record) for record in records] for name, records in splits.items()},
+        "vectors": vectors,
+        "backbone": identity.describe(inputs, run.model),
+        "settings": identity.settings(inputs.config),
+        "checkpoint": [run.step, manifest.digest(run.directory / "checkpoints" / str(run.step))],
+    }
+    return digest(asked)
 
 
 _COLUMNS = ("nll", "targets", "words", "bytes")

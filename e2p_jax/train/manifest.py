@@ -36,6 +36,14 @@ def find_damage(directory: epath.Path) -> str | None:
     return None
 
 
+def digest(directory: epath.Path) -> str:
+    """SHA-256 over what the files below `directory` were when they were written: of the manifest, if there is one."""
+    if (directory / NAME).exists():
+        return _digest(directory / NAME)
+    sums = {name: _digest(directory / name) for name in sorted(_files(directory, ""))}
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
 def _files(directory: epath.Path, prefix: str) -> Iterator[str]:
     for path in directory.iterdir():
         if path.is_dir():

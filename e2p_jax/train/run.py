@@ -1,7 +1,7 @@
 """A run directory: claimed once, opened again to evaluate, generate or export.
 
-`config.json` (resolved), `backbone.json` (path, revision and fingerprint of the frozen weights, width of the user
-vectors), `chat_template.jinja`, `metrics.jsonl`, `tensorboard/`, `checkpoints/<step>/`, `report/`.
+`config.json` (resolved), `backbone.json` and `chat_template.jinja` (see `identity.py`), `metrics.jsonl`,
+`tensorboard/`, `checkpoints/<step>/`, `report/`.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from e2p_jax.errors import UserError
 from e2p_jax.files import run_directory, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh
+from e2p_jax.train import identity
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.partition import join
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
@@ -35,11 +36,12 @@ def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> 
     """
     path = run / "config.json"
     if distributed.is_first() and not path.exists():
-        _write_names(run, config, inputs, model)
+        identity.write(run, config, inputs, model)
+        write_text(path, config.to_json())  # last: it says that the rest is there
     distributed.wait_for_all("the run directory is claimed")
     if not path.exists():
         raise UserError(f"{run}: is not the directory that process 0 sees; --workdir must be on storage that all share")
-    stored = config_lib.from_json(path.read_text(), path)
+    stored = config_lib.from_json(path.read_bytes(), path)
     if stored != config and dataclasses.replace(stored, evaluate=config.evaluate) == config:
         if distributed.is_first():  # how a run is looked at may change
             write_text(path, config.to_json())
@@ -48,28 +50,9 @@ def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> 
             f"{run}: holds a run with other settings ({'; '.join(_differences(stored, config))}); "
             "rerun with those, or choose another --workdir"
         )
-    _check_fingerprint(run, model)
-
-
-def _write_names(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None:
-    names = {
-        "path": config.backbone.path,
-        "revision": config.backbone.revision,
-        "fingerprint": model.fingerprint,
-        "embedding_width": int(model.params["projector"]["input_mean"].shape[0]),
-    }
-    write_text(run / "backbone.json", json.dumps(names, indent=2) + "\n")
-    write_text(run / "chat_template.jinja", inputs.encoder.template)
-    write_text(run / "config.json", config.to_json())  # last: it says that the rest is there
-
-
-def _check_fingerprint(run: epath.Path, model: Model) -> None:
-    names = json.loads((run / "backbone.json").read_text())
-    if names["fingerprint"] != model.fingerprint:
-        raise UserError(
-            f"{run}: was trained in front of other weights than {names['path']} holds now "
-            f"(fingerprint {names['fingerprint'][:12]}, found {model.fingerprint[:12]}); restore that backbone"
-        )
+    names = identity.read(run)
+    identity.check_inputs(run, names, config, inputs)
+    identity.check_weights(run, names, model)
 
 
 def _differences(old: Config, new: Config) -> list[str]:
@@ -119,23 +102,25 @@ def open_run(directory: epath.PathLike, checkpoint: str = "best", embeddings: st
       embeddings: a table of user vectors to use in place of the run's own.
 
     Raises:
-      UserError: not a run, no checkpoint, another backbone, or vectors of another width.
+      UserError: not a run, a damaged one, no checkpoint, another backbone, or vectors of another width.
     """
     directory = run_directory(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory}: not a run directory (no config.json)")
-    config = config_lib.from_json(path.read_text(), path)
+    config = begun = config_lib.from_json(path.read_bytes(), path)
+    names = identity.read(directory)
     if embeddings is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, embeddings=embeddings))
     inputs = read_inputs(_on_this_machine(config))
-    width = json.loads((directory / "backbone.json").read_text())["embedding_width"]
+    identity.check_inputs(directory, names, begun, inputs)
+    width = names["embedding_width"]
     if inputs.table is not None and inputs.table.width != width:
         raise UserError(
             f"{inputs.table.source}: vectors have width {inputs.table.width}, but the run's projector takes {width}"
         )
     model = build_model(inputs, Population.standard(width))
-    _check_fingerprint(directory, model)
+    identity.check_weights(directory, names, model)
     checkpoints = Checkpoints(directory)
     step = checkpoints.step_of(checkpoint)
     checkpoints.check(step)

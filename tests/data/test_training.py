@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,55 @@ def test_damaged_cache_is_made_anew(config: Config, make_tokenizer: Callable, na
         (place / name).write_bytes(content[:-5] if fault == "cut" else content)
     assert_same(read(config, tokenizer), first)
     assert {path.name: path.read_bytes() for path in place.iterdir()} == whole
+
+
+@pytest.mark.parametrize(
+    "content", ['{"files": {}}', "{}", "[]", "5", '{"files": []}', "[" * 100_000, '{"files": null}']
+)
+def test_a_manifest_that_vouches_for_nothing_is_not_believed(
+    config: Config, make_tokenizer: Callable, content: str
+) -> None:
+    tokenizer = make_tokenizer()
+    first = read(config, tokenizer)
+    (place,) = Path(config.data.cache).iterdir()
+    np.save(place / "tokens.npy", np.load(place / "tokens.npy") + 1)
+    (place / "meta.json").write_text(content)
+    assert_same(read(config, tokenizer), first)
+
+
+def test_data_changed_with_size_and_time_kept_is_read_again(config: Config, make_tokenizer: Callable) -> None:
+    tokenizer, path = make_tokenizer(), Path(config.data.path)
+    first, before = read(config, tokenizer), path.stat()
+    with path.open("r+b") as file:
+        content = file.read()
+        file.seek(0)
+        file.write(content.replace(b"?", b"!"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    changed = read(config, tokenizer)
+    assert first.examples.tokens.tolist() != changed.examples.tokens.tolist()
+    assert_same(
+        read(dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none")), tokenizer), changed
+    )
+
+
+def test_data_written_while_it_is_read_is_not_kept(
+    config: Config, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the tokens of the new content would stand under the name of the old, and come back with it."""
+    tokenizer, path = make_tokenizer(), Path(config.data.path)
+    old, reading = path.read_text(), training._read
+
+    def interrupted(*arguments: Any) -> Training:
+        path.write_text(old.replace("?", "!"))
+        return reading(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_read", interrupted)
+        other = read(config, tokenizer)
+    path.write_text(old)
+    assert read(config, tokenizer).examples.tokens.tolist() != other.examples.tokens.tolist()
 
 
 def test_cache_that_cannot_be_written_is_named(config: Config, make_tokenizer: Callable, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -121,6 +124,58 @@ def test_prompt_tuning_is_one_token_for_all(config: Config, tmp_path: Path):
     expected = projector.token_mean[...] + projector.token_std[...] * projector.bias[...]
     np.testing.assert_allclose(token[0], expected, atol=1e-6)
     assert np.abs(projector.bias[...]).max() > 0
+
+
+def test_scores_are_reused_only_while_all_they_depend_on_stays(config: Config, tmp_path: Path):
+    """A changed table of vectors is measured anew, as `evaluate` measures it, and so is whatever else has a say."""
+    folder = Path(config.data.path).parent
+    shutil.copytree(folder / "table", tmp_path / "table")
+    data = dataclasses.replace(config.data, embeddings=str(tmp_path / "table"))
+    config = dataclasses.replace(config, data=data, evaluate=dataclasses.replace(config.evaluate, measures=()))
+    (first,) = compare(config, tmp_path / "compared", ["e2p"])
+    before, vectors = (tmp_path / "table" / "embeddings.npy").stat(), np.load(tmp_path / "table" / "embeddings.npy")
+    held_out = sorted({int(record.user_id.removeprefix("user-")) for record in first.records})
+    vectors[held_out] = vectors[held_out[::-1]]  # nobody trained on them
+    np.save(tmp_path / "table" / "embeddings.npy", vectors)
+    os.utime(tmp_path / "table" / "embeddings.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (second,) = compare(config, tmp_path / "compared", ["e2p"])
+    run = open_run(tmp_path / "compared" / "e2p")
+    expected = comparison.evaluate(run, second.records, "validation", ["e2p"]).scores["e2p"].nll
+    assert not np.array_equal(second.scores["e2p"].nll, first.scores["e2p"].nll)
+    np.testing.assert_array_equal(second.scores["e2p"].nll, expected)
+
+    path = tmp_path / "compared" / "scores" / "e2p.npz"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:80] + b"\xff\x00\xff" + whole[83:], b"5"):
+        path.write_bytes(damaged)
+        (again,) = compare(config, tmp_path / "compared", ["e2p"])
+        np.testing.assert_array_equal(again.scores["e2p"].nll, expected)
+
+    splits = {"validation": second.records}
+
+    def key(run: Any, splits: Any = splits, conditions: Any = ("e2p",)) -> str:
+        return comparison._key(run, splits, list(conditions))
+
+    def with_inputs(**changes: Any) -> Any:
+        return dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, **changes))
+
+    encoder, decoder = run.inputs.encoder, run.inputs.decoder
+    one = dataclasses.replace(second.records[0], context=("other",))
+    evaluate = dataclasses.replace(run.inputs.config.evaluate, max_records=1)
+    changed = [
+        key(run),
+        key(run, conditions=("e2p", "shuffled")),
+        key(run, {"test": second.records}),
+        key(run, {"validation": [one, *second.records[1:]]}),
+        key(dataclasses.replace(run, model=dataclasses.replace(run.model, fingerprint="f" * 64))),
+        key(with_inputs(decoder=dataclasses.replace(decoder, norm_epsilon=0.1))),
+        key(with_inputs(encoder=dataclasses.replace(encoder, template=encoder.template + " "))),
+        key(with_inputs(config=dataclasses.replace(run.inputs.config, evaluate=evaluate))),
+        key(with_inputs(config=dataclasses.replace(run.inputs.config, data=dataclasses.replace(data, targets="all")))),
+        key(dataclasses.replace(run, step=run.step - 2)),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert key(run, conditions=["none"]) == key(with_inputs(table=None), conditions=["none"])
 
 
 def test_script_of_the_papers_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
