@@ -71,6 +71,10 @@ fi
 command -v "${e2p[0]}" >/dev/null ||
   fail "${e2p[0]} not found; pip install -r requirements-tpu.txt (TPU), -e '.[cuda13]' (GPU) or -e . (CPU) on this host"
 
+if [[ -n $processes ]]; then # known to these processes alone
+  export E2P_TOKEN="${E2P_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
+fi
+
 pids=() told=''
 forward() {
   told=yes

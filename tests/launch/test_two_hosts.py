@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from e2p_jax.errors import RESTART
-from e2p_jax.parallel.distributed import LOST_SECONDS
+from e2p_jax.parallel.meeting import LOST_SECONDS
 
 PROGRAM = """
 import sys, time

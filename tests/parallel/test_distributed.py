@@ -1,12 +1,12 @@
 """Start-up: who this process is, that all are there, and that the end of one is the end of all."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from e2p_jax.errors import UserError
-from e2p_jax.parallel.distributed import (
-    RESTART,
-    Peers,
-    Place,
-    Processes,
-    check_same,
-    find_place,
-    meet,
-    preemption,
-    session,
-)
+from e2p_jax.errors import RESTART, UserError
+from e2p_jax.parallel import meeting as meeting_lib
+from e2p_jax.parallel.distributed import Processes, check_same, find_place, preemption, session
+from e2p_jax.parallel.meeting import Peers, Place, meet
 
 ALL = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 SLURM = {
@@ -162,23 +154,96 @@ def test_contradicting_processes_are_refused(address: str) -> None:
         assert "both say --process-id 1; give each its own" in str(met[0])
 
 
-def test_strangers_at_the_port_are_ignored(address: str) -> None:
-    def knock() -> None:
-        host, _, port = address.partition(":")
-        while not there.is_set():
-            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as stranger:
-                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                there.set()
+HELLO = {"process": 1, "count": 2, "host": "b", "proof": None}
+STRANGE = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01\x00\xff\n",
+    b"[" * 4000 + b"\n",
+    b"x" * 100_000,
+    b"[]\n",
+    b"null\n",
+    *(
+        json.dumps(hello).encode() + b"\n"
+        for hello in (
+            {"process": 1},
+            HELLO | {"count": None},
+            HELLO | {"host": None},
+            HELLO | {"host": ["b"]},
+            HELLO | {"host": "b\x1b[2J"},
+            HELLO | {"host": "b" * 300},
+            HELLO | {"process": "1"},
+            HELLO | {"process": True},
+            HELLO | {"process": -1},
+            HELLO | {"process": 2},
+            HELLO | {"process": 1.5},
+            HELLO | {"proof": "guessed"},
+        )
+    ),
+]
 
-    there = threading.Event()
-    with ThreadPoolExecutor(2) as pool:
+
+def test_strangers_at_the_port_are_ignored_and_hold_up_nobody(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    host, _, port = address.partition(":")
+    with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as strangers:
+
+        def knock(said: bytes) -> None:
+            while True:
+                with contextlib.suppress(ConnectionRefusedError):
+                    stranger = strangers.enter_context(socket.create_connection((host, int(port)), timeout=5))
+                    break
+            with contextlib.suppress(OSError):
+                stranger.sendall(said)
+
         first = pool.submit(meet, Place(address, 2, 0, None), 30)
-        pool.submit(knock).result()
+        for said in STRANGE + [b""] * 20:  # the last are silent, and stay
+            knock(said)
+        started = time.monotonic()
         second = pool.submit(meet, Place(address, 2, 1, None), 30)
         for peers in (first.result(), second.result()):
-            assert len(peers.hosts) == 2
+            assert peers.hosts == dict.fromkeys(range(2), socket.gethostname())
             for link in peers.links.values():
                 link.close()
+        assert time.monotonic() - started < meeting_lib.HELLO_SECONDS - 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == meeting_lib.NAMED and all(line.startswith("e2p: ignored 127.0.0.1:") for line in said)
+
+
+@pytest.mark.parametrize(("first", "second"), [("secret", ""), ("secret", "other"), ("", "secret")])
+def test_a_process_with_another_token_is_named(
+    bare: pytest.MonkeyPatch, address: str, first: str, second: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        bare.setenv("E2P_TOKEN", first)
+        hosting = pool.submit(meet, Place(address, 2, 0, None), 3)
+        hello = meeting_lib.Hello(1, 2, "b")
+        bare.setenv("E2P_TOKEN", second)
+        proof = hello.proof()
+        bare.setenv("E2P_TOKEN", first)
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                link = meeting_lib.Link.over(socket.create_connection(address.split(":"), timeout=5))  # type: ignore[arg-type]
+                break
+        link.say(process=1, count=2, host="b", proof=proof)
+        answer = link.hear(5)
+        link.close()
+        assert answer is not None and "another E2P_TOKEN" in answer["error"]
+        assert "1 of 2 processes did not come" in str(hosting.exception())
+    assert "process 1 (host b) has another E2P_TOKEN" in capsys.readouterr().err
+
+
+def test_with_one_token_all_meet(bare: pytest.MonkeyPatch, address: str) -> None:
+    bare.setenv("E2P_TOKEN", "secret")
+    with meeting(*(Place(address, 3, i, None) for i in range(3))) as met:
+        assert all(len(peers.hosts) == 3 for peers in met)
+
+
+def test_only_the_coordinators_address_listens(address: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        hosting = pool.submit(meet, Place(address, 2, 0, None), 2)
+        time.sleep(0.5)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", int(address.split(":")[1])), timeout=5)
+        assert hosting.exception() is not None
 
 
 def test_taken_port_is_refused() -> None:
@@ -197,7 +262,7 @@ def test_alone_nothing_is_joined() -> None:
 PROGRAM = """
 import os, signal, sys, time
 import numpy as np
-from e2p_jax.errors import UserError
+from e2p_jax.errors import RESTART, UserError
 from e2p_jax.parallel.distributed import Processes, check_same, session
 who, what = int(sys.argv[2]), sys.argv[3]
 with session(Processes(sys.argv[1], 2, who, 60)):
