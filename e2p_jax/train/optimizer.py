@@ -1,11 +1,37 @@
 """The optimizer, wrapped by the mask: clip, AdamW, warm-up and cosine see the trainable part only."""
 
+import fnmatch
 from typing import Any
 
 import jax
 import optax
 
 from e2p_jax.config import TrainConfig
+from e2p_jax.train.partition import path_name
+
+# What a parameter is for, by the last part of its path. Its shape does not tell: a norm, stacked over layers, has two
+# axes.
+_ROLES = {
+    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*", "skip", "*_lora_in", "*_lora_out"),
+    "embedding": ("embedding", "position_embedding", "head"),
+    "norm": ("*norm",),
+    "bias": ("bias", "*_bias"),
+    "user": ("null_user",),
+}
+_DECAYING = ("matrix", "embedding")
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay reaches a parameter: what multiplies is drawn to zero, what shifts or scales is not.
+
+    Raises:
+      ValueError: the table of roles does not say what it is.
+    """
+    name = path.rpartition("/")[2]
+    roles = [role for role, patterns in _ROLES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    if len(roles) != 1:
+        raise ValueError(f"parameter {path} has the roles {roles}; give it one in {__name__}")
+    return roles[0] in _DECAYING
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -29,7 +55,7 @@ def make_optimizer(config: TrainConfig, mask: Any) -> optax.GradientTransformati
             schedule(config),
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: decays(path_name(path)), params),
         ),
     )
     return optax.masked(inner, mask)

@@ -1,0 +1,75 @@
+"""Weight decay: what it reaches, by what a parameter is for."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import hf_config
+
+from e2p_jax.backbone.families import FAMILIES, parse_config
+from e2p_jax.backbone.layout import DecoderConfig
+from e2p_jax.backbone.lora import Lora
+from e2p_jax.backbone.weights import abstract
+from e2p_jax.config import TrainConfig
+from e2p_jax.prefix.model import PrefixModel
+from e2p_jax.prefix.projector import Projector
+from e2p_jax.train.optimizer import decays, make_optimizer
+from e2p_jax.train.partition import path_name, split, trainable_mask
+
+EVERYTHING = ("backbone/**", "projector/**", "lora/**")
+
+
+def decoder_config(family: str) -> DecoderConfig:
+    return parse_config(hf_config(family).to_dict(), Path("config.json"))
+
+
+def whole(config: DecoderConfig) -> tuple[Any, Any]:
+    """Shapes of all parameters that there may be in front of a backbone, and the mask that trains them."""
+    projector = {"embedding_width": 4, "model_width": config.hidden_size, "num_tokens": 1, "hidden_size": 8}
+
+    def parts() -> tuple[Projector, Lora]:
+        made = Projector(**projector, kind="mlp", dropout=0.0, null_user_rate=0.1, rngs=nnx.Rngs(0))
+        return made, Lora(config, 2, rngs=nnx.Rngs(0))
+
+    model = PrefixModel(abstract(config, dtype=jnp.dtype("float32")), *nnx.eval_shape(parts))
+    return nnx.to_pure_dict(nnx.state(model)), trainable_mask(model, EVERYTHING)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_every_family_has_one_role(family: str) -> None:
+    """In one layer a matrix has two axes, and an expert's three; norms, biases and the null user have one."""
+    params, mask = whole(decoder_config(family))
+    leaves = jax.tree_util.tree_leaves_with_path(split(params, mask)[0])
+    found = {path_name(path): leaf.ndim - ("/layers/" in path_name(path)) for path, leaf in leaves}
+    assert len(found) > 20
+    assert {path: decays(path) for path in found} == {path: ndim > 1 for path, ndim in found.items()}
+
+
+def test_a_parameter_without_a_role_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"parameter backbone/layers/gain has the roles \[\]; give it one in e2p_jax.train"
+    ):
+        decays("backbone/layers/gain")
+
+
+def test_without_a_gradient_norms_and_biases_stay_and_matrices_shrink() -> None:
+    params, mask = whole(decoder_config("gpt2"))
+    trainable, _ = split(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params), mask)
+    config = TrainConfig(learning_rate=0.5, weight_decay=0.1, warmup_steps=0)
+    optimizer = make_optimizer(config, mask)
+
+    @jax.jit
+    def step(trainable: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trainable), optimizer.init(trainable), trainable)
+        return optax.apply_updates(trainable, updates)
+
+    after = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(step(trainable))}
+    assert {"backbone/layers/attention_norm", "backbone/layers/q_bias", "backbone/final_norm_bias"} < after.keys()
+    for path, leaf in after.items():
+        np.testing.assert_allclose(leaf, 0.95 if decays(path) else 1.0, rtol=1e-6, err_msg=path)
