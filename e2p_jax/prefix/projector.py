@@ -72,18 +72,19 @@ class Projector(nnx.Module):
         """
         chex.assert_axis_dimension(vectors, -1, self.input_mean[...].shape[0])
         lead = (1,) * (vectors.ndim - 1)
+        if dropout_key is not None:  # one key a purpose
+            dropout_key, noise_key, null_key = jax.random.split(dropout_key, 3)
 
         def row(variable: nnx.Variable) -> jax.Array:  # strict rank promotion: [N] -> [1, .., N]
             return variable[...].reshape(*lead, -1)
 
         x = (vectors - row(self.input_mean)) / row(self.input_std)
         if dropout_key is not None and self.noise:
-            x = x + self.noise * jax.random.normal(jax.random.fold_in(dropout_key, 2), x.shape)
+            x = x + self.noise * jax.random.normal(noise_key, x.shape)
         if self.null_user_rate:
             is_null = jnp.isnan(vectors[..., :1])
             if dropout_key is not None:
-                dropped = jax.random.bernoulli(jax.random.fold_in(dropout_key, 1), self.null_user_rate, is_null.shape)
-                is_null = is_null | dropped
+                is_null = is_null | jax.random.bernoulli(null_key, self.null_user_rate, is_null.shape)
             x = jnp.where(is_null, row(self.null_user), x)
         y = x @ self.skip[...] + row(self.bias)
         if self.kind == "mlp":

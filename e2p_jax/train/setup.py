@@ -1,6 +1,7 @@
 """From a config to what every command works with: mesh, encoder, table, the sharded, partitioned model, its steps."""
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,17 @@ def read_inputs(config: Config) -> Inputs:
     return Inputs(config, directory, decoder, encoder, table)
 
 
+class Purpose(enum.IntEnum):
+    """What `train.seed` is asked for: a key each. The order of rows is NumPy's (`data/pipeline.py`)."""
+
+    PROJECTOR = 0
+    LORA = 1
+    STEPS = 2  # each folds in its number; the projector splits what comes of it
+
+    def key(self, seed: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(seed), self.value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A `PrefixModel` split once: static graph, parameters on the mesh, and the mask."""
@@ -117,12 +129,12 @@ def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> 
         dropout=config.projector.dropout,
         noise=config.projector.noise,
         null_user_rate=config.train.null_user_rate,
-        rngs=nnx.Rngs(config.train.seed),
+        rngs=nnx.Rngs(Purpose.PROJECTOR.key(config.train.seed)),
     )
 
 
 def _lora(config: Config, decoder: DecoderConfig) -> Lora:
-    return Lora(decoder, config.backbone.lora_rank, rngs=nnx.Rngs(config.train.seed + 2))
+    return Lora(decoder, config.backbone.lora_rank, rngs=nnx.Rngs(Purpose.LORA.key(config.train.seed)))
 
 
 def build_model(inputs: Inputs, population: Population) -> Model:
@@ -169,6 +181,7 @@ def _backbone(inputs: Inputs, model: Model) -> tuple[PyTree, str]:
         return nnx.to_pure_dict(nnx.state(decoder)), weights.open_checkpoint(inputs.directory).fingerprint()
 
     def initialise() -> PyTree:
+        # Of the next seed, and no purpose of this one: what stays frozen of it is in no checkpoint, and made anew.
         rngs = nnx.Rngs(inputs.config.train.seed + 1)
         return nnx.to_pure_dict(nnx.state(Decoder(inputs.decoder, dtype=dtype, rngs=rngs)))
 
@@ -196,7 +209,8 @@ def abstract_state(model: Model, config: TrainConfig) -> TrainState:
 
 def _fresh_state(model: Model, config: TrainConfig, trainable: PyTree) -> TrainState:
     optimizer = make_optimizer(config, model.mask)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(config.seed))
+    key = Purpose.STEPS.key(config.seed)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
 def initial_state(model: Model, config: TrainConfig) -> tuple[TrainState, PyTree]:
