@@ -18,12 +18,11 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from jax._src import clusters
-from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from e2p_jax.errors import Preempted, UserError
 from e2p_jax.options import Processes
+from e2p_jax.parallel import private_jax
 from e2p_jax.parallel.meeting import Peers, Place, loopback, meet, name_of
 
 _SETTLE_SECONDS = 5  # a peer's death shows as an error of a collective before its connection is seen to close
@@ -52,9 +51,9 @@ def find_place(given: Processes) -> Place | None:
     if count == 1:
         return None
     try:
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator, count, process, device_ids, None, given.start_timeout
-        )
+        found = private_jax.detect_cluster(coordinator, count, process, device_ids, given.start_timeout)
+    except UserError:
+        raise
     except Exception as error:  # metadata servers, Kubernetes and address parsing each raise their own
         raise UserError(f"the cluster was not understood ({error}); {_HOW}") from error
     coordinator, count, process, device_ids = found
@@ -194,8 +193,7 @@ def preemption(step: int) -> Iterator[Callable[[int], bool]]:
     """
     if jax.process_count() > 1:
         jax.config.update("jax_enable_preemption_service", True)
-        if jax_distributed.global_state.preemption_sync_manager is None:
-            jax_distributed.global_state.initialize_preemption_sync_manager()
+        private_jax.start_preemption_service()
         # The processes agree on the step after the highest that any has reached: they must know where they start.
         multihost_utils.reached_preemption_sync_point(step)
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,10 +13,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import pytest
+from packaging.requirements import Requirement
 
 from e2p_jax.errors import RESTART, UserError
 from e2p_jax.parallel import meeting as meeting_lib
+from e2p_jax.parallel import private_jax
 from e2p_jax.parallel.distributed import Processes, check_same, find_place, preemption, session
 from e2p_jax.parallel.meeting import Peers, Place, meet
 
@@ -307,3 +311,26 @@ def test_sigterm_is_noted_inside_of_preemption_only() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_here(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_jax_that_has_moved_its_private_parts_is_named(bare: pytest.MonkeyPatch) -> None:
+    """By the version, in a line; a single process does not need them."""
+    bare.delattr("jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params")
+    with pytest.raises(UserError, match=rf"^jax {jax.__version__}: .*pip install 'jax>=0.8,<0.12'"):
+        find_place(Processes())
+    assert find_place(Processes(num_processes=1)) is None
+    bare.delattr("jax._src.distributed.global_state")
+    with pytest.raises(UserError, match=r"pip install 'jax>=0.8,<0.12'"):
+        private_jax.start_preemption_service()
+
+
+def test_private_parts_of_jax_are_asked_for_in_one_place_and_of_known_versions_alone() -> None:
+    root = Path(private_jax.__file__).parents[2]
+    private = re.compile(r"^\s*(from|import) jax\._", re.MULTILINE)
+    users = [path.name for path in (root / "e2p_jax").rglob("*.py") if private.search(path.read_text())]
+    assert users == ["private_jax.py"]
+    stated = re.findall(r'"(jax(?:\[\w+\])?[<>=][^"]*)"', (root / "pyproject.toml").read_text())
+    assert len(stated) == 4
+    for requirement in map(Requirement, stated):
+        for version, admitted in [("0.10.2", True), ("0.11.0", True), ("0.11.2", True), ("0.12.0", False)]:
+            assert requirement.specifier.contains(version) == admitted, requirement
