@@ -81,6 +81,9 @@ class DataConfig:
     """A conversation longer than T loses its oldest turns, or is an error."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, else the plain one; or the path of a Jinja file with generation markers."""
+    control_text: Literal["break", "refuse"] = "break"
+    """What a message that spells out a control token (`<|end|>`) is, in training, generation and exports. break: text,
+    with the token broken up (`< |end|>`); refuse: an error."""
     template_date: str = "2024-07-26"
     """What a chat template that asks for today's date is told (ISO 8601), so that no day changes the tokens."""
     context_prompt: str = "{context}"

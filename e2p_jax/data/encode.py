@@ -1,20 +1,26 @@
 """Records -> token sequences with slots and targets."""
 
 import dataclasses
+import functools
+import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from e2p_jax.config import Condition, Config, Placement
+from e2p_jax.data import control
 from e2p_jax.data.conditions import FRONTS
 from e2p_jax.data.records import Record
-from e2p_jax.data.template import choose_template
+from e2p_jax.data.structure import Messages, Rendered, Structure, unused_word
+from e2p_jax.data.template import choose_template, reason
 from e2p_jax.errors import UserError
+
+_HARMFUL = re.compile(r"[^\w\s]|_")
 
 
 class Example(NamedTuple):
@@ -65,7 +71,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
     # An added token that nothing writes may lie beyond the vocabulary, like the image token of Gemma 3's text models.
-    added, template = tokenizer.get_added_vocab(), str(tokenizer.chat_template)
+    added, template = tokenizer.get_added_vocab(), control.unguarded(str(tokenizer.chat_template))
     special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
     used = {i: t for t, i in tokenizer.get_vocab().items() if t not in added or t in special or t in template}
     largest = max(used)
@@ -82,30 +88,79 @@ class Encoder:
     """Turns records into examples the same way in training, evaluation, generation and export."""
 
     tokenizer: PreTrainedTokenizerBase
-    template: str
+    structure: Structure = dataclasses.field(compare=False, repr=False)  # of `template`
+    controls: dict[str, int]  # text -> id of every control token
+    stops: tuple[int, ...]  # ids that end a reply
+    warnings: tuple[str, ...]  # about the template, a line each
     placement: Placement
     num_tokens: int  # K
     targets: str
     context_prompt: str
     max_length: int  # T
     too_long: str
+    vocab_size: int | None  # rows of the embedding; None: not known
 
     @classmethod
-    def from_config(cls, config: Config, tokenizer: PreTrainedTokenizerBase) -> "Encoder":
+    def from_config(
+        cls,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int | None = None,
+        stops: Collection[int] = (),
+    ) -> "Encoder":
+        """
+        Args:
+          vocab_size: rows of the backbone's embedding, where there is one.
+          stops: ids that end a reply, as the backbone's directory says (`named_stops`).
+
+        Raises:
+          UserError: a template, tokenizer or placement that cannot be used.
+        """
+        name = str(tokenizer.name_or_path)
         template = choose_template(tokenizer, config.data.chat_template, config.data.template_date)
+        bare = Structure(tokenizer, template, name)
+        bare.check()
+        written = bare.written()
+        ends = {*stops, *(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))}
+        controls = control.control_tokens(tokenizer, template, written, ends)
+        late = bare.late_end(set(controls.values()))
+        if late is not None and config.data.targets == "assistant":
+            raise UserError(
+                f"{name}: the chat template ends a reply with {late!r} only when another turn follows, so that no "
+                "target would; set data.chat_template to a copy that always ends it, inside of the generation markers"
+            )
+        if last := bare.ends(set(controls.values())):
+            ends.add(last[-1])
+        warnings = []
+        if not last and bare.last_target() not in ends:
+            warnings.append(
+                f"{name}: the chat template ends a reply with nothing that stops generation: replies will run up to "
+                "--max-new-tokens; set data.chat_template to a copy that ends them with the EOS token"
+            )
+        pairs = control.break_up(tokenizer, controls)
         encoder = cls(
             tokenizer,
-            template,
+            Structure(tokenizer, control.guard(template, pairs, config.data.control_text), name),
+            controls,
+            tuple(sorted(ends)),
+            tuple(warnings),
             config.prefix.placement,
             config.projector.num_tokens,
             config.data.targets,
             config.data.context_prompt,
             config.data.seq_len,
             config.data.too_long,
+            vocab_size,
         )
+        encoder._check_rows(np.array(sorted(written)), name)
         if encoder.placement == "after_bos" and tokenizer.bos_token_id is None:
             raise UserError("prefix.placement=after_bos: this tokenizer has no BOS token; use before_bos or in_chat")
         return encoder
+
+    @property
+    def template(self) -> str:
+        """The Jinja source, with the part in front that keeps text from becoming control tokens."""
+        return self.structure.template
 
     @property
     def pad_id(self) -> int:
@@ -147,32 +202,38 @@ class Encoder:
             record = dataclasses.replace(record, messages=(*system, *shorter))
 
     def encode(self, record: Record, condition: Condition) -> Example:
-        """Renders, tokenises, marks targets and opens the slots."""
+        """Renders, tokenises, marks targets and opens the slots.
+
+        Raises:
+          UserError: naming the record, whatever of it cannot become tokens or targets.
+        """
         messages = self.messages(record, condition)
-        encoded = self._render(messages, record.source, add_generation_prompt=False)
-        tokens = np.asarray(encoded["input_ids"], np.int32)
+        rendered = self._render(messages, record.source, prompt=False)
+        tokens = rendered.ids
         if self.targets == "all":
             is_target = np.ones(len(tokens), bool)
         else:
-            is_target = np.asarray(encoded["assistant_masks"], bool)
-        if not is_target.any():
-            raise UserError(f"{record.source}: the chat template marks no assistant text in this conversation")
+            is_target = self._targets(messages, rendered, record.source)
         is_target[0] = False  # nothing but a slot can stand before it to predict it from
         start = -1
         if FRONTS[condition].vector is not None:
-            start = self.slot_start(messages, encoded)
+            start = self.slot_start(messages, rendered, record.source)
             slots = np.full(self.num_tokens, self.pad_id, np.int32)
             tokens = np.concatenate([tokens[:start], slots, tokens[start:]])
             is_target = np.concatenate([is_target[:start], np.zeros(self.num_tokens, bool), is_target[start:]])
         return Example(tokens, is_target, start, record.user_id)
 
     def encode_prompt(self, record: Record, condition: Condition) -> Example:
-        """The conversation up to and with the generation prompt; no targets."""
+        """The conversation up to and with the generation prompt; no targets.
+
+        Raises:
+          UserError: naming the record, whatever of it cannot become tokens.
+        """
         messages = self.messages(record, condition)
-        encoded = self._render(messages, record.source, add_generation_prompt=True)
-        tokens, start = np.asarray(encoded["input_ids"], np.int32), -1
+        rendered = self._render(messages, record.source, prompt=True)
+        tokens, start = rendered.ids, -1
         if FRONTS[condition].vector is not None:
-            start = self.slot_start(messages, encoded)
+            start = self.slot_start(messages, rendered, record.source, prompt=True)
             tokens = np.insert(tokens, start, [self.pad_id] * self.num_tokens)
         return Example(tokens, np.zeros(len(tokens), bool), start, record.user_id)
 
@@ -186,39 +247,91 @@ class Encoder:
             return [{"role": "system", "content": f"{context}\n{messages[0]['content']}"}, *messages[1:]]
         return [{"role": "system", "content": context}, *messages]
 
-    def slot_start(self, messages: list[dict[str, str]], encoded: dict[str, Any]) -> int:
+    def slot_start(self, messages: Messages, rendered: Rendered, source: str, *, prompt: bool = False) -> int:
         """Index, in the tokens without slots, before which the soft tokens stand.
 
         Raises:
-          UserError: no BOS for `after_bos`, or no user turn for `in_chat`.
+          UserError: no BOS for `after_bos`; no user turn for `in_chat`, or one whose place depends on its text.
         """
         if self.placement == "before_bos":
             return 0
         if self.placement == "after_bos":
-            if encoded["input_ids"][0] != self.tokenizer.bos_token_id:
+            if rendered.ids[0] != self.tokenizer.bos_token_id:
                 raise UserError("prefix.placement=after_bos: the chat template does not begin with the BOS token")
             return 1
         first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
         if first is None:
-            raise UserError("prefix.placement=in_chat: the conversation has no user turn")
-        # Render once more with a mark in place of the first user turn's text; all before the mark is the same.
-        marked = [*messages[:first], {"role": "user", "content": "\ue000"}, *messages[first + 1 :]]
-        text: Any = self.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
-        offset = text.index("\ue000")
-        return next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > offset)
-
-    def _render(self, messages: list[dict[str, str]], source: str, *, add_generation_prompt: bool) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},  # `fit` sees to the length
-            )
-        except jinja2.TemplateError as error:
+            raise UserError(f"{source}: prefix.placement=in_chat: the conversation has no user turn")
+        # Render once more with a word that is nowhere else in place of the first user turn's text; all before it is
+        # the same.
+        word = unused_word([rendered.text])
+        marked = [*messages[:first], {"role": "user", "content": word}, *messages[first + 1 :]]
+        text = self._rendered(marked, source, prompt=prompt).text
+        place = text.find(word)
+        if text.count(word) != 1 or rendered.text[:place] != text[:place]:
             raise UserError(
-                f"{source}: the chat template refuses this conversation ({error}); "
+                f"{source}: prefix.placement=in_chat: what the chat template writes before the first user turn depends "
+                "on its text; use before_bos or after_bos"
+            )
+        return int(np.argmax(rendered.offsets[:, 1] > place))
+
+    def _targets(self, messages: Messages, rendered: Rendered, source: str) -> np.ndarray:
+        """[n] bool: the tokens between generation markers, as `return_assistant_tokens_mask` has them."""
+        is_target = np.zeros(len(rendered.ids), bool)
+        for first, last in rendered.spans:
+            is_target |= (rendered.offsets[:, 0] < last) & (rendered.offsets[:, 1] > first)
+        if not is_target.any():
+            raise UserError(f"{source}: the chat template marks no assistant text in this conversation")
+        fault = self.structure.fault(tuple(message["role"] for message in messages))
+        if fault is not None:
+            raise UserError(
+                f"{source}: the chat template would give this conversation wrong targets ({fault}); change the record "
+                "or set data.chat_template"
+            )
+        return is_target
+
+    def _render(self, messages: Messages, source: str, *, prompt: bool) -> Rendered:
+        """Text and tokens, none of which is a control token that the template did not write."""
+        rendered = self._rendered(messages, source, prompt=prompt)
+        if not len(rendered.ids):
+            raise UserError(f"{source}: the chat template makes nothing of this conversation; set data.chat_template")
+        self._check_rows(rendered.ids, source)
+        found = self._control_ids(rendered.ids)
+        shape = self.structure.find_shape(tuple(message["role"] for message in messages), prompt)
+        if shape is not None and found == self._control_ids(shape.rendered.ids):
+            return rendered
+        # What a template writes may depend on the text a little: the same without anything that could be a token's.
+        harmless = [{**m, "content": _HARMFUL.sub(".", m["content"])} for m in messages]
+        expected = self._control_ids(self._rendered(harmless, source, prompt=prompt).ids)
+        if found != expected:
+            pairs = itertools.zip_longest(found, expected)
+            extra = next(ours or theirs for ours, theirs in pairs if ours != theirs)
+            raise UserError(
+                f"{source}: the text of a message would become, or swallow, the control token "
+                f"{self.tokenizer.convert_ids_to_tokens(extra)!r}; take it out of the text"
+            )
+        return rendered
+
+    def _rendered(self, messages: Messages, source: str, *, prompt: bool) -> Rendered:
+        try:
+            return self.structure.render(messages, prompt=prompt)
+        except Exception as error:  # whatever a template may raise
+            begins = ", which begins with a reply" if messages[0]["role"] == "assistant" else ""
+            raise UserError(
+                f"{source}: the chat template refuses this conversation{begins} ({reason(error)}); "
                 "change the record or set data.chat_template"
             ) from error
+
+    def _control_ids(self, ids: np.ndarray) -> list[int]:
+        return ids[np.isin(ids, self._counted)].tolist()
+
+    @functools.cached_property
+    def _counted(self) -> list[int]:
+        return sorted(control.counted(self.tokenizer, self.controls))
+
+    def _check_rows(self, ids: np.ndarray, source: str) -> None:
+        if self.vocab_size is not None and (beyond := ids[ids >= self.vocab_size]).size:
+            raise UserError(
+                f"{source}: the token {self.tokenizer.convert_ids_to_tokens(int(beyond[0]))!r} has id {beyond[0]}, but "
+                f"the backbone's embedding has {self.vocab_size} rows; take it out of the text, or out of the tokenizer"
+            )

@@ -12,6 +12,8 @@ Targets are what a template puts between `{% generation %}` and `{% endgeneratio
 
 A template that asks for today's date (`strftime_now`, as Llama 3.2's) is told `data.template_date`: the same
 tokens come out on every day, and of the template that goes with a run or an export.
+
+Every template is tried before it is used (`bounded`): one that does not end is refused.
 """
 
 import datetime
@@ -19,9 +21,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from e2p_jax.data import bounded
+from e2p_jax.data.control import unguarded
 from e2p_jax.errors import UserError
 
 PLAIN = Path(__file__).parent / "plain.jinja"
@@ -64,6 +67,12 @@ _PROBE = [
     {"role": "user", "content": "second question"},
     {"role": "assistant", "content": "second answer"},
 ]
+_TRIED = (
+    ("user", "assistant") * 2,
+    ("system", "user", "assistant", "user"),
+    ("user", "user", "assistant", "assistant"),
+    ("assistant", "user", "assistant"),
+)
 
 
 def add_markers(template: str) -> str:
@@ -88,48 +97,70 @@ def pin_date(template: str, date: str, source: str) -> str:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, date: str) -> str:
-    """The Jinja source that a run uses; see the module's docstring.
+    """The Jinja source that a run uses; see the module's docstring. It does not guard messages yet (`control.guard`).
 
     Args:
       chat_template: of the config.
       date: for templates that ask for it.
 
     Raises:
-      UserError: no such file, no markers in it, or a template that cannot be given any.
+      UserError: no such file, no markers in it, a template that cannot be given any, or one that does not end.
     """
     if chat_template != "auto":
         path = Path(chat_template)
         if not path.is_file():
             raise UserError(f"data.chat_template: {path} does not exist; give `auto` or a Jinja file")
-        template = path.read_text(encoding="utf-8")
+        try:
+            template = unguarded(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a readable text file ({error}); give a Jinja file in UTF-8") from error
         if not _MARKER.search(template):
             raise UserError(f"{path}: no {{% generation %}} ... {{% endgeneration %}} markers around assistant turns")
-        return pin_date(template, date, str(path))
+        return try_out(tokenizer, pin_date(template, date, str(path)), str(path))
+    name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
         if tokenizer.eos_token is None:
             raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer has neither a chat template nor an EOS token to end a turn "
+                f"{name}: the tokenizer has neither a chat template nor an EOS token to end a turn "
                 "with; add eos_token to tokenizer_config.json or set data.chat_template"
             )
         return PLAIN.read_text(encoding="utf-8")
     try:
-        original = tokenizer.get_chat_template()
+        original = unguarded(tokenizer.get_chat_template())
     except ValueError as error:
         raise UserError(
-            f"{tokenizer.name_or_path}: several chat templates and none called default; set data.chat_template to one"
+            f"{name}: several chat templates and none called default; set data.chat_template to one"
         ) from error
-    original = pin_date(original, date, tokenizer.name_or_path)
+    original = try_out(tokenizer, pin_date(original, date, name), name)
     if _MARKER.search(original):
         return original
     wrapped = add_markers(original)
     try:
         same = _render(tokenizer, wrapped) == _render(tokenizer, original)
         marked = sum(_mask(tokenizer, wrapped)) > 0
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(_refusal(tokenizer, str(error))) from error
+    except Exception as error:  # whatever a template may raise
+        raise UserError(_refusal(tokenizer, reason(error))) from error
     if not (same and marked):
         raise UserError(_refusal(tokenizer, "it would render differently with them"))
     return wrapped
+
+
+def try_out(tokenizer: PreTrainedTokenizerBase, template: str, source: str) -> str:
+    """Returns the template.
+
+    Raises:
+      UserError: it runs for ever or fills the memory.
+    """
+    fault = bounded.misbehaviour(template, tokenizer.special_tokens_map, _TRIED)
+    if fault is not None:
+        raise UserError(f"{source}: the chat template {fault}; set data.chat_template to one that works")
+    return template
+
+
+def reason(error: Exception) -> str:
+    """What a template raised, in one line."""
+    text = " ".join(str(error).split())[:200]
+    return text if type(error).__name__ == "TemplateError" and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _refusal(tokenizer: PreTrainedTokenizerBase, why: str) -> str:

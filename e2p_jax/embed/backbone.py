@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.config import MeshConfig
+from e2p_jax.data import control
 from e2p_jax.data.encode import load_tokenizer
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
@@ -36,14 +37,22 @@ def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer
       [N, D] float32.
 
     Raises:
-      UserError: the directory is no backbone, or has fewer layers.
+      UserError: the directory is no backbone, or has fewer layers; or a context that its embedding has no row for.
     """
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
         decoder = _first_layers(directory, layer, mesh)
         tokenizer = load_tokenizer(directory, decoder.config.vocab_size)
         limit = min(decoder.config.max_positions, _LONGEST)
-        encoded = [tokenizer("\n".join(context))["input_ids"][:limit] for context in contexts]
+        pairs = control.break_up(tokenizer, control.control_tokens(tokenizer, str(tokenizer.chat_template), (), ()))
+        texts = (control.as_text("\n".join(context), pairs) for context in contexts)
+        encoded = [tokenizer(text)["input_ids"][:limit] for text in texts]
+        for number, tokens in enumerate(encoded):
+            if (largest := max(tokens, default=0)) >= decoder.config.vocab_size:
+                raise UserError(
+                    f"context {number}: the token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
+                    f"the backbone's embedding has {decoder.config.vocab_size} rows; take it out of the text"
+                )
         return _means(decoder, [np.asarray(tokens, np.int32) for tokens in encoded])
 
 

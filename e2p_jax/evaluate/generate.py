@@ -1,9 +1,7 @@
 """Generation with a key-value cache: several users a batch, greedy or sampled."""
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,16 +21,6 @@ from e2p_jax.options import Sampling
 from e2p_jax.prefix.model import PrefixModel
 
 SHORTEST_PROMPT = 64
-
-
-def stop_ids(directory: Path, eos: int | None) -> tuple[int, ...]:
-    """Tokens that end a reply: the tokenizer's EOS and those of `generation_config.json`."""
-    ids = set() if eos is None else {eos}
-    path = directory / "generation_config.json"
-    if path.is_file():
-        named = json.loads(path.read_text()).get("eos_token_id")
-        ids |= set(named if isinstance(named, list) else [] if named is None else [named])
-    return tuple(sorted(ids))
 
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
@@ -220,7 +208,6 @@ def generate(
     """
     encoder: Encoder = run.inputs.encoder
     prompts = _encode(run, records, [condition] * len(records), sampling)
-    stops = stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id)
     replies: list[str] = []
     size = min(batch, len(prompts))
     for first in range(0, len(prompts), batch):
@@ -231,7 +218,7 @@ def generate(
             [prompts[n] for n in part],
             vectors[part],
             sampling=sampling,
-            stops=stops,
+            stops=encoder.stops,
             pad=encoder.pad_id,
             num_tokens=encoder.num_tokens,
         )
@@ -258,8 +245,8 @@ def stream(
     """
     encoder: Encoder = run.inputs.encoder
     prompts = _left_padded(_encode(run, records, conditions, sampling), vectors, encoder.pad_id, encoder.num_tokens)
-    stops = stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id)
-    static: dict[str, Any] = {"graph": run.model.graph, "sampling": sampling, "stops": stops, "pad": encoder.pad_id}
+    static: dict[str, Any] = {"graph": run.model.graph, "sampling": sampling}
+    static |= {"stops": encoder.stops, "pad": encoder.pad_id}
     state = _start_once(run.model.params, *prompts, **static)
     replies: list[list[int]] = [[] for _ in records]
     for left in reversed(range(sampling.max_new_tokens)):

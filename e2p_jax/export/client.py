@@ -39,6 +39,7 @@ class EngineClient:
         """
         payloads.refuse_scaled(table.manifest["embedding_scale"], str(table.directory))
         self.table, self.model = table, model
+        self._stops = table.manifest.get("stop_token_ids", ())  # not in tables of before
         tokens = table.directory / f"{table.manifest['tokens']}.tokens.safetensors"
         self._tokens = CheckedRows(tokens, "embeddings")  # [V, D]
 
@@ -48,22 +49,21 @@ class EngineClient:
         Raises:
           UserError: a user who is not in the table.
         """
-        return payloads.vllm_completion(self.model, self.embeddings(user, messages))
+        return payloads.vllm_completion(self.model, self.embeddings(user, messages), self._stops)
 
     def vllm_chat(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/v1/chat/completions` of a server that was given the table's `chat_template.jinja`.
 
         Raises:
-          UserError: a user who is not in the table, no user turn, or a table whose placement has no chat form.
+          UserError: a user who is not in the table; no user turn, or a first one that begins with white space; or a
+            table whose placement has no chat form.
         """
         if not self.table.manifest["chat"]:
             raise UserError(
                 f"{self.table.directory}: trained with soft tokens {self.table.manifest['placement']}, which vLLM's "
                 "chat endpoint cannot say for this template; use vllm_completion"
             )
-        if all(message["role"] != "user" for message in messages):
-            raise UserError("the conversation has no user turn for the soft tokens to stand in; add one")
-        return payloads.vllm_chat(self.model, messages, self._prefix(user))
+        return payloads.vllm_chat(self.model, messages, self._prefix(user), self._stops)
 
     def sglang(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/generate`.
@@ -71,7 +71,7 @@ class EngineClient:
         Raises:
           UserError: a user who is not in the table.
         """
-        return payloads.sglang(self.embeddings(user, messages))
+        return payloads.sglang(self.embeddings(user, messages), self._stops)
 
     def embeddings(self, user: str, messages: Messages) -> np.ndarray:
         """[T, D]: the templated prompt with the user's soft tokens in their slots."""
@@ -93,4 +93,5 @@ class EngineClient:
         config = from_json(json.dumps(self.table.manifest["config"]), directory / MANIFEST)
         # The tokenizer beside the table carries the run's template.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template="auto"))
-        return Encoder.from_config(config, load_tokenizer(tokenizer, len(self._tokens.rows)))
+        rows = len(self._tokens.rows)
+        return Encoder.from_config(config, load_tokenizer(tokenizer, rows), rows, self._stops)

@@ -17,21 +17,28 @@ from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
 SERVING_TEMPLATE = "chat_template.jinja"
+_BEGINNINGS = ("Why?", "hi", "7 days", "(so)", "\u00e9t\u00e9", "\U0001f600", "\u4f60", "'s", "<x>")  # of a user's turn
 PLACEHOLDER = "<prompt_embeds>"  # what vLLM renders a content part of embeddings as; one token a part, then K
 
-# vLLM hands a template that takes text only its content parts joined by line breaks, which training never saw.
+# vLLM hands a template that takes text only its content parts joined by line breaks, which training never saw. What
+# stands for embeddings is the first of a list's parts; text that looks like it is text.
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
-    {%- set joined = namespace(text='') -%}
+    {%- set joined = namespace(soft='', text='') -%}
     {%- if message['content'] is string -%}
         {%- set joined.text = message['content'] -%}
     {%- else -%}
         {%- for part in message['content'] -%}
-            {%- set joined.text = joined.text + part['text'] -%}
+            {%- if loop.first and part['text'] == 'PLACEHOLDER' -%}
+                {%- set joined.soft = part['text'] -%}
+            {%- else -%}
+                {%- set joined.text = joined.text + part['text'] -%}
+            {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
-    {%- set flat.messages = flat.messages + [dict(message, content=joined.text)] -%}
+    {%- set content = joined.soft + joined.text.replace('PLACEHOLDER', 'BROKEN') -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=content)] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
@@ -66,28 +73,33 @@ def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> l
         tokens = np.asarray(model.backbone.embed(example.tokens[None])[0])
         prefix = payloads.soft_tokens(projected, tokens.dtype, user)
         if format == "vllm-chat":
-            bodies.append(payloads.vllm_chat(name, messages, prefix))
+            bodies.append(payloads.vllm_chat(name, messages, prefix, encoder.stops))
             continue
         whole = payloads.with_prefix(tokens, example.slot_start, prefix)
-        bodies.append(payloads.sglang(whole) if format == "sglang" else payloads.vllm_completion(name, whole))
+        if format == "sglang":
+            bodies.append(payloads.sglang(whole, encoder.stops))
+        else:
+            bodies.append(payloads.vllm_completion(name, whole, encoder.stops))
     return bodies
 
 
 def serving_template(template: str) -> str:
     """The run's template for messages whose content is a list of parts, too."""
-    return _FLATTEN + template
+    broken = f"{PLACEHOLDER[0]} {PLACEHOLDER[1:]}"
+    return _FLATTEN.replace("PLACEHOLDER", PLACEHOLDER).replace("BROKEN", broken) + template
 
 
 def can_chat(encoder: Encoder) -> bool:
     """Whether vLLM, given a prefix part and a text part in the first user turn, reads what training read."""
     if encoder.placement != "in_chat":
         return False
-    system, question, reply = (
-        {"role": role, "content": text}
-        for role, text in [("system", "be kind."), ("user", "Why?"), ("assistant", "so")]
-    )
-    probes = [(question,), (system, question), (question, reply, question)]
-    return all(_served(encoder, messages) == _trained(encoder, messages) for messages in probes)
+    system, reply = {"role": "system", "content": "be kind."}, {"role": "assistant", "content": "so"}
+    for text in _BEGINNINGS:
+        question = {"role": "user", "content": text}
+        for messages in [(question,), (system, question), (question, reply, question)]:
+            if _served(encoder, messages) != _trained(encoder, messages):
+                return False
+    return True
 
 
 def _trained(encoder: Encoder, messages: tuple[dict[str, str], ...]) -> list[int]:
@@ -99,7 +111,7 @@ def _trained(encoder: Encoder, messages: tuple[dict[str, str], ...]) -> list[int
 
 def _served(encoder: Encoder, messages: tuple[dict[str, str], ...]) -> list[int]:
     """The same as vLLM makes them: parts, template, a token for the placeholder, K in its place."""
-    body = json.loads(json.dumps(payloads.vllm_chat("", messages, np.zeros((1, 1), np.float32))))
+    body = json.loads(json.dumps(payloads.vllm_chat("", messages, np.zeros((1, 1), np.float32), ())))
     for message in body["messages"]:
         if isinstance(message["content"], list):
             message["content"][0] = {"type": "text", "text": PLACEHOLDER}

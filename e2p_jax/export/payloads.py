@@ -19,40 +19,58 @@ from e2p_jax.errors import UserError
 SAMPLING = {"max_tokens": 64, "temperature": 0.0}  # as `e2p generate`; edit the payload for others
 
 
-def vllm_completion(model: str, embeddings: np.ndarray) -> dict[str, Any]:
+def vllm_completion(model: str, embeddings: np.ndarray, stops: Sequence[int]) -> dict[str, Any]:
     """Body for `/v1/completions`.
 
     Args:
       model: the name that the server serves.
       embeddings: [T, D] float32, float16 or bfloat16: the whole templated prompt.
+      stops: token ids that end a reply, beside those that the server knows.
     """
     data = tensor_base64(embeddings)
-    return {"model": model, "prompt_embeds": data, **SAMPLING, "cache_salt": _salt(data)}
+    ends = {"stop_token_ids": list(stops)}
+    return {"model": model, "prompt_embeds": data, **SAMPLING, **ends, "cache_salt": _salt(data)}
 
 
-def vllm_chat(model: str, messages: Sequence[dict[str, str]], prefix: np.ndarray) -> dict[str, Any]:
+def vllm_chat(
+    model: str, messages: Sequence[dict[str, str]], prefix: np.ndarray, stops: Sequence[int]
+) -> dict[str, Any]:
     """Body for `/v1/chat/completions`: the soft tokens stand inside the first user turn.
 
     Args:
       model: the name that the server serves.
       messages: `{role, content}`, one of them a user's.
       prefix: [K, D].
+      stops: token ids that end a reply, beside those that the server knows.
+
+    Raises:
+      UserError: no user turn, or one that begins with white space, which training joined to the template's own.
     """
     data = tensor_base64(prefix)
-    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise UserError("the conversation has no user turn for the soft tokens to stand in; add one")
+    if messages[first]["content"][:1].isspace():
+        raise UserError(
+            "the first user turn begins with white space, which the chat endpoint would tokenise otherwise than "
+            "training did; strip it, or use the completion form, which sends the whole prompt"
+        )
     parts = [{"type": "prompt_embeds", "data": data}, {"type": "text", "text": messages[first]["content"]}]
     spoken = [*messages[:first], {"role": "user", "content": parts}, *messages[first + 1 :]]
-    return {"model": model, "messages": spoken, **SAMPLING, "cache_salt": _salt(data)}
+    ends = {"stop_token_ids": list(stops)}
+    return {"model": model, "messages": spoken, **SAMPLING, **ends, "cache_salt": _salt(data)}
 
 
-def sglang(embeddings: np.ndarray) -> dict[str, Any]:
+def sglang(embeddings: np.ndarray, stops: Sequence[int]) -> dict[str, Any]:
     """Body for `/generate`.
 
     Args:
       embeddings: [T, D]: the whole templated prompt.
+      stops: token ids that end a reply, beside those that the server knows.
     """
     _refuse_not_finite(embeddings)
-    sampling = {"max_new_tokens": SAMPLING["max_tokens"], "temperature": SAMPLING["temperature"]}
+    sampling: dict[str, Any] = {"max_new_tokens": SAMPLING["max_tokens"], "temperature": SAMPLING["temperature"]}
+    sampling["stop_token_ids"] = list(stops)
     return {"input_embeds": embeddings.astype(np.float32).tolist(), "sampling_params": sampling}
 
 

@@ -239,6 +239,7 @@ def _describe(run: Run, table: UserTable, dtype: str) -> dict[str, Any]:
         "table": _vectors(config.data.embeddings or "", table),
         "placement": config.prefix.placement,
         "chat": can_chat(run.inputs.encoder),
+        "stop_token_ids": list(run.inputs.encoder.stops),
         "embedding_scale": decoder.embedding_scale,
         "num_tokens": config.projector.num_tokens,
         "width": decoder.hidden_size,

@@ -12,11 +12,8 @@ import numpy as np
 from e2p_jax.backbone.checkpoint import left_out
 from e2p_jax.backbone.convert import hugging_face_tensors
 from e2p_jax.backbone.weights import open_checkpoint
-from e2p_jax.data.encode import Encoder
-from e2p_jax.data.records import Record
-from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import stop_ids
 from e2p_jax.export.model_card import model_card
+from e2p_jax.export.slot import user_turn
 from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import replace_directory
 from e2p_jax.tensors import write_tensors
@@ -92,42 +89,11 @@ def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
     }
 
 
-def user_turn(encoder: Encoder) -> list[int]:
-    """The token ids that open a user's turn under the run's template: `in_chat` slots stand after the first of them.
-
-    Raises:
-      UserError: the template opens user turns in different ways.
-    """
-    probes = []
-    system, hello, question = (
-        {"role": role, "content": text} for role, text in [("system", "be kind."), ("user", "hi"), ("user", "Why?")]
-    )
-    reply = {"role": "assistant", "content": "yes."}
-    for messages in [(hello, reply), (question, reply), (system, hello, reply), (system, question, reply)]:
-        example = encoder.encode(Record("probe", (), messages, source="the export's probe"), "e2p")
-        without = np.delete(example.tokens, range(example.slot_start, example.slot_start + encoder.num_tokens))
-        probes.append((without.tolist(), example.slot_start))
-    before = [tokens[:start] for tokens, start in probes]
-    shared = 0
-    while shared < min(map(len, before)) and len({tuple(b[len(b) - shared - 1 :]) for b in before}) == 1:
-        shared += 1
-    header = before[0][len(before[0]) - shared :]
-
-    def found(tokens: list[int]) -> int:
-        return next(i for i in range(len(header), len(tokens)) if tokens[i - len(header) : i] == header)
-
-    if not header or any(found(tokens) != start for tokens, start in probes):
-        raise UserError("prefix.placement=in_chat: this chat template opens user turns in more than one way")
-    return header
-
-
 def _generation_config(run: Run) -> dict[str, Any]:
     path = run.inputs.directory / "generation_config.json"
     own = json.loads(path.read_text()) if path.is_file() else {}
-    encoder = run.inputs.encoder
-    stops = list(stop_ids(run.inputs.directory, encoder.tokenizer.eos_token_id))
     own.pop("transformers_version", None)
-    return own | {"eos_token_id": stops, "pad_token_id": encoder.pad_id}
+    return own | {"eos_token_id": list(run.inputs.encoder.stops), "pad_token_id": run.inputs.encoder.pad_id}
 
 
 def _write_weights(run: Run, out: Path, include_backbone: bool) -> None:

@@ -17,6 +17,7 @@ from etils import epath
 from e2p_jax.backbone.checkpoint import kept, stamp
 from e2p_jax.backbone.families import parse_config, significant
 from e2p_jax.config import Config
+from e2p_jax.data.control import unguarded
 from e2p_jax.data.encode import Encoder
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
@@ -52,7 +53,7 @@ def write(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None
         "embedding_width": int(model.params["projector"]["input_mean"].shape[0]),
         "config": significant(_config_json(inputs.directory)),
         "tokenizer": tokenizer_digest(inputs.directory, inputs.encoder),
-        "chat_template": _sha256(inputs.encoder.template),
+        "chat_template": _sha256(unguarded(inputs.encoder.template)),
         "settings": settings(config),
     }
     write_text(run / TEMPLATE, inputs.encoder.template)
@@ -97,8 +98,10 @@ def check_inputs(run: epath.Path, names: dict[str, Any], config: Config, inputs:
     if "config" not in names:
         _say(
             f"{run / NAME}: written by an earlier version, which did not note config.json, tokenizer and chat template "
-            "of the backbone: that they are the same as in training could not be checked"
+            "of the backbone: that they are the same as in training could not be checked, the template aside"
         )
+        if (run / TEMPLATE).exists():
+            _check_template(run, _written(run / TEMPLATE), inputs)
         return
     place = inputs.directory
     try:
@@ -178,8 +181,8 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def _check_template(run: epath.Path, written: str, inputs: Inputs) -> None:
-    path, now = run / TEMPLATE, _sha256(inputs.encoder.template)
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != written:
+    path, now = run / TEMPLATE, _sha256(unguarded(inputs.encoder.template))
+    if path.exists() and _written(path) != written:
         remedy = f"delete it: {inputs.directory} still has it" if now == written else "restore it from a copy"
         raise UserError(f"{path}: is not the chat template that the run was trained with; {remedy}")
     if now != written:
@@ -189,6 +192,11 @@ def _check_template(run: epath.Path, written: str, inputs: Inputs) -> None:
             f"{place}: the chat template changed since {run} was trained; put back the one it was trained with, "
             f"which {path} holds"
         )
+
+
+def _written(path: epath.Path) -> str:
+    """Digest of a template less the part that guards text, which is the version's and not the run's."""
+    return _sha256(unguarded(path.read_bytes().decode("utf-8", "surrogateescape")))
 
 
 def _check_settings(run: epath.Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
@@ -214,7 +222,7 @@ def _short(value: Any) -> str:
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _say(text: str) -> None:

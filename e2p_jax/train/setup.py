@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.encode import Encoder, load_tokenizer
 from e2p_jax.data.population import Population
+from e2p_jax.data.stops import named_stops
 from e2p_jax.errors import UserError
+from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
@@ -50,7 +53,7 @@ class Inputs:
 
 
 def read_inputs(config: Config) -> Inputs:
-    """Reads and checks everything but the weights.
+    """Reads and checks everything but the weights; says on stderr what is doubtful.
 
     Raises:
       UserError: the config, backbone directory, tokenizer or table of user vectors is at fault.
@@ -62,7 +65,11 @@ def read_inputs(config: Config) -> Inputs:
         raise UserError(
             f"data.seq_len={config.data.seq_len} is beyond the backbone's {decoder.max_positions} positions; lower it"
         )
-    encoder = Encoder.from_config(config, load_tokenizer(directory, decoder.vocab_size))
+    tokenizer = load_tokenizer(directory, decoder.vocab_size)
+    encoder = Encoder.from_config(config, tokenizer, decoder.vocab_size, named_stops(directory))
+    if distributed.is_first():
+        for warning in encoder.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     table = load_table(config.data.embeddings, config.data.missing_user) if config.data.embeddings else None
     return Inputs(config, directory, decoder, encoder, table)
 

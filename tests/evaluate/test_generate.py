@@ -27,7 +27,6 @@ from e2p_jax.evaluate.generate import (
     generate,
     generate_tokens,
     padded_length,
-    stop_ids,
 )
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
@@ -148,14 +147,6 @@ def test_sampled_replies_depend_on_the_seed_only(tiny_backbone: Path):
 def test_meaningless_sampling_is_refused(bad: dict):
     with pytest.raises(UserError, match="--"):
         Sampling(**bad)
-
-
-def test_stop_ids_join_tokenizer_and_generation_config(tmp_path: Path):
-    assert stop_ids(tmp_path, 2) == (2,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
-    assert stop_ids(tmp_path, 2) == (2, 7)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
-    assert stop_ids(tmp_path, None) == (9,)
 
 
 def test_a_run_replies_elsewhere_in_batches_of_one_size(learned_run: Path, tmp_path: Path):

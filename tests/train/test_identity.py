@@ -15,6 +15,7 @@ from e2p_jax.backbone.checkpoint import fingerprint
 from e2p_jax.backbone.families import read_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, from_json
 from e2p_jax.data.population import Population
+from e2p_jax.data.control import unguarded
 from e2p_jax.errors import UserError
 from e2p_jax.tensors import read_tensors
 from e2p_jax.train import identity
@@ -158,6 +159,14 @@ def test_a_run_of_an_earlier_version_opens_and_says_what_was_not_checked(
     assert OPENS in refused(folder / "run")
     said = capsys.readouterr().err
     assert "config.json, tokenizer and chat template" in said and said.count("\n") == 1
+    template = folder / "run" / "chat_template.jinja"
+    template.write_text(
+        unguarded(template.read_text())
+    )  # as it was written then: nothing kept text from becoming tokens
+    assert OPENS in refused(folder / "run")
+    template.write_text(template.read_text() + " ")
+    assert f"{folder / 'backbone' / template.name}: the chat template changed" in refused(folder / "run")
+    template.unlink()
     path.write_text(json.dumps(old | {"fingerprint": "0" * 64}))
     assert "was trained in front of other weights" in refused(folder / "run")
     path.write_text(json.dumps(old | {"tokenizer": names["tokenizer"]}))  # no version wrote that

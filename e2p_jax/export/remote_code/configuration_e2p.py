@@ -11,7 +11,8 @@ class E2PConfig(PretrainedConfig):
       backbone_config: config of the LM.
       backbone: where the LM's weights are, if not in this directory: `path`, `revision` and `fingerprint`.
       placement: where the soft tokens stand: `before_bos`, `after_bos`, or `in_chat`.
-      user_turn: token ids that open a user's turn (`in_chat` stands after the first of them).
+      user_turn: how a user's turn opens (`in_chat` stands after the first that does): `ids`; `tail`, ids that follow
+        them as far as they were not joined to the text; `opening`, whether only the beginning of a prompt counts.
       num_soft_tokens: soft tokens a user.
       embedding_size: width of a user vector.
       projector_kind: `mlp` or `linear`.

@@ -287,9 +287,19 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.placement == "after_bos":
             return first + 1
         turn = self.config.user_turn
-        for start in range(first, len(ids) - len(turn) + 1):
-            if ids[start : start + len(turn)] == turn:
-                return start + len(turn)
+        for start in [first] if turn["opening"] else range(first, len(ids)):
+            end = start + len(turn["ids"])
+            if ids[start:end] == turn["ids"]:
+                for expected in turn["tail"]:
+                    if ids[end : end + 1] != [expected]:
+                        break
+                    end += 1
+                return end
+        if turn["opening"]:
+            raise ValueError(
+                "the prompt does not begin with a user turn, and this model's chat template opens turns with plain "
+                "text, which a system message could spell out: leave the system message out"
+            )
         raise ValueError("no user turn in the prompt: use tokenizer.apply_chat_template")
 
 

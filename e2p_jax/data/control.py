@@ -1,0 +1,176 @@
+"""Control tokens, and the part of a template that keeps the text of messages from becoming one.
+
+An added token of a tokenizer is a control token if
+
+1. it is special, has one of the tokenizer's names (BOS, EOS, padding, ...), or ends a reply; or
+2. it has two characters or more, is not white space, and either looks like markup (begins with one of `<[{|` and ends
+   with one of `>]}|`) or is written by the chat template and is more than words (letters, digits, white space).
+
+So runs of spaces and line breaks, and words that somebody added, are text like any other. Where a message holds the
+text of a control token, that text is broken after its first character, by a space where the tokenizer keeps spaces. A
+control token of one character becomes U+FFFD. This is done in Jinja, in front of the template, so that it goes wherever
+the template goes; text that holds no control token is rendered as ever.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from e2p_jax.errors import UserError
+
+Pairs = Sequence[tuple[str, str]]  # a control token's text, and what stands in its place
+
+_BREAKS = (" ", "\u200b", "\u2060")  # a space; zero width space; word joiner
+_REPLACEMENT = "\ufffd"
+_MARKUP = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
+_WORDS = re.compile(r"[\w\s]*")
+
+_BEGIN, _END = "{#- Text stays text (e2p). -#}\n", "{#- The template. #}\n"
+# Every tag strips what stands before it, and the last leaves alone what the template begins with.
+_PRELUDE = """\
+{%- macro e2p_text(text) -%}
+    {%- set e2p = namespace(text=text) -%}
+    {%- for control, plain in CONTROLS if control in text -%}
+        ACTION
+    {%- endfor -%}
+    {{- e2p.text -}}
+{%- endmacro -%}
+{%- set e2p = namespace(messages=[], fields={}, parts=[]) -%}
+{%- for message in messages -%}
+    {%- set e2p.fields = {} -%}
+    {%- for name, value in message.items() -%}
+        {%- if value is string -%}
+            {%- set value = e2p_text(value) -%}
+        {%- elif value is sequence and value is not mapping -%}
+            {%- set e2p.parts = [] -%}
+            {%- for part in value -%}
+                {%- if part is mapping and part['text'] is string -%}
+                    {%- set part = dict(part, text=e2p_text(part['text'])) -%}
+                {%- endif -%}
+                {%- set e2p.parts = e2p.parts + [part] -%}
+            {%- endfor -%}
+            {%- set value = e2p.parts -%}
+        {%- endif -%}
+        {%- set e2p.fields = dict(e2p.fields, **{name: value}) -%}
+    {%- endfor -%}
+    {%- set e2p.messages = e2p.messages + [e2p.fields] -%}
+{%- endfor -%}
+{%- set messages = e2p.messages -%}
+"""
+_ACTIONS = {
+    "break": "{%- set e2p.text = e2p.text | replace(control, plain) -%}",
+    "refuse": "{{- raise_exception('a message holds the text of the control token ' ~ control) -}}",
+}
+
+
+def control_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, written: Collection[int], stops: Collection[int]
+) -> dict[str, int]:
+    """Text -> id of every control token, by the rule above.
+
+    Args:
+      template: its text is searched for added tokens.
+      written: ids that the template writes around messages.
+      stops: ids that end a reply.
+    """
+    named = {*tokenizer.all_special_tokens, *(getattr(tokenizer, "chat_control_tokens", None) or ())}
+    found = {}
+    for number, token in tokenizer.added_tokens_decoder.items():
+        text = token.content
+        certain = token.special or text in named or number in stops
+        is_candidate = len(text) > 1 and not text.isspace()
+        markup = _MARKUP.fullmatch(text.strip()) is not None
+        used = (number in written or text in template) and _WORDS.fullmatch(text) is None
+        if text and (certain or (is_candidate and (markup or used))):
+            found[text] = number
+    return found
+
+
+def counted(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> set[int]:
+    """The ids of `controls` that no text gives: all but the unknown token's, which any text may give."""
+    return set(controls.values()) - {tokenizer.unk_token_id}
+
+
+def break_up(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> Pairs:
+    """What to put in place of each control token's text, in this order, tried on the tokenizer.
+
+    Raises:
+      UserError: a control token that cannot be kept out of text.
+    """
+    stubborn = ""
+    for between in _BREAKS:
+        pairs = [pair for text in sorted(controls, key=len, reverse=True) for pair in _broken(text, between)]
+        stubborn = _survivor(tokenizer, pairs, controls, controls)
+        if not stubborn:
+            break
+    else:
+        raise UserError(
+            f"{tokenizer.name_or_path}: text that holds {stubborn!r} cannot be kept from becoming that control token; "
+            "rename the token in tokenizer.json"
+        )
+    if tokenizer.backend_tokenizer.normalizer is not None:
+        added = {token.content: token.normalized for token in tokenizer.added_tokens_decoder.values()}
+        variants = {form: text for text in controls if added.get(text) for form in _forms(text)}
+        if form := _survivor(tokenizer, pairs, controls, variants):
+            raise UserError(
+                f"{tokenizer.name_or_path}: the tokenizer's normaliser makes the control token {variants[form]!r} of "
+                f"other text ({form!r}); set its `normalized` to false in tokenizer.json"
+            )
+    return pairs
+
+
+def as_text(text: str, pairs: Pairs) -> str:
+    """What the Jinja part of a template makes of a message's text."""
+    for control, plain in pairs:
+        text = text.replace(control, plain)
+    return text
+
+
+def guard(template: str, pairs: Pairs, policy: str) -> str:
+    """The template with the part in front that breaks up or refuses control tokens in messages.
+
+    Args:
+      policy: `break` or `refuse`.
+    """
+    listed = "[" + ", ".join(f"[{_literal(control)}, {_literal(plain)}]" for control, plain in pairs) + "]"
+    prelude = _PRELUDE.replace("ACTION", _ACTIONS[policy]).replace("CONTROLS", listed)
+    return _BEGIN + prelude + _END + template
+
+
+def unguarded(template: str) -> str:
+    """The template without that part, if it has it."""
+    return template.split(_END, 1)[-1] if template.startswith(_BEGIN) else template
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _broken(text: str, between: str) -> Pairs:
+    if len(text) == 1:
+        return [(text, _REPLACEMENT)]
+    if any(text.startswith(text[start:]) for start in range(1, len(text))):
+        # It may overlap itself: broken between all characters, a second pass finds what overlapped the first's.
+        return [(text, between.join(text))] * 2
+    return [(text, text[0] + between + text[1:])]
+
+
+def _survivor(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, controls: dict[str, int], texts: Iterable[str]) -> str:
+    """One of the texts that is still read as a control token after the pairs were put in place; empty if none is."""
+    forbidden = counted(tokenizer, controls)
+    around = [("{}", "a{}b", " {} ", "{0}{0}")[n % 4].format(text) for text in texts for n in range(4)]
+    encoded = tokenizer.backend_tokenizer.encode_batch([as_text(t, pairs) for t in around], add_special_tokens=False)
+    for number, text in enumerate(texts):
+        if any(forbidden.intersection(encoding.ids) for encoding in encoded[4 * number : 4 * number + 4]):
+            return text
+    return ""
+
+
+def _forms(text: str) -> set[str]:
+    """Other ways to write it that normalisers are known to undo."""
+    wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+    cased = {text.upper(), text.lower(), text.title()}
+    return {*cased, wide, *(unicodedata.normalize(form, text) for form in ("NFD", "NFKC"))} - {text}
