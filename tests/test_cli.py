@@ -146,6 +146,25 @@ def test_generate_for_users_and_vectors(run: Path, tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["response"] == answers[1]["response"]
 
 
+def test_at_sign_means_a_file_on_the_command_line_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In a table and in a file of prompts `@alice` is a user like others."""
+    save_table(
+        tmp_path / "t", ["@alice", "bob"], np.stack([synthetic.vector(u) for u in (3, 4)]), name="n", version="1"
+    )
+    np.save(tmp_path / "vector.npy", synthetic.vector(3))
+    asked = ["generate", str(run), "--embeddings", str(tmp_path / "t"), "--max-new-tokens", "8", "--json"]
+    prompt = "do you have any pets?"
+    assert main([*asked, "--user", "@@alice", f"@{tmp_path / 'vector.npy'}", "--prompt", prompt]) == 0
+    alice, file = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert alice["user_id"] == "@alice" and alice["response"] == file["response"]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"user_id": "@alice", "prompt": prompt}))
+    assert main([*asked, "--input", str(tmp_path / "p.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out) == alice
+    (tmp_path / "p.jsonl").write_text(json.dumps({"user_id": f"@{tmp_path / 'vector.npy'}", "prompt": prompt}))
+    assert main([*asked, "--input", str(tmp_path / "p.jsonl")]) == 1
+    assert re.search(r"p\.jsonl:1: user '@.*' has no vector in", capsys.readouterr().err)
+
+
 def test_export_of_the_backbone(run: Path, tiny_backbone: Path, tmp_path: Path):
     from safetensors.numpy import load_file
 

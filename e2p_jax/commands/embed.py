@@ -30,6 +30,9 @@ def embed(
     """
     from e2p_jax.embed.make import make_table
 
-    made, absent = make_table(data, encoder, out, settings)
-    say(f"{made:,} users have a vector" + (f"; {absent:,} have nothing to make one of" if absent else ""))
+    made = make_table(data, encoder, out, settings)
+    nothing = f"; {made.absent:,} have nothing to make one of" if made.absent else ""
+    say(f"{made.users:,} users have a vector{nothing}")
+    for warning in made.warnings:
+        say(f"warning: {warning}")
     print(out)

@@ -250,7 +250,7 @@ def _open_directory(place: Path, missing: Literal["error", "null"]) -> UserTable
     if vectors.ndim != 2 or vectors.shape[1] != meta["width"]:
         raise UserError(f"{place}: embeddings.npy has shape {vectors.shape}, but meta.json says width {meta['width']}")
     if vectors.dtype.name != meta.get("dtype", vectors.dtype.name):
-        raise UserError(f"{place}: embeddings.npy holds {vectors.dtype}, but meta.json says {meta['dtype']}")
+        raise UserError(f"{place}: embeddings.npy holds {vectors.dtype}, but meta.json says {repr(meta['dtype'])[:60]}")
     index = UserIndex.open(place / "ids.txt", place / "index.npy")
     return UserTable(index, vectors, str(place), missing)
 

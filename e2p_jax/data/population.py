@@ -29,8 +29,9 @@ class Population(NamedTuple):
 
     @classmethod
     def of(cls, vectors: np.ndarray) -> "Population":
-        """Of [N, E] vectors, one per user."""
-        return _Moments.of([vectors]).population()
+        """Of [N, E] vectors, one per user, N at least 1."""
+        size = max(_BLOCK // (4 * vectors.shape[1]), 1)
+        return _Moments.of(vectors[first : first + size] for first in range(0, len(vectors), size)).population()
 
     @classmethod
     def standard(cls, width: int) -> "Population":

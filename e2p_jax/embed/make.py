@@ -3,30 +3,38 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from e2p_jax.data.embeddings import load_table, save_table
+from e2p_jax.data.embeddings import UserTable, load_table, save_table
 from e2p_jax.data.interactions.table import INTERACTIONS, load_interactions
+from e2p_jax.data.population import Population, training_population
 from e2p_jax.embed.contexts import first_contexts
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UserError, shown
 from e2p_jax.options import EncoderSettings
 
 _BLOCK = 1 << 16  # rows
+_ROUNDING = 0.1  # of how vectors vary in a dimension, that a shorter dtype may take or add
 
 
-def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) -> tuple[int, int]:
+class Made(NamedTuple):
+    """What became of a table's users."""
+
+    users: int  # who have a vector
+    absent: int  # of the data, who have none
+    warnings: list[str]  # what training on all of them would refuse or warn of
+
+
+def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) -> Made:
     """Writes a table.
 
     Args:
       data: as `data.path`; with `import`, a table in any form.
       encoder: `backbone`, `als`, `svd`, `item-mean`, `import`, or what sentence-transformers loads.
 
-    Returns:
-      How many users have a vector, and how many of the data's users have none.
-
     Raises:
-      UserError: the data, the encoder or a setting is at fault, or no user gets a vector.
+      UserError: the data, the encoder or a setting is at fault, no user gets a vector, or the dtype cannot hold them.
     """
     users, vectors = _make(data, encoder, settings)
     known = ~np.isnan(vectors[:, 0]) | (encoder == "import")
@@ -35,16 +43,39 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
         vectors = vectors[known]
     if not users:
         raise UserError(f"{data}: no user gets a vector from --encoder {encoder}; nothing is written")
+    exact = vectors
     if settings.dtype != "auto":
-        vectors = vectors.astype(settings.dtype)
+        with np.errstate(over="ignore"):  # what the dtype cannot hold is named below
+            vectors = exact.astype(settings.dtype)
     for first in range(0, len(vectors), _BLOCK):
         if len(bad := np.flatnonzero(~np.isfinite(vectors[first : first + _BLOCK]).all(axis=1))):
             row = first + int(bad[0])
-            raise UserError(f"{data}: row {row} (user {users[row]!r}): the vector is not finite in {vectors.dtype}")
+            raise UserError(
+                f"{data}: row {row} (user {shown(users[row])}): the vector is not finite in {vectors.dtype}"
+            )
+    if vectors.dtype.itemsize < exact.dtype.itemsize:
+        _refuse_rounding(data, exact, vectors)
     digest = hashlib.sha256("\n".join(users).encode("utf-8", "surrogatepass"))
     digest.update(np.ascontiguousarray(vectors).data)
     save_table(out, users, vectors, name=encoder, version=digest.hexdigest()[:12])
-    return len(users), len(known) - len(users)
+    return Made(len(users), len(known) - len(users), _warnings(users, vectors, str(out)))
+
+
+def _refuse_rounding(data: str, exact: np.ndarray, rounded: np.ndarray) -> None:
+    before, after = Population.of(exact).std, Population.of(rounded).std
+    lost = np.flatnonzero(~(np.abs(after - before) <= _ROUNDING * before))
+    if 2 * len(lost) > len(before):
+        raise UserError(
+            f"{data}: in {len(lost)} of {len(before)} dimensions {rounded.dtype} rounds away how vectors differ (by "
+            f"{before[lost[0]]:.1e} in dimension {lost[0]}); use --dtype float32, or bring them near 1"
+        )
+
+
+def _warnings(users: Sequence[str], vectors: np.ndarray, source: str) -> list[str]:
+    try:
+        return training_population(UserTable(users, vectors, source), np.arange(len(users)), told_apart=True)[1]
+    except UserError as error:  # it may be trained on in part
+        return [str(error)]
 
 
 def _make(data: str, encoder: str, settings: EncoderSettings) -> tuple[Sequence[str], np.ndarray]:

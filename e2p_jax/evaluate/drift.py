@@ -88,7 +88,8 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     if len(names) < 2:
         raise UserError(f"{new.source} and {old.source} have {len(names)} users of the split in common; 2 are needed")
     before, after = (table.lookup(names, names) for table in (old, new))
-    a, b = ((vectors - run.population.mean) / run.population.std for vectors in (before, after))
+    mean, std = (part.astype(np.float64) for part in run.population)  # products of large new vectors are not in float32
+    a, b = ((vectors - mean) / std for vectors in (before, after))
     left, _, right = np.linalg.svd(b.T @ a)
     projector = nnx.merge(run.model.graph, run.model.params).projector
     soft_old, soft_new = (np.asarray(projector(vectors)) for vectors in (before, after))

@@ -69,7 +69,7 @@ def test_text_encoder_is_the_mean_of_sentences(
     """A sentence is the mean of its tokens, and with a decoder the last of them, which has read all."""
     pytest.importorskip("sentence_transformers")
     encoder = request.getfixturevalue(kind)
-    assert make_table(people, str(encoder), tmp_path / "t", EncoderSettings()) == (2, 1)
+    assert make_table(people, str(encoder), tmp_path / "t", EncoderSettings())[:2] == (2, 1)
     table = load_table(str(tmp_path / "t"))
     model = transformers.AutoModel.from_pretrained(encoder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
@@ -201,7 +201,7 @@ def test_item_mean(people: str, tmp_path: Path) -> None:
     vectors = np.array([[1.0, 0.0], [3.0, 4.0]], np.float32)
     save_table(tmp_path / "items", ["i love tea.", "i ski."], vectors, name="items", version="1")
     settings = EncoderSettings(items=str(tmp_path / "items"))
-    assert make_table(people, "item-mean", tmp_path / "t", settings) == (2, 1)
+    assert make_table(people, "item-mean", tmp_path / "t", settings)[:2] == (2, 1)
     np.testing.assert_allclose(np.load(tmp_path / "t" / "embeddings.npy"), [[2.0, 2.0], [1.0, 0.0]])
     interactions = log()  # by item id
     one = {item: np.full(2, float(item[1:]), np.float32) for item in interactions.item_ids if item != "i3"}
@@ -228,6 +228,10 @@ def test_command_imports_a_table_and_says_whom_it_left_out(
     imported = load_table(str(tmp_path / "i"))
     assert list(imported.ids) == ["ann", "bob"] and (tmp_path / "i" / "index.npy").is_file()
     np.testing.assert_array_equal(imported.lookup(["bob"], [""]), [[3.0, 4.0]])
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "v.csv").write_text("user,0,1\nann,1,2\nbob,1,2\n")
+    assert main(["embed", "--data", str(tmp_path / "v.csv"), "--encoder", "import", "--out", str(tmp_path / "s")]) == 0
+    assert f"warning: {tmp_path / 's'}: all 2 training users have the same vector" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -241,15 +245,16 @@ def test_command_imports_a_table_and_says_whom_it_left_out(
         ("nobody", "backbone", {}, "no user gets a vector from --encoder backbone"),
         ("nan.csv", "import", {}, r"nan\.csv: row 1 \(user 'bob'\): the vector is not finite in float32"),
         ("large.csv", "import", {"dtype": "float16"}, r"large\.csv: row 0 \(user 'ann'\): .* not finite in float16"),
+        ("small.csv", "import", {"dtype": "float16"}, r"small\.csv: in 1 of 1 dim.* float16 rounds .*5\.0e-09"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_mistakes_are_named(
     data: str, encoder: str, settings: dict[str, Any], message: str, people: str, tmp_path: Path
 ) -> None:
     write_jsonl([PEOPLE[3]], tmp_path / "nobody")
     (tmp_path / "nan.csv").write_text("user,0\nann,1\nbob,nan\n")
     (tmp_path / "large.csv").write_text("user,0\nann,1e9\n")
+    (tmp_path / "small.csv").write_text("user,0\nann,1e-8\nbob,2e-8\n")
     save(log(), tmp_path / "log")
     place = people if data == "people" else str(tmp_path / data)
     with pytest.raises(UserError, match=message) as caught:
