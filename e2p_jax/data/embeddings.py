@@ -23,7 +23,7 @@ from e2p_jax.data.import_table import read_file
 from e2p_jax.data.tables import parse_json
 from e2p_jax.data.user_index import UserIndex
 from e2p_jax.errors import UserError, shown
-from e2p_jax.files import existing, explain_full_disk, replace_directory
+from e2p_jax.files import existing, replace_directory
 
 _BLOCK = 1 << 12  # rows gathered at once: they stay in the processor's cache until they are float32
 _WINDOW = 1 << 26  # bytes of a mapped file that are gathered from before they are given back
@@ -205,7 +205,7 @@ def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str
         raise UserError(f"{path}: user id {shown(broken[0])} is empty or holds a line break; rename that user")
     table = UserTable(ids, vectors, str(path))
     meta = {"name": name, "version": version, "width": table.width, "dtype": vectors.dtype.name}
-    with explain_full_disk(path), replace_directory(path) as temporary:
+    with replace_directory(path) as temporary:
         _save_array(temporary / "embeddings.npy", vectors)
         with (temporary / "ids.txt").open("wb") as file:
             file.write(table.index.text.tobytes() + b"\n" * (len(vectors) > 0))
