@@ -33,8 +33,7 @@ from e2p_jax.train.run import Run
 _BLOCK = 1 << 16  # user ids written at once
 _NAMED = re.compile(r"[0-9a-f]{32}\.(safetensors|ids\.txt|index\.npy|tokens\.safetensors|tokenizer)")
 _TEMPORARY = re.compile(  # what a killed run leaves
-    r"\.((ids|tokenizer)|(manifest\.json|chat_template\.jinja|[0-9a-f]{32}\.(tokens\.)?safetensors)(\.[0-9a-f]{8})?)\.tmp"
-    r"|\.[0-9a-f]{32}\.index\.npy\.[0-9a-f]{8}"
+    r"\.(ids|tokenizer|manifest\.json|chat_template\.jinja|[0-9a-f]{32}\.((tokens\.)?safetensors|index\.npy))\.tmp"
 )
 
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import UserTable, save_table
+from e2p_jax.data.embeddings import UserTable, load_table, save_table
+from e2p_jax.embed.make import make_table
 from e2p_jax.errors import UserError
 from e2p_jax.export import prefix_table
 from e2p_jax.export.client import EngineClient
@@ -19,6 +22,7 @@ from e2p_jax.export.payloads import sglang, soft_tokens, tensor_base64
 from e2p_jax.export.prefix_files import files_of
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
+from e2p_jax.options import EncoderSettings
 from e2p_jax.train.run import Run
 
 COUNT = 45  # users: six shards, the last one not full
@@ -150,3 +154,119 @@ def test_ids_that_do_not_fit_on_a_line_leave_nothing(make_run: Callable, tmp_pat
     with pytest.raises(UserError, match=r"here: user id '.*' holds a line break; rename that user"):
         export_prefixes(run, tmp_path / "out", "float32")
     assert held(tmp_path) == {}
+
+
+READER = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from e2p_jax.export.prefix_reader import PrefixTable
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))  # of six shards it keeps five open
+out, users, versions = Path(sys.argv[1]), [f"user-{user}" for user in range(45)], np.load(sys.argv[2])
+first, newest, opened = PrefixTable(out), 0, 0
+print("ready", flush=True)
+while newest < len(versions) - 1:
+    assert np.array_equal(first.lookup(users), versions[0]), "the table that was open"
+    rows = PrefixTable(out).lookup(users)
+    (found,) = [version for version, wanted in enumerate(versions) if np.array_equal(rows, wanted)] or ["half"]
+    assert found != "half" and found >= newest, (found, newest)
+    newest, opened = found, opened + 1
+print(opened)
+"""
+
+
+def test_readers_never_see_half_an_update(make_run: Callable, tmp_path: Path):
+    """A process reads all the time while the table is updated again and again; it holds on to the first one, too."""
+    run, out, random = make_run(), tmp_path / "out", np.random.default_rng(0)
+    vectors, versions = [VECTORS], []
+    for _ in range(5):
+        vectors.append(vectors[-1].copy())
+        vectors[-1][random.integers(COUNT, size=4)] += 0.5
+    for number, each in enumerate(vectors):
+        export_prefixes(with_vectors(run, each), tmp_path / f"apart-{number}", "float32")
+        versions.append(PrefixTable(tmp_path / f"apart-{number}").lookup(USERS))
+    np.save(tmp_path / "versions.npy", np.stack(versions))
+    export_prefixes(with_vectors(run, vectors[0]), out, "float32")
+    command = [sys.executable, "-c", READER, str(out), str(tmp_path / "versions.npy")]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=os.environ) as reader:
+        assert reader.stdout and reader.stdout.readline() == "ready\n"
+        for each in vectors[1:]:
+            export_prefixes(with_vectors(run, each), out, "float32")
+        said, complaint = reader.communicate(timeout=120)
+    assert reader.returncode == 0 and int(said) > 5, complaint
+    export_prefixes(with_vectors(run, vectors[-1]), out, "float32", keep_hours=0)
+    assert held(out) == held(tmp_path / "apart-5")
+
+
+def test_few_descriptors_are_enough(make_run: Callable, tmp_path: Path):
+    """From the command line, where it says what it mended."""
+    run, out = with_vectors(make_run(), VECTORS), tmp_path / "out"
+    vectors = tmp_path / "vectors"
+    save_table(vectors, USERS, VECTORS, name="taste", version="1")
+    export_prefixes(run, out, "float32")
+    shards = [f"{shard['name']}.safetensors" for shard in PrefixTable(out).manifest["shards"]]
+    flip(out / shards[3])
+    code = f"""
+import resource, sys
+from e2p_jax.cli import main
+from e2p_jax.export import prefix_table
+prefix_table.SHARD_BYTES = {prefix_table.SHARD_BYTES}
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = ["prefixes", str(run.directory), "--out", str(out), "--embeddings", str(vectors)]
+    command = [sys.executable, "-c", code, *arguments, "--dtype", "float32", "--checkpoint", "last"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    said = f"45 users in 6 shards: 1 projected, 5 kept; damaged or missing, and written again: {shards[3]}\n"
+    assert done.stderr.endswith(said)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Four megabytes, apart from all others."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk needs root, and a machine that allows mounts")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path, left: int) -> None:
+    free = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
+
+
+def test_a_full_disk_leaves_the_table_that_was_there(make_run: Callable, disk: Path):
+    run, out = make_run(), disk / "out"
+    export_prefixes(with_vectors(run, VECTORS), out, "float32")
+    before, rows = held(out), PrefixTable(out).lookup(USERS)
+    for left in range(0, 24_577, 4096):  # a shard fits, two, ..., the index does not
+        fill(disk, left)
+        with pytest.raises(UserError, match=rf"^{out}: no space left on the device; what was saved before is whole\. "):
+            export_prefixes(with_vectors(run, VECTORS + 1, [f"{user}-new" for user in USERS]), out, "float32")
+        (disk / "filler").unlink()
+        assert not list(out.glob(".*")) and held(out).items() >= before.items()
+        assert np.array_equal(PrefixTable(out).lookup(USERS), rows)
+    assert export_prefixes(with_vectors(run, VECTORS), out, "float32", keep_hours=0).projected == 0
+    assert held(out) == before
+
+
+def test_a_full_disk_leaves_the_table_of_vectors_that_was_there(disk: Path, tmp_path: Path):
+    out, settings = disk / "vectors", EncoderSettings()
+    for version, factor in (("1", 1), ("2", 2)):
+        save_table(tmp_path / version, USERS, VECTORS * np.float32(factor), name="taste", version=version)
+    make_table(str(tmp_path / "1"), "import", out, settings)
+    before = held(disk)
+    for left in (0, 4096, 16_384):
+        fill(disk, left)
+        with pytest.raises(UserError, match=rf"^{out}: .*[Nn]o space left on (the )?device"):
+            make_table(str(tmp_path / "2"), "import", out, settings)
+        (disk / "filler").unlink()
+        assert held(disk) == before
+    (out / "index.npy").unlink()
+    fill(disk, 0)  # no room for the index: it is made in memory
+    assert np.array_equal(load_table(str(out)).lookup(["user-7"], ["here"]), VECTORS[[7]])
+    assert sorted(path.name for path in out.iterdir()) == ["embeddings.npy", "ids.txt", "meta.json"]

@@ -23,7 +23,10 @@ from etils import epath
 from e2p_jax.backbone.convert import hugging_face_tensors
 from e2p_jax.backbone.weights import open_checkpoint
 from e2p_jax.config import Config
+from e2p_jax.data import synthetic
+from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.interactions import generate
+from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import open_run
 
@@ -219,9 +222,9 @@ class Commands:
         generate.write(folder / "release", users=30, items=40, plays=8)
         self._folder, self._backbone = folder, backbone
         self._records = config.data.path
-        self._killable = Killable([f"e2p_jax.{name}" for name in MODULES], folder / "log")
+        self._killable = Killable([*(f"e2p_jax.{name}" for name in MODULES), "writing"], folder / "log")
 
-    def run(self, arguments: str, out: Path, home: Path, **kill: Any) -> Ended:
+    def run(self, arguments: str, out: Path, home: Path, *, small_shards: bool = False, **kill: Any) -> Ended:
         """What it keeps for itself, and for a moment, lies in `home`."""
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         places = {"config": "config.json", "run": "run", "tuned": "tuned", "release": "release", "prepared": PREPARED}
@@ -229,6 +232,8 @@ class Commands:
         paths |= {"records": self._records, "backbone": self._backbone, "out": out}
         words = [word.format(**paths) for word in arguments.split()]
         environment = {"XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home / "tmp")}
+        if small_shards:
+            return self._killable.call("writing", "prefixes_in_small_shards", words[1:], **environment, **kill)
         return self._killable.call("e2p_jax.cli", "main", words, **environment, **kill)
 
     def need(self, name: str) -> None:
@@ -312,3 +317,45 @@ def test_a_killed_command_ends_as_if_nothing_had_been(commands: Commands, tmp_pa
         assert names(broken) == there, kill
         costs += [killed.cpu_seconds, rerun.cpu_seconds]
     print(f"{name}: {sum(costs):.1f} CPU s")
+
+
+def test_a_killed_update_of_prefixes_ends_as_an_unbroken_one(commands: Commands, tmp_path: Path) -> None:
+    """Vectors have changed, shards are many: half of the kills over nothing, half over the table of before."""
+    commands.need("{run}")
+    random, users = np.random.default_rng(KILLS), [f"user-{user}" for user in range(30)]
+    vectors = np.stack([synthetic.vector(user) for user in range(30)])
+    save_table(tmp_path / "vectors-0", users, vectors, name="taste", version="0")
+    vectors[::7] += 1
+    save_table(tmp_path / "vectors-1", users, vectors, name="taste", version="1")
+    whole, last = [dict[str, Any](), dict[str, Any]()], list[Ended]()
+
+    def project(version: int, out: Path, **kill: Any) -> Ended:
+        arguments = f"prefixes {{run}} --out {{out}} --embeddings {tmp_path}/vectors-{version}"
+        return commands.run(arguments, out, tmp_path / "home", small_shards=True, **kill)
+
+    for version in (0, 1):
+        last.append(project(version, tmp_path / "unbroken"))
+        assert last[-1].code == 0, last[-1].said
+        whole[version] = contents(tmp_path / "unbroken")
+        if version == 0:
+            shutil.copytree(tmp_path / "unbroken", tmp_path / "before")
+    assert len([name for name in whole[0] if name.endswith(".safetensors")]) == 8 + 1
+    tables = [PrefixTable(tmp_path / place).lookup(users) for place in ("before", "unbroken")]
+    killed = 0
+    for number in range(KILLS) if KILLS > 1 else (1,):
+        out, version = tmp_path / f"out-{number}", number % 2
+        if version:
+            shutil.copytree(tmp_path / "before", out)
+        kill: dict[str, Any] = {"change": int(random.integers(1, last[version].changes + 1))}
+        if number % 4 > 1:
+            kill = {"seconds": float(random.uniform(0.3, 1) * last[version].seconds)}
+        killed += project(version, out, **kill).killed
+        if version:
+            found = PrefixTable(out).lookup(users)
+            assert any(np.array_equal(found, table) for table in tables), kill
+        ended = project(version, out)
+        assert ended.code == 0, (kill, ended.said)
+        assert contents(out) == whole[version], kill
+        assert version or "again" not in ended.said  # what is only unfinished is not called damaged
+    print(f"{killed} were killed")
+    assert killed

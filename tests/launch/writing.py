@@ -23,3 +23,12 @@ def write_file(path: str, text: str, times: int = 1) -> None:
     """Replaces a file."""
     for _ in range(times):
         write_text(path, text)
+
+
+def prefixes_in_small_shards(arguments: list[str]) -> int:
+    """`e2p prefixes`, with four users a shard."""
+    from e2p_jax.cli import main
+    from e2p_jax.export import prefix_table
+
+    prefix_table.rows_a_shard = lambda projector, dtype: 4
+    return main(["prefixes", *arguments])
