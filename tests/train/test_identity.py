@@ -14,8 +14,8 @@ from etils import epath
 from e2p_jax.backbone.checkpoint import fingerprint
 from e2p_jax.backbone.families import read_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, from_json
-from e2p_jax.data.population import Population
 from e2p_jax.data.control import unguarded
+from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.tensors import read_tensors
 from e2p_jax.train import identity
