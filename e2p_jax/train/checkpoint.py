@@ -3,8 +3,10 @@
 The frozen backbone is never written; `backbone.json` in the run directory names it by path, revision and fingerprint.
 """
 
+import contextlib
 import math
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,7 +29,8 @@ _REMOVED = ".removed"  # where steps go at once that are no longer kept, so that
 
 def _rank(metrics: dict[str, float]) -> float:
     """Its NLL; runs of earlier versions hold some that are not finite, and no order of numbers knows what to do."""
-    return metrics["nll"] if math.isfinite(metrics["nll"]) else math.inf
+    nll = metrics.get("nll")
+    return nll if isinstance(nll, float) and math.isfinite(nll) else math.inf
 
 
 _BEST: dict[str, Any] = {"best_fn": _rank, "best_mode": "min"}
@@ -52,7 +55,7 @@ class Checkpoints:
         directory and named in `damaged`, as long as another checkpoint is whole.
 
         Raises:
-          UserError: every checkpoint is damaged.
+          UserError: every checkpoint is damaged, or the directory cannot be read.
         """
         run = epath.Path(run)
         self.directory = (run if in_bucket(run) else run.absolute()) / "checkpoints"
@@ -82,7 +85,8 @@ class Checkpoints:
             "statistics": ocp.StandardCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        with self._explained():
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         self._writes = settings is not None
         self._remove()
 
@@ -90,8 +94,33 @@ class Checkpoints:
         if self._writes and distributed.is_first():
             shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Orbax, TensorStore and what reads JSON each have errors of their own for what is not as it was written.
+
+        Raises:
+          UserError: naming the checkpoints that are damaged, or saying what they say.
+        """
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if "No space left" in str(error):
+                raise
+            with contextlib.suppress(OSError):
+                found = {step: find_damage(self.directory / str(step)) for step in self._steps()}
+                said = "; ".join(f"{step}: {damage}" for step, damage in found.items() if damage)
+            said = said or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            raise UserError(
+                f"{self.directory}: cannot be read ({said}); move what is damaged away, or restore a copy"
+            ) from error
+
+    def _steps(self) -> list[int]:
+        return sorted(ocp.utils.checkpoint_steps(self.directory))
+
     def _move_damaged(self) -> None:
-        steps = sorted(ocp.utils.checkpoint_steps(self.directory))
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory}: is a file; move it away")
+        steps = self._steps()
         found = {step: find_damage(self.directory / str(step)) for step in steps}
         broken = {step: damage for step, damage in found.items() if damage}
         if steps and len(broken) == len(steps):
@@ -130,8 +159,9 @@ class Checkpoints:
         if which == "last":
             return steps[-1]
         if which == "best":
-            best = self._manager.best_step()
-            metrics = None if best is None else self._manager.metrics(best)
+            with self._explained():
+                best = self._manager.best_step()
+                metrics = None if best is None else self._manager.metrics(best)
             return best if metrics and math.isfinite(_rank(metrics)) else steps[-1]
         if not which.isdigit() or int(which) not in steps:
             raise UserError(f"--checkpoint {which}: {self.directory} has best, last and {steps}")
@@ -178,9 +208,11 @@ class Checkpoints:
             name: jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(tree))
             for name, tree in (("state", raw), ("statistics", statistics))
         }
-        metadata = self._manager.item_metadata(step)
+        with self._explained():
+            metadata = self._manager.item_metadata(step)
+            shapes = {name: {path: leaf.shape for path, leaf in metadata[name].items()} for name in abstract}
         for name, wanted in abstract.items():
-            there = {path: leaf.shape for path, leaf in metadata[name].items()}
+            there = shapes[name]
             here = {path: leaf.shape for path, leaf in wanted.items()}
             for path in sorted(there.keys() | here.keys()):
                 if there.get(path) != here.get(path):
@@ -188,15 +220,18 @@ class Checkpoints:
                         f"{self.directory / str(step)}: does not fit this run's config: {path} has shape "
                         f"{there.get(path)} there, {here.get(path)} here; use the config it was trained with"
                     )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract["state"]),
-                statistics=ocp.args.StandardRestore(abstract["statistics"]),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        with self._explained():
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract["state"]),
+                    statistics=ocp.args.StandardRestore(abstract["statistics"]),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
         raw = _unflatten(raw, restored["state"])
+        if int(raw.step) != step:
+            raise UserError(f"{self.directory / str(step)}: holds step {int(raw.step)}; give it that name again")
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(raw.trainable)):
             raise UserError(
                 f"{self.directory / str(step)}: holds parameters that are not finite (earlier versions saved them); "

@@ -49,9 +49,13 @@ def lease(run: epath.Path, me: str) -> Iterator[None]:
 
     def renew() -> None:
         while not released.wait(RENEW_SECONDS):
-            with contextlib.suppress(*_FAILURES):  # the next round may reach it again
-                if not lock.write(me):
-                    distributed.end_all(f"{run}: {lock.read()} took its lock, which was not renewed in time")
+            try:
+                with contextlib.suppress(*_FAILURES):  # the next round may reach it again
+                    if not lock.write(me):
+                        distributed.end_all(f"{run}: {lock.read()} took its lock, which was not renewed in time")
+            except Exception as error:  # of whatever kind: a thread that dies tells nobody, and its lock goes stale
+                said = f"{type(error).__name__}: {error}"
+                distributed.end_all(f"{run}: its lock cannot be renewed ({said}); rerun the same command to resume")
 
     renewing = threading.Thread(target=renew, name="lock", daemon=True)
     renewing.start()

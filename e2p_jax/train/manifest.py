@@ -9,6 +9,8 @@ from etils import epath
 NAME = "sha256.json"
 # Orbax adds the time of the commit to it after everything else is written.
 _CHANGES_AFTERWARDS = "_CHECKPOINT_METADATA"
+_PARTS = ("state", "statistics", "data")
+_OBJECTS = ("state/_METADATA", "statistics/_METADATA", "data/metadata", "metrics/metrics")  # of JSON, where they are
 
 
 def write_manifest(directory: epath.Path) -> None:
@@ -20,20 +22,33 @@ def write_manifest(directory: epath.Path) -> None:
 def find_damage(directory: epath.Path) -> str | None:
     """What is wrong with the files, or None: `state/d/0a.. differs from what was written`.
 
-    A checkpoint without a manifest is taken as it is: nobody wrote down what it held.
+    A checkpoint without a manifest is taken as it is where it has its parts: nobody wrote down what they held.
     """
-    if not (directory / NAME).exists():
-        return None
-    try:
-        sums = json.loads((directory / NAME).read_text())
-    except ValueError:
-        return f"{NAME} is damaged"
-    for name, written in sums.items():
-        if not (directory / name).exists():
+    if (directory / NAME).exists():
+        sums = _object(directory / NAME)
+        if not sums:
+            return f"{NAME} is damaged"
+        for name, written in sums.items():
+            if not (directory / name).is_file():
+                return f"{name} is missing"
+            if _digest(directory / name) != written:
+                return f"{name} differs from what was written"
+    for name in _PARTS:
+        if not (directory / name).is_dir():
             return f"{name} is missing"
-        if _digest(directory / name) != written:
-            return f"{name} differs from what was written"
+    for name in _OBJECTS:
+        if (directory / name).exists() and _object(directory / name) is None:
+            return f"{name} is damaged"
     return None
+
+
+def _object(path: epath.Path) -> dict[str, str] | None:
+    """Of a file of JSON; None where it holds something else."""
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def digest(directory: epath.Path) -> str:

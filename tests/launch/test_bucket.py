@@ -158,6 +158,26 @@ def test_who_has_lost_its_lock_ends(bucket: str, impatient: None, monkeypatch: p
     assert ended[0] == "gs://bucket/lost: process 2 on host b took its lock, which was not renewed in time"
 
 
+def test_who_can_no_longer_renew_its_lock_ends(bucket: str, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a reason that nobody has thought of."""
+    ended: list[str] = []
+    monkeypatch.setattr(distributed, "end_all", ended.append)
+    run = files.run_directory(f"{bucket}/unrenewed")
+
+    def write(*_: object) -> bool:
+        raise TypeError("of the client's own")
+
+    with lock_run(run), monkeypatch.context() as patch:
+        patch.setattr(lease._Lock, "write", write)
+        deadline = time.monotonic() + 60
+        while not ended:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert ended[0].startswith(
+        "gs://bucket/unrenewed: its lock cannot be renewed (TypeError: of the client's own); rerun"
+    )
+
+
 def test_what_is_missing_is_named(bucket: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"gs://nobody/run: cannot be written \(.*404.*check the bucket's name"):
         train(config, "gs://nobody/run")

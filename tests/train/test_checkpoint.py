@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,77 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     writer.close()
     assert Checkpoints(tmp_path, TrainConfig()).damaged == []
     assert steps_on_disk(tmp_path) == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("three")
+    save_steps(run, [2.0, 1.0, 3.0], TrainConfig(keep_last=3))
+    return run
+
+
+def unsigned(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    """The same to a checkpoint of before there were sums."""
+    return lambda place: ((place / "sha256.json").unlink(), change(place))
+
+
+def replaced(name: str, text: str) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_text(text)
+
+
+ALTERED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "renamed file": (lambda p: largest_file(p).rename(p / "state" / "d" / "0"), "is missing"),
+    "edited metrics": (replaced("metrics/metrics", '{"nll": 0.1}'), "metrics/metrics differs from what was written"),
+    "torn metrics": (unsigned(replaced("metrics/metrics", "{")), "metrics/metrics is damaged"),
+    "no sums": (replaced("sha256.json", "{}"), "sha256.json is damaged"),
+    "a list of sums": (replaced("sha256.json", "[]"), "sha256.json is damaged"),
+    "the sum of a folder": (replaced("sha256.json", '{"state": "0"}'), "state is missing"),
+    "torn metadata": (unsigned(replaced("state/_METADATA", "{")), "state/_METADATA is damaged"),
+    "a position in a list": (unsigned(replaced("data/metadata", "[]")), "data/metadata is damaged"),
+    "no state": (unsigned(lambda p: shutil.rmtree(p / "state")), "state is missing"),
+    "nothing": (lambda p: (shutil.rmtree(p), p.mkdir()), "state is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", ALTERED)
+def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(three: Path, tmp_path: Path, kind: str) -> None:
+    change, words = ALTERED[kind]
+    run = shutil.copytree(three, tmp_path / "run")
+    change(run / "checkpoints" / "3")
+    with pytest.raises(UserError, match=rf"checkpoints(: cannot be read \(3|/3): .*{words}"):
+        reader = Checkpoints(run)
+        reader.step_of("best")
+        reader.check(reader.step_of("last"))
+    writer = Checkpoints(run, TrainConfig(keep_last=3))
+    assert len(writer.damaged) == 1 and re.search(words, writer.damaged[0])
+    assert (writer.step_of("last"), writer.step_of("best")) == (2, 2)
+    assert_same_bits(writer.restore(2, *make_state(blank=True))[0], make_state(2)[0])
+    writer.close()
+
+
+UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped without sums": (unsigned(lambda p: flip(largest_file(p))), r"cannot be read \(ValueError: DATA_LOSS"),
+    "missing without sums": (unsigned(lambda p: largest_file(p).unlink()), r"cannot be read \(ValueError: NOT_FOUND"),
+    "a list of metadata": (replaced("_CHECKPOINT_METADATA", "[]"), r"cannot be read \(ValueError: Metadata dict must"),
+    "another's name": (
+        lambda p: shutil.copytree(p, p.with_name("7")),
+        "checkpoints/7: holds step 3; give it that name",
+    ),
+}
+
+
+# Of a read that failed, tensorstore's threads still report to an event loop that Orbax has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_restored_is_one_line(three: Path, tmp_path: Path, kind: str) -> None:
+    change, words = UNREADABLE[kind]
+    run = shutil.copytree(three, tmp_path / "run")
+    change(run / "checkpoints" / "3")
+    for settings in (None, TrainConfig(keep_last=3)):
+        with pytest.raises(UserError, match=rf"{tmp_path}.*{words}") as caught:
+            checkpoints = Checkpoints(run, settings)
+            checkpoints.restore(checkpoints.step_of("last"), *make_state(blank=True))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_second_damage_of_the_same_step_takes_the_place_of_the_first(tmp_path: Path) -> None:
