@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from e2p_jax.commands.common import RunPath
+from e2p_jax.commands.common import RunPath, say
 from e2p_jax.errors import UserError
 
 
@@ -40,9 +40,9 @@ def export(
     """
     from e2p_jax.export.backbone import export_backbone
     from e2p_jax.export.engines import export_engine
-    from e2p_jax.export.peft import export_peft
+    from e2p_jax.export.peft import CAVEAT, export_peft
     from e2p_jax.export.transformers import export_transformers
-    from e2p_jax.files import write_text
+    from e2p_jax.files import explain_refusal, write_text
     from e2p_jax.train.run import open_run
 
     if format in ("vllm", "vllm-chat", "sglang"):
@@ -53,7 +53,8 @@ def export(
         if out is None:
             print(lines, end="")
             return
-        write_text(out, lines)
+        with explain_refusal(out):
+            write_text(out, lines)
         print(out)
         return
     if out is None:
@@ -63,6 +64,7 @@ def export(
         export_transformers(opened, out, include_backbone)
     elif format == "peft":
         export_peft(opened, out, user)
+        say(f"{CAVEAT}; whose directory is which stands in {out / 'users.json'}")
     else:
         export_backbone(opened, out, dtype)
     print(out)

@@ -8,7 +8,7 @@ from flax import nnx
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.lora import merge
 from e2p_jax.backbone.quantize import full
-from e2p_jax.errors import UserError
+from e2p_jax.export.checks import refuse_foreign, refuse_not_finite, settings_of
 from e2p_jax.train.run import Run
 
 
@@ -18,12 +18,19 @@ def export_backbone(run: Run, out: Path, dtype: str) -> None:
     What was quantised is written as the values that it stands for: what the adapters were trained beside.
 
     Raises:
-      UserError: `out` exists and is no model directory, or holds the run's own backbone.
+      UserError: `out` holds something else, the run's own backbone or another model; or a parameter is not finite, or
+        not in that dtype.
     """
-    if out.exists() and (not (out / "config.json").is_file() or out.resolve() == run.inputs.directory.resolve()):
-        raise UserError(f"--out {out}: exists and is not an earlier export; choose another directory")
+    source = run.inputs.directory
+    refuse_foreign(out, lambda there: there.resolve() != source.resolve() and _shape(there) == _shape(source))
     params = run.model.params["backbone"]
     layers = merge(full(params["layers"]), run.model.params.get("lora", {}))
+    refuse_not_finite(run, {**params, "layers": layers}, jnp.dtype(dtype))
     backbone = weights.abstract(run.inputs.decoder, dtype=jnp.dtype(dtype))
     nnx.update(backbone, {**params, "layers": layers})
-    weights.save(backbone, run.inputs.directory, out, jnp.dtype(dtype))
+    weights.save(backbone, source, out, jnp.dtype(dtype))
+
+
+def _shape(directory: Path) -> dict[str, object]:
+    """What two exports of a backbone have in common: its config, whatever their dtype."""
+    return {key: value for key, value in settings_of(directory).items() if key not in ("dtype", "torch_dtype")}

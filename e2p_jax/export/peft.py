@@ -1,7 +1,8 @@
 """Users' prefixes as stock PEFT prompt-tuning adapters (Lester et al., arXiv 2104.08691; PEFT's PROMPT_TUNING)."""
 
+import hashlib
 import json
-import urllib.parse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,21 +13,61 @@ from safetensors.numpy import save_file
 from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import asked_for
+from e2p_jax.export.checks import refuse_foreign, refuse_not_finite
+from e2p_jax.export.payloads import soft_tokens
 from e2p_jax.files import replace_directory
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
+CAVEAT = (
+    "PEFT 0.21 with transformers 5.24 puts the soft tokens in again at every step unless generate() is called with "
+    "use_cache=False, and behind any padding on the left with every version: give it prompts of one length"
+)
+_USERS = "users.json"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+_DEVICES = re.compile("con|prn|aux|nul|(com|lpt)[0-9]")  # no names of files on Windows
+_CARD = """\
+# The soft tokens of one user
+
+A prompt-tuning adapter that `e2p export --format peft` wrote. They stand in front of BOS. {caveat}.
+
+```python
+import peft
+import transformers
+
+backbone = transformers.AutoModelForCausalLM.from_pretrained({backbone}, revision={revision})
+model = peft.PeftModel.from_pretrained(backbone, ".")
+model.generate(**inputs, use_cache=False, max_new_tokens=32)
+```
+"""
+
+
+def adapter_directory(user: str) -> str:
+    """The name of the directory for what `--user` says, on any file system: no two users share one, whatever their ids.
+
+    Lower-case ids of letters, digits, `_` and `-` are their own names; others are named by what is plain of them and
+    32 digits of the SHA-256 of their UTF-8.
+    """
+    if re.fullmatch("[a-z0-9_][a-z0-9_-]{0,63}", user) and not _DEVICES.fullmatch(user):
+        return user
+    plain = re.sub("[^a-z0-9_]+", "-", user.lower())[:40].strip("-")
+    digest = hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{'user' if not plain or _DEVICES.fullmatch(plain) else plain}.{digest[:32]}"
+
 
 def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
     """Writes `out/<user>/adapter_config.json` and `adapter_model.safetensors`: `PeftModel.from_pretrained` needs no
-    code of ours to load them in front of the run's backbone.
+    code of ours to load them in front of the run's backbone. `out/users.json` says which directory is whose.
 
     Args:
-      users: ids in the run's table of user vectors, `@vector.npy`, or `@@alice` for the user `@alice`.
+      users: ids in the run's table of user vectors, `@vector.npy`, or `@@alice` for the user `@alice`; one twice is
+        written once.
 
     Raises:
-      UserError: no users, an unknown one, a placement that PEFT has no word for, or a trained backbone.
+      UserError: no users, an unknown one, soft tokens that are not finite, a placement that PEFT has no word for, a
+        trained backbone, or other files in `out`.
     """
+    users = list(dict.fromkeys(users))
     config, decoder = run.inputs.config, run.inputs.decoder
     refuse_trained_backbone(run.model.mask)
     if not users:
@@ -36,8 +77,11 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
             f"PEFT puts a prompt's soft tokens before BOS, this run's stand {config.prefix.placement}; "
             "export --format transformers, or train with prefix.placement=before_bos"
         )
+    refuse_foreign(out, _is_ours)
+    refuse_not_finite(run, {"projector": run.model.params["projector"]})
     path, revision = run.inputs.published()
-    names, vectors = asked_for(run, users)
+    path = str(EMBEDDED) if path == "embedded" else path
+    _, vectors = asked_for(run, users)
     soft = np.asarray(nnx.merge(run.model.graph, run.model.params).projector(vectors))  # [N, K, D]
     settings = {
         "peft_type": "PROMPT_TUNING",
@@ -47,14 +91,26 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
         "num_transformer_submodules": 1,
         "num_layers": decoder.num_layers,
         "num_attention_heads": decoder.num_heads,
-        "base_model_name_or_path": str(EMBEDDED) if path == "embedded" else path,
+        "base_model_name_or_path": path,
         "revision": revision,
         "inference_mode": True,
     }
+    card = _CARD.format(caveat=CAVEAT, backbone=json.dumps(path), revision=repr(revision))
     with replace_directory(out) as temporary:
-        for user, prefix in zip(names, soft, strict=True):
-            place = temporary / urllib.parse.quote(user.removeprefix("@"), safe="")
+        listed = []
+        for user, prefix in zip(users, soft, strict=True):
+            place = temporary / adapter_directory(user)
             place.mkdir()
             (place / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-            save_file({"prompt_embeddings": prefix}, place / "adapter_model.safetensors", metadata={"format": "pt"})
+            tensors = {"prompt_embeddings": soft_tokens(prefix, prefix.dtype, user)}
+            save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
             (place / "adapter_model.safetensors").chmod(0o644)
+            (place / "README.md").write_text(card, encoding="utf-8")
+            own = user.startswith("@") and not user.startswith("@@")
+            listed.append({"user": f"@{Path(user).name}" if own else user, "directory": place.name})
+        (temporary / _USERS).write_text(json.dumps(listed, indent=2) + "\n")
+
+
+def _is_ours(out: Path) -> bool:
+    places = [path for path in out.iterdir() if path.name != _USERS]
+    return all(path.is_dir() and {p.name for p in path.iterdir()} <= set(_ADAPTER) for path in places)

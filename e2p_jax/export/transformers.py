@@ -12,6 +12,7 @@ import numpy as np
 from e2p_jax.backbone.checkpoint import left_out
 from e2p_jax.backbone.convert import hugging_face_tensors
 from e2p_jax.backbone.weights import open_checkpoint
+from e2p_jax.export.checks import refuse_foreign, refuse_not_finite, settings_of
 from e2p_jax.export.model_card import model_card
 from e2p_jax.export.slot import user_turn
 from e2p_jax.export.tokenizer import save_tokenizer
@@ -43,9 +44,11 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
         fingerprint. The embedded backbone has no name that others could load it by, and always comes along.
 
     Raises:
-      UserError: the run trained the backbone itself.
+      UserError: the run trained the backbone itself, its projector holds NaN, or `out` holds something else.
     """
     refuse_trained_backbone(run.model.mask)
+    refuse_foreign(out, lambda there: settings_of(there).get("model_type") == "e2p")
+    refuse_not_finite(run, {"projector": run.model.params["projector"]})
     include_backbone = include_backbone or run.inputs.published()[0] == "embedded"
     with replace_directory(out) as temporary:
         (temporary / "config.json").write_text(json.dumps(_config(run, include_backbone), indent=2) + "\n")

@@ -108,6 +108,7 @@ def server(lively_backbone: Path) -> Iterator[str]:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's use of it
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 def test_export_examples(run: Run, lively_backbone: Path):
     data, users = run.inputs.config.data, ["user-3", "user-7"]
     places = {"TABLE": str(data.embeddings), "records.jsonl": data.path}

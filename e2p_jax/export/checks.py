@@ -1,0 +1,53 @@
+"""What every export makes sure of before its work begins."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from e2p_jax.errors import UserError
+from e2p_jax.files import explain_refusal
+from e2p_jax.train.partition import PyTree, path_name
+from e2p_jax.train.run import Run
+
+
+def refuse_not_finite(run: Run, params: PyTree, dtype: jnp.dtype | None = None) -> None:
+    """
+    Args:
+      params: what is to be written.
+      dtype: of what is written, if another.
+
+    Raises:
+      UserError: naming the first parameter that holds NaN or infinity, or would in that dtype.
+    """
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.isfinite(value if dtype is None else value.astype(dtype)).all():
+            held = "holds NaN or infinity" if not jnp.isfinite(value).all() else f"holds more than {dtype} can say"
+            remedy = "export an earlier step with --checkpoint" if "NaN" in held else "export with --dtype bfloat16"
+            raise UserError(f"{run.directory}: step {run.step}: {path_name(path)} {held}; {remedy}")
+
+
+def refuse_foreign(out: Path, is_ours: Callable[[Path], bool]) -> None:
+    """
+    Args:
+      is_ours: whether a directory that is not empty is an earlier export of the same kind.
+
+    Raises:
+      UserError: what stands there would be lost.
+    """
+    with explain_refusal(out):
+        taken = out.is_dir() and any(out.iterdir())
+        ours = taken and is_ours(out)
+    if taken and not ours:
+        raise UserError(f"--out {out}: holds other files than an earlier export; choose another directory")
+
+
+def settings_of(directory: Path) -> dict[str, object]:
+    """The `config.json` there; empty where there is none that can be read."""
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
