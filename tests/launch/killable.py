@@ -36,8 +36,9 @@ def call(
     counts, count = os.pipe()
     began, spent = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
+    with contextlib.suppress(OSError):  # both, for either may come first
+        os.setpgid(child, child)
     if child == 0:
-        os.setsid()
         os.environ.update(environment)
         _run(module, function, arguments, log, change, count)
     os.close(count)
