@@ -17,7 +17,8 @@ from e2p_jax.data.pipeline import PackedDataset, train_iterator
 from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.export.transformers import TORCH_NAMES
-from e2p_jax.files import replace_directory
+from e2p_jax.files import explain_refusal, replace_directory
+from e2p_jax.json_files import is_digest, read_object
 from e2p_jax.tensors import write_tensors
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.run import claim_run
@@ -40,11 +41,16 @@ def import_transformers(directory: Path, out: Path, data: str | None = None, emb
     Raises:
       UserError: not such a directory, weights that do not fit its config, or another backbone than was exported.
     """
-    if out.exists():
+    with explain_refusal(out):
+        taken = out.exists()
+    if taken:
         raise UserError(f"--out {out}: exists; choose a new directory")
     settings = _read_settings(directory)
     exported = from_json(json.dumps(settings["run"]["config"]), directory / "config.json")
     checkpoint = Checkpoint(directory)
+    vectors, width = checkpoint.tensors.get("projector.input_mean"), settings["embedding_size"]
+    if vectors is None or vectors.shape != (width,):
+        raise UserError(f"{directory}: no tensor projector.input_mean of shape ({width},); export it again")
     with replace_directory(out) as temporary:
         template = _chat_template(directory)
         (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -71,9 +77,24 @@ def import_transformers(directory: Path, out: Path, data: str | None = None, emb
 
 def _read_settings(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if settings.get("model_type") != "e2p" or "run" not in settings:
+    settings = read_object(path, "export the run again") if path.is_file() else {}
+    run, named, size = settings.get("run"), settings.get("backbone"), settings.get("embedding_size")
+    if settings.get("model_type") != "e2p" or not isinstance(run, dict):
         raise UserError(f"{directory}: not a directory that `e2p export --format transformers` wrote; give one")
+    revision = named.get("revision") if isinstance(named, dict) else None
+    named_well = isinstance(named, dict) and isinstance(named.get("path"), str) and isinstance(revision, str | None)
+    prefix = run.get("backbone_prefix")
+    right = {
+        "embedding_size": type(size) is int and size > 0,
+        "backbone": named is None or named_well,
+        "backbone_config": isinstance(settings.get("backbone_config"), dict),
+        "run.config": isinstance(run.get("config"), dict),
+        "run.fingerprint": is_digest(run.get("fingerprint")),
+        "run.backbone_prefix": isinstance(prefix, str) and prefix.startswith("backbone."),
+    }
+    for name, is_right in right.items():
+        if not is_right:
+            raise UserError(f"{path}: {name} is missing or of the wrong kind; export the run again")
     return settings
 
 
@@ -81,7 +102,10 @@ def _chat_template(directory: Path) -> str:
     path = directory / "chat_template.jinja"
     if not path.is_file():
         raise UserError(f"{path}: does not exist; copy it from the exported directory")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy it from the exported directory") from error
 
 
 def _with_data(config: Config, data: str | None, embeddings: str | None) -> Config:
@@ -125,7 +149,11 @@ def _with_projector(model: Model, checkpoint: Checkpoint) -> Model:
         value = checkpoint.tensors.get(stored)
         if value is None or value.shape != leaf.shape[::-1]:
             raise UserError(f"{checkpoint.directory}: no tensor {stored} of shape {leaf.shape[::-1]}; export it again")
-        projector[name] = jax.device_put(np.array(value.T, leaf.dtype, order="C"), leaf.sharding)
+        with np.errstate(over="ignore"):
+            held = np.array(value.T, leaf.dtype, order="C")
+        if not np.isfinite(held).all():
+            raise UserError(f"{checkpoint.directory}: {stored} holds NaN or infinity; export it again")
+        projector[name] = jax.device_put(held, leaf.sharding)
     return dataclasses.replace(model, params={**model.params, "projector": projector})
 
 

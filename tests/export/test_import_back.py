@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
@@ -137,6 +138,26 @@ def test_what_cannot_be_imported_is_refused(make_run: Callable, lively_backbone:
     wrong = settings["run"]["config"] | {"projector": settings["run"]["config"]["projector"] | {"hidden_size": 8}}
     refused(r"no tensor projector.down.weight of shape \(32, 8\)", run=settings["run"] | {"config": wrong})
     refused("unknown config fields", run=settings["run"] | {"config": {"trian": {}}})
+    whole = settings["run"]
+    for name in ("embedding_size", "backbone", "backbone_config"):
+        for value in ([], "x", -1, {"path": 5}):
+            if (name, value) != ("backbone_config", {"path": 5}):
+                refused(f"config.json: {name} is missing or of the wrong kind", **{name: value})
+    for name in ("config", "fingerprint", "backbone_prefix"):
+        refused(f"config.json: run.{name} is missing or of the wrong kind", run=whole | {name: 7})
+    for text in ('{"a":' * 100_000, "[]", "\\xff", '{"model_type": "e2p", "run": NaN}'):
+        (exported / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json: .*; export the run again"):  # noqa: RUF043
+            import_transformers(exported, tmp_path / "run")
+    refused("no tensor projector.input_mean of shape", embedding_size=10**12)
+    (exported / "config.json").write_text(json.dumps(settings))
+    tensors = safetensors.numpy.load_file(exported / "model.safetensors")
+    tensors["projector.skip.bias"][0] = np.nan
+    safetensors.numpy.save_file(tensors, tmp_path / "nan.safetensors")
+    shutil.copytree(exported, tmp_path / "nan")
+    shutil.move(tmp_path / "nan.safetensors", tmp_path / "nan" / "model.safetensors")
+    with pytest.raises(UserError, match=r"projector\.skip\.bias holds NaN or infinity"):
+        import_transformers(tmp_path / "nan", tmp_path / "run")
     (exported / "config.json").write_text(json.dumps(settings))
     shutil.move(exported / "chat_template.jinja", tmp_path / "elsewhere.jinja")
     with pytest.raises(UserError, match=r"chat_template.jinja: does not exist"):
