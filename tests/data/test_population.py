@@ -1,5 +1,6 @@
 """Statistics of the training users' vectors: right whatever the scale, and refused where they say nothing."""
 
+import dataclasses
 import re
 import tracemalloc
 from pathlib import Path
@@ -9,11 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from e2p_jax.config import Condition, Config, DataConfig
 from e2p_jax.data import population as module
+from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import UserTable, load_table, save_table
 from e2p_jax.data.population import Population, training_population
+from e2p_jax.data.records import write_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.train.loop import Data, read_data
+from e2p_jax.train.setup import read_inputs
 
 VECTORS = np.random.default_rng(0).normal(3.0, 2.0, (400, 6)) * np.array([1, 1, 1e-3, 1e3, 1, 1])
 
@@ -147,3 +153,27 @@ def test_a_vector_that_is_not_finite_is_named() -> None:
     vectors[5, 0] = np.nan
     with pytest.raises(UserError, match=r"row 5 \(user 'u5'\) holds NaN"):
         measured(vectors)
+
+
+def test_training_refuses_or_warns_by_what_its_condition_asks_of_vectors(tmp_path: Path) -> None:
+    """Before anything is compiled; each user counts once, however many records they have."""
+    users = range(12)
+    write_jsonl([synthetic.record(user) for user in [*users, 3, 3]], tmp_path / "r.jsonl")
+
+    def read(vectors: np.ndarray, condition: Condition) -> Data:
+        save_table(tmp_path / "t", [f"user-{user}" for user in users], vectors, name="n", version="1")
+        data = DataConfig(
+            path=str(tmp_path / "r.jsonl"), embeddings=str(tmp_path / "t"), train_split="all", cache="none"
+        )
+        data = dataclasses.replace(data, eval_splits=("all",), condition=condition, seq_len=128)
+        return read_data(read_inputs(Config(data=data)))
+
+    vectors = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    np.testing.assert_allclose(read(vectors, "e2p").population.mean, vectors.mean(axis=0), rtol=1e-5)
+    same = np.ones_like(vectors)
+    with pytest.raises(UserError, match="all 12 training users have the same vector"):
+        read(same, "e2p")
+    assert read(same, "static").warnings == []
+    vectors[7, 0] = 1e9
+    (warning,) = read(vectors, "e2p").warnings
+    assert "'user-7'" in warning
