@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from e2p_jax.data.records import Record
 from e2p_jax.data.structure import Messages, Rendered, Structure, unused_word
 from e2p_jax.data.template import choose_template, reason
 from e2p_jax.errors import UserError
+from e2p_jax.json_files import read_object
 
 _HARMFUL = re.compile(r"[^\w\s]|_")
 
@@ -48,7 +48,7 @@ def _bare_config(directory: Path) -> PretrainedConfig | None:
     files = directory / "config.json", directory / "tokenizer_config.json"
     if not all(file.is_file() for file in files):
         return None
-    model, tokenizer = (json.loads(file.read_text("utf-8")) for file in files)
+    model, tokenizer = (read_object(file, "take it from the model's own repository") for file in files)
     if "model_type" not in model or "tokenizer_class" not in tokenizer:
         return None
     asked = {name: model[name] for name in ("model_type", "tokenizer_class") if name in model}
@@ -63,10 +63,12 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, config=_bare_config(directory))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0].rstrip(": ")
+    except UserError:
+        raise
+    except Exception as error:  # damaged files: tokenizers raises a bare Exception, transformers whatever comes of them
+        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")[:200]
         raise UserError(
-            f"{directory}: no usable tokenizer ({reason}); needs tokenizer.json and tokenizer_config.json"
+            f"{directory}: no usable tokenizer ({said}); needs tokenizer.json and tokenizer_config.json"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")

@@ -135,13 +135,14 @@ def check_weights(run: epath.Path, names: dict[str, Any], model: Model) -> None:
 
 
 def describe(inputs: Inputs, model: Model) -> list[Any]:
-    """All of a backbone and its template that numbers depend on, for keys of what is kept."""
+    """All of a backbone and its template that numbers and replies depend on, for keys of what is kept."""
     return [
         model.fingerprint,
         model.params["backbone"]["embedding"].dtype.name,
         dataclasses.asdict(inputs.decoder),
         tokenizer_digest(inputs.directory, inputs.encoder),
         inputs.encoder.template,
+        inputs.encoder.stops,
     ]
 
 

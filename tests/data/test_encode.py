@@ -231,3 +231,52 @@ def test_directory_without_a_tokenizer_is_refused(tmp_path: Path, files: dict[st
     with pytest.raises(UserError, match=r"no usable tokenizer .*needs tokenizer\.json") as caught:
         load_tokenizer(tmp_path, 512)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+DAMAGE: dict[str, list[tuple[tuple[str, ...], Any]]] = {
+    "tokenizer.json": [
+        (("version",), ""),
+        (("added_tokens",), 5),
+        (("added_tokens",), [{"id": "x"}]),
+        (("model", "vocab"), None),
+        (("model", "merges"), [[]]),
+        (("pre_tokenizer",), {"type": {}}),
+        (("padding",), 0),
+        (("truncation",), "x"),
+    ],
+    "tokenizer_config.json": [
+        (("tokenizer_class",), 5),
+        (("eos_token",), ["</s>"]),
+        (("pad_token",), {}),
+        (("extra_special_tokens",), "x"),
+        (("additional_special_tokens",), [5]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value"), [(n, *change) for n, changes in DAMAGE.items() for change in changes]
+)
+def test_a_damaged_tokenizer_is_refused_in_a_line(tmp_path: Path, name: str, keys: tuple[str, ...], value: Any) -> None:
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / file, tmp_path / file)
+    values = json.loads((tmp_path / name).read_text())
+    inside = values
+    for key in keys[:-1]:
+        inside = inside[key]
+    inside[keys[-1]] = value
+    (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="no usable tokenizer") as error:
+        load_tokenizer(tmp_path, 4096)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["5", "null", "[" * 100_000, "{", ""])
+def test_a_tokenizer_file_that_is_no_object_is_refused_in_a_line(tmp_path: Path, name: str, text: str) -> None:
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / file, tmp_path / file)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path, 4096)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)

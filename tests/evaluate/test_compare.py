@@ -19,6 +19,7 @@ from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, P
 from e2p_jax.data import synthetic
 from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.records import write_jsonl
+from e2p_jax.data.structure import Structure
 from e2p_jax.evaluate import compare as comparison
 from e2p_jax.evaluate.compare import compare
 from e2p_jax.report.collect import find_source
@@ -162,14 +163,16 @@ def test_scores_are_reused_only_while_all_they_depend_on_stays(config: Config, t
     encoder, decoder = run.inputs.encoder, run.inputs.decoder
     one = dataclasses.replace(second.records[0], context=("other",))
     evaluate = dataclasses.replace(run.inputs.config.evaluate, max_records=1)
+    other = Structure(encoder.tokenizer, encoder.template + " ", "another template")
     changed = [
         key(run),
+        key(with_inputs(encoder=dataclasses.replace(encoder, stops=()))),
         key(run, conditions=("e2p", "shuffled")),
         key(run, {"test": second.records}),
         key(run, {"validation": [one, *second.records[1:]]}),
         key(dataclasses.replace(run, model=dataclasses.replace(run.model, fingerprint="f" * 64))),
         key(with_inputs(decoder=dataclasses.replace(decoder, norm_epsilon=0.1))),
-        key(with_inputs(encoder=dataclasses.replace(encoder, template=encoder.template + " "))),
+        key(with_inputs(encoder=dataclasses.replace(encoder, structure=other))),
         key(with_inputs(config=dataclasses.replace(run.inputs.config, evaluate=evaluate))),
         key(with_inputs(config=dataclasses.replace(run.inputs.config, data=dataclasses.replace(data, targets="all")))),
         key(dataclasses.replace(run, step=run.step - 2)),

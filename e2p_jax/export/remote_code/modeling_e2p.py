@@ -117,6 +117,8 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.pop(key, None)
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", config.dtype))
         config.backbone = None  # it is in the model now, and in whatever `save_pretrained` writes
+        # By the config that is here: that in `path` may have changed since, with the same weights beside it.
+        kwargs["config"] = config.backbone_config
         model = cls(config, AutoModelForCausalLM.from_pretrained(path, *args, **kwargs))
         model.generation_config = GenerationConfig.from_pretrained(directory, **local)
         weights = load_file(cached_file(directory, "model.safetensors", **local))
