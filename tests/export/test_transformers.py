@@ -213,6 +213,24 @@ def test_another_backbone_is_refused(make_run: Callable, lively_backbone: Path, 
         load(tmp_path / "out")
 
 
+def test_a_config_that_changed_beside_the_named_weights_has_no_say(
+    make_run: Callable, lively_backbone: Path, tmp_path: Path
+):
+    """The export has the backbone's config.json as it was in training, and goes by that."""
+    run = make_run()
+    export_transformers(run, tmp_path / "out", include_backbone=False)
+    shutil.copytree(lively_backbone, tmp_path / "other")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    settings["backbone"]["path"] = str(tmp_path / "other")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
+    ids, vector = torch.tensor([[1, 40, 50, 60]]), torch.ones(1, synthetic_width(run))
+    before = load(tmp_path / "out")[0](ids, user_embedding=vector).logits
+    changed = json.loads((tmp_path / "other" / "config.json").read_text()) | {"rope_theta": 100.0, "rms_norm_eps": 0.1}
+    changed.pop("rope_parameters", None)
+    (tmp_path / "other" / "config.json").write_text(json.dumps(changed))
+    torch.testing.assert_close(load(tmp_path / "out")[0](ids, user_embedding=vector).logits, before, rtol=0, atol=0)
+
+
 def test_mistakes_are_named(exported: tuple[Run, Path]):
     run, out = exported
     model, _ = load(out)
