@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from e2p_jax.evaluate.cost import Cost
 from e2p_jax.evaluate.robustness import DISTURBANCES, Point
 from e2p_jax.evaluate.users import UserMap
 from e2p_jax.report.collect import Curves
+from e2p_jax.terminal import printable
 
 INK = "#707172"  # stands for the text's colour until the page is made
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#eab308", "#ec4899")
@@ -50,7 +52,8 @@ class Figures:
     def _save(self, figure: Any, name: str) -> None:
         import matplotlib.pyplot as plt
 
-        with plt.rc_context(STYLE):
+        with plt.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font has it, or shows a box
             figure.savefig(self.out / f"{name}.png", dpi=150, facecolor="white")
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -69,7 +72,7 @@ class Figures:
             colour = COLOURS[2] if high < 0 else COLOURS[4] if low > 0 else INK
             axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
             axes.plot(mean, place, "o", color=colour, markersize=6)
-        axes.set_yticks(range(len(rows)), [condition for condition, *_ in rows])
+        axes.set_yticks(range(len(rows)), [_plain(condition, 20) for condition, *_ in rows])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"NLL a target minus {baseline} (left is better)")
@@ -80,7 +83,7 @@ class Figures:
         figure, grid = self._axes()
         axes = grid[0, 0]
         for number, (name, points) in enumerate(curves.items()):
-            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[number % 8], markersize=3, label=name)
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[number % 8], markersize=3, label=_plain(name))
         for number, points in enumerate(training.values()):
             axes.plot(*zip(*points, strict=True), color=COLOURS[number % 8], alpha=0.25, linewidth=1, zorder=0)
         axes.set(xlabel="step", ylabel="NLL a target")
@@ -132,13 +135,17 @@ class Figures:
             x, y = found.places[place]
             colour = COLOURS[(number + 1) % 8]
             axes.scatter([x], [y], s=60, color=colour, zorder=3)
-            words = " · ".join(_plain(word) for word in found.nearest[place][:2])
+            words = " · ".join(_plain(word, 20) for word in found.nearest[place][:2])
             axes.annotate(words, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=9, color=INK)
         axes.margins(0.18, 0.12)
         axes.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])
         self._save(figure, "users")
 
 
-def _plain(text: str) -> str:
-    """Without what matplotlib takes for mathematics."""
-    return text.replace("$", r"\$")
+def _plain(text: str, most: int = 60) -> str:
+    """A label: short enough to leave room for the picture, without what matplotlib takes for mathematics.
+
+    A label that begins with an underscore would be left out.
+    """
+    cut = text if len(text) <= most else f"{text[:most]}..."
+    return (" " if text.startswith("_") else "") + printable(cut).replace("$", r"\$")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from e2p_jax.report.figures import Figures
 
 PAGE = Path(__file__).parent / "page.html.jinja"
 COLUMNS = ("value", "low", "high")
+SHOWN = 600  # characters of a text on the page; the CSV files have all
+# How spreadsheets know a formula, in wide characters too, and behind what they skip.
+_FORMULA = re.compile(r"[\s\0]*[=+\-@＝＋－＠]|[\t\r\n]")
 
 
 def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
@@ -38,14 +42,14 @@ def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
         _draw(figures, found)
         _write_csvs(temporary, found)
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-        environment.globals.update(number=number, span=span, label=label, p_text=p_text)
+        environment.globals.update(SHOWN=SHOWN, number=number, span=span, label=label, p_text=p_text)
         page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
             found=found,
             svgs=figures.svgs,
             tables=[table for source in found.sources for table in _tables(source.name, source.splits)],
             tiles=_tiles(found),
         )
-        (temporary / "index.html").write_text(page, encoding="utf-8")
+        (temporary / "index.html").write_text(page, encoding="utf-8", errors="replace")
     return out / "index.html"
 
 
@@ -98,10 +102,10 @@ def _tiles(found: Collected) -> list[tuple[str, str, str]]:
 
 def _write_csvs(out: Path, found: Collected) -> None:
     def write(name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        with (out / name).open("w", newline="", encoding="utf-8") as file:
+        with (out / name).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(header)
-            writer.writerows(rows)
+            writer.writerows([text_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
 
     parts = ("mean", "low", "high", "p")
     apart = [f"minus_{baseline}_{part}" for baseline in BASELINES for part in parts]
@@ -127,6 +131,11 @@ def _write_csvs(out: Path, found: Collected) -> None:
     answers = [(p.user_id, prompt, a) for p in found.people for prompt, a in zip(found.prompts, p.answers, strict=True)]
     answers += [("", prompt, answer) for prompt, answer in zip(found.prompts, found.without, strict=True)]
     write("answers.csv", ["user_id", "prompt", "answer"], answers)
+
+
+def text_cell(text: str) -> str:
+    """The text, with a ' in front where a spreadsheet would take it for a formula and run it."""
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def number(entry: dict[str, float] | None, name: str) -> str:

@@ -1,6 +1,7 @@
 """`e2p report`: its numbers, and its page in a real browser at two widths, light and dark."""
 
 import csv
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -11,17 +12,32 @@ import pytest
 from e2p_jax.cli import main
 from e2p_jax.config import Condition
 from e2p_jax.evaluate.table import evaluate_splits, save
+from e2p_jax.report import report as report_lib
+from e2p_jax.report.collect import Collected, collect
 from e2p_jax.train.run import open_run
 
 CONDITIONS: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
 
 
 @pytest.fixture(scope="module")
-def report(learned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def collected() -> list[Collected]:
+    """What `report` has collected."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(learned_run: Path, tmp_path_factory: pytest.TempPathFactory, collected: list[Collected]) -> Path:
     run = open_run(learned_run)
     save(run, evaluate_splits(run, ["all"], CONDITIONS))
     out = tmp_path_factory.mktemp("reports") / "report"
-    assert main(["report", str(learned_run), "--out", str(out)]) == 0
+
+    def collect_and_keep(paths: Any) -> Collected:
+        collected.append(collect(paths))
+        return collected[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_lib, "collect", collect_and_keep)
+        assert main(["report", str(learned_run), "--out", str(out)]) == 0
     return out
 
 
@@ -81,6 +97,69 @@ def test_page_in_a_browser(report: Path, browser: Any, width: int, scheme: str):
     narrow = "return [...document.querySelectorAll('figure svg')].every(s => s.getBoundingClientRect().width > 250)"
     assert browser.execute_script(narrow)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+ACTIVE = (
+    '<img src=x onerror="window.owned=1"><script>window.owned=1</script></svg>"\'>\x1b[2J\u202e$x^{$ {{ 7*7 }} \ud800'
+)
+FORMULAS = ['=HYPERLINK("http://x/")', "+1", "-2+3", "@SUM(A1)", "\t=1", " =1", "\r=1", "＝1"]
+
+
+@pytest.fixture
+def hostile(report: Path, collected: list[Collected], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The report with names, ids, contexts, words and answers that want to be more than text."""
+    found = collected[0]
+    records = [dataclasses.replace(r, user_id=f"{ACTIVE} {i}") for i, r in enumerate(found.users.records)]
+    for i, text in enumerate(FORMULAS):
+        records[i] = dataclasses.replace(records[i], user_id=text, context=(text, "x" * 50_000))
+    nearest = [["$x^{$", ACTIVE, "日本"] for _ in records]
+    users = dataclasses.replace(found.users, records=records, nearest=nearest)
+    person = dataclasses.replace(
+        found.people[0], user_id=ACTIVE, context=(ACTIVE, "x" * 50_000), nearest=[ACTIVE], answers=[ACTIVE]
+    )
+    long = dataclasses.replace(person, user_id="y" * 50_000, answers=["=1+1" + "z" * 50_000])
+    source = dataclasses.replace(found.sources[0], name=ACTIVE)
+    changed = dataclasses.replace(
+        found,
+        sources=[source],
+        learning={f"_{ACTIVE}": next(iter(found.learning.values()))},
+        run=ACTIVE,
+        trained={ACTIVE: found.trained[found.run]},
+        users=users,
+        prompts=(ACTIVE,),
+        people=[person, long],
+        without=[ACTIVE],
+    )
+    changed.trained.setdefault(changed.run, found.trained[found.run])
+    monkeypatch.setattr(report_lib, "collect", lambda _: changed)
+    return report_lib.write_report([], tmp_path / "hostile")
+
+
+def test_text_stays_text(hostile: Path, browser: Any):
+    browser.get(hostile.as_uri())
+    run = browser.execute_script
+    shown = ACTIVE.replace("\ud800", "?")
+    assert run("return window.owned") is None and run("return document.querySelectorAll('img, script').length") == 0
+    assert run("return document.querySelector('.people h3').textContent") == shown
+    assert run("return document.querySelector('h1').textContent") == shown
+    assert run("return document.querySelectorAll('figure svg').length") == 6
+    words = "return [...document.querySelectorAll('figure svg')].map(e => e.textContent).join()"
+    assert "$x^{$" in run(words) and "_<img src=x" in run(words)
+    assert run("return document.documentElement.scrollWidth <= innerWidth")
+    assert len(hostile.read_text()) < 2_000_000
+    browser.set_window_size(1280, run("return document.documentElement.scrollHeight"))
+    browser.save_screenshot(str(hostile.parent / "report.png"))
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_no_cell_is_a_formula(hostile: Path):
+    for path in hostile.parent.glob("*.csv"):
+        for row in rows(path):
+            for cell in row.values():
+                assert not re.match(r"[\s]*[=+@＝-]", cell) or re.fullmatch(r"-?[0-9.]+(e-?\d+)?", cell), (path, cell)
+    ids = [row["user_id"] for row in rows(hostile.parent / "users.csv")]
+    assert ids[: len(FORMULAS)] == [f"'{text}" for text in FORMULAS]
+    assert rows(hostile.parent / "users.csv")[0]["context"].endswith("x" * 50_000)  # the page cuts, the files do not
 
 
 def test_refusals(learned_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
