@@ -30,6 +30,7 @@ _WORDS = re.compile(r"[\w\s]*")
 
 _BEGIN, _END = "{#- Text stays text (e2p). -#}\n", "{#- The template. #}\n"
 # Every tag strips what stands before it, and the last leaves alone what the template begins with.
+# HELD tells in one look whether there is anything to do, which there hardly ever is.
 _PRELUDE = """\
 {%- macro e2p_text(text) -%}
     {%- set e2p = namespace(text=text) -%}
@@ -38,27 +39,30 @@ _PRELUDE = """\
     {%- endfor -%}
     {{- e2p.text -}}
 {%- endmacro -%}
-{%- set e2p = namespace(messages=[], fields={}, parts=[]) -%}
-{%- for message in messages -%}
-    {%- set e2p.fields = {} -%}
-    {%- for name, value in message.items() -%}
-        {%- if value is string -%}
-            {%- set value = e2p_text(value) -%}
-        {%- elif value is sequence and value is not mapping -%}
-            {%- set e2p.parts = [] -%}
-            {%- for part in value -%}
-                {%- if part is mapping and part['text'] is string -%}
-                    {%- set part = dict(part, text=e2p_text(part['text'])) -%}
-                {%- endif -%}
-                {%- set e2p.parts = e2p.parts + [part] -%}
-            {%- endfor -%}
-            {%- set value = e2p.parts -%}
-        {%- endif -%}
-        {%- set e2p.fields = dict(e2p.fields, **{name: value}) -%}
+{%- set e2p_all = messages | string -%}
+{%- if HELD -%}
+    {%- set e2p = namespace(messages=[], fields={}, parts=[]) -%}
+    {%- for message in messages -%}
+        {%- set e2p.fields = {} -%}
+        {%- for name, value in message.items() -%}
+            {%- if value is string -%}
+                {%- set value = e2p_text(value) -%}
+            {%- elif value is sequence and value is not mapping -%}
+                {%- set e2p.parts = [] -%}
+                {%- for part in value -%}
+                    {%- if part is mapping and part['text'] is string -%}
+                        {%- set part = dict(part, text=e2p_text(part['text'])) -%}
+                    {%- endif -%}
+                    {%- set e2p.parts = e2p.parts + [part] -%}
+                {%- endfor -%}
+                {%- set value = e2p.parts -%}
+            {%- endif -%}
+            {%- set e2p.fields = dict(e2p.fields, **{name: value}) -%}
+        {%- endfor -%}
+        {%- set e2p.messages = e2p.messages + [e2p.fields] -%}
     {%- endfor -%}
-    {%- set e2p.messages = e2p.messages + [e2p.fields] -%}
-{%- endfor -%}
-{%- set messages = e2p.messages -%}
+    {%- set messages = e2p.messages -%}
+{%- endif -%}
 """
 _ACTIONS = {
     "break": "{%- set e2p.text = e2p.text | replace(control, plain) -%}",
@@ -136,8 +140,18 @@ def guard(template: str, pairs: Pairs, policy: str) -> str:
       policy: `break` or `refuse`.
     """
     listed = "[" + ", ".join(f"[{_literal(control)}, {_literal(plain)}]" for control, plain in pairs) + "]"
-    prelude = _PRELUDE.replace("ACTION", _ACTIONS[policy]).replace("CONTROLS", listed)
+    prelude = _PRELUDE.replace("ACTION", _ACTIONS[policy]).replace("CONTROLS", listed).replace("HELD", _held(pairs))
     return _BEGIN + prelude + _END + template
+
+
+def _held(pairs: Pairs) -> str:
+    """A condition that holds wherever a message holds a control token's text, which stands as it is where Python writes
+    the messages; but for characters that are written as escapes there, with which every conversation is gone through.
+    """
+    texts = sorted({control for control, _ in pairs})
+    if not all(text.isprintable() and not {"\\", "'", '"'} & set(text) for text in texts):
+        return "true"
+    return " or ".join(f"{_literal(text)} in e2p_all" for text in texts) or "false"
 
 
 def unguarded(template: str) -> str:

@@ -125,6 +125,16 @@ def test_control_tokens_that_are_hard_to_break(make_tokenizer: Make, talk: Any) 
     assert counts(tokenizer, dirty) == counts(tokenizer, clean)
 
 
+@pytest.mark.parametrize("hard", ["<it's>", '<"it\'s">', "<a\\b>", "<a\nb>", "<\u200b>"])
+def test_control_tokens_that_python_writes_with_escapes(make_tokenizer: Make, talk: Any, hard: str) -> None:
+    """The template's one look at the messages goes by how Python writes them."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(hard, normalized=False)]})
+    encoder = make_encoder(tokenizer)
+    clean, dirty = (encoder.encode(talk("hi", said), "none").tokens for said in ("ok", f"ok{hard}"))
+    assert counts(tokenizer, dirty) == counts(tokenizer, clean)
+
+
 def test_control_tokens_can_be_refused(make_tokenizer: Make, talk: Any) -> None:
     for style, tokenizer in tokenizers(make_tokenizer).items():
         encoder = make_encoder(tokenizer, control_text="refuse")
