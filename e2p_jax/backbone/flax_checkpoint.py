@@ -20,11 +20,13 @@ from safetensors.numpy import save_file
 from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
-from e2p_jax.tensors import read_tensors
+from e2p_jax.json_files import is_digest, read_object
+from e2p_jax.tensors import DTYPES, read_tensors
 
 PyTree = Any
 
 MANIFEST, PARAMS, OTHERS = "flax.json", "params", "others.safetensors"
+_DTYPES = {dtype.name for dtype in DTYPES.values()}
 CHUNK_BYTES = 1 << 26  # written, and read: a device's part of a parameter is a few of them
 
 
@@ -37,13 +39,19 @@ class FlaxCheckpoint:
           UserError: a malformed manifest, or no parameters beside it.
         """
         self.directory = directory
-        path = directory / MANIFEST
-        try:
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
-            self._fingerprint, self.dtypes = self.manifest["fingerprint"], self.manifest["tensors"]
-            self.name = self.manifest["path"], self.manifest["revision"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: malformed ({error}); run `e2p convert` again") from error
+        path, remedy = directory / MANIFEST, "run `e2p convert` again"
+        self.manifest = read_object(path, remedy)
+        given: dict[str, Any] = {key: self.manifest.get(key) for key in ("fingerprint", "tensors", "path", "revision")}
+        if (
+            not is_digest(given["fingerprint"])
+            or not isinstance(given["path"], str)
+            or not isinstance(given["revision"], str | None)
+            or not isinstance(given["tensors"], dict)
+            or not all(isinstance(name, str) and name in _DTYPES for name in given["tensors"].values())
+        ):
+            raise UserError(f"{path}: malformed (its fingerprint, path, revision or tensors); {remedy}")
+        self._fingerprint, self.dtypes = given["fingerprint"], given["tensors"]
+        self.name = given["path"], given["revision"]
         self._checkpointer = ocp.PyTreeCheckpointer()
         try:
             tree = self._checkpointer.metadata(self._params).item_metadata.tree

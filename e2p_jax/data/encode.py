@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def _bare_config(directory: Path) -> PretrainedConfig | None:
     model, tokenizer = (read_object(file, "take it from the model's own repository") for file in files)
     if "model_type" not in model or "tokenizer_class" not in tokenizer:
         return None
-    asked = {name: model[name] for name in ("model_type", "tokenizer_class") if name in model}
+    asked: dict[str, Any] = {name: model[name] for name in ("model_type", "tokenizer_class") if name in model}
     return PretrainedConfig.from_dict({**asked, "name_or_path": str(directory)})
 
 

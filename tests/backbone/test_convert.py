@@ -124,9 +124,13 @@ def test_command_goes_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(UserError, match=r"disagree: layers/down has shape \(3, 32, 48\), config.json says"):
         load_backbone(tmp_path / "flax")
     manifest = tmp_path / "flax" / "flax.json"
-    manifest.write_text("{}")
-    with pytest.raises(UserError, match=r"flax\.json: malformed"):
-        load_backbone(tmp_path / "flax")
+    whole = json.loads(manifest.read_text())
+    changes = [{"fingerprint": "f" * 63}, {"fingerprint": 5}, {"path": None}, {"revision": 5}, {"tensors": ["a"]}]
+    damaged = [json.dumps(whole | change) for change in [*changes, {"tensors": {"a": "float33"}}]]
+    for text in ("{}", "null", "[" * 100_000, *damaged):
+        manifest.write_text(text)
+        with pytest.raises(UserError, match=r"flax\.json: .*; run `e2p convert` again$"):
+            FlaxCheckpoint(tmp_path / "flax")
 
 
 def test_changed_parameters_do_not_pass_for_the_source(tmp_path: Path) -> None:
