@@ -10,7 +10,6 @@ import tyro
 from e2p_jax.config import Config, load_config
 from e2p_jax.options import Processes
 from e2p_jax.terminal import Console
-from e2p_jax.terminal import say as say
 
 if TYPE_CHECKING:
     from e2p_jax.evaluate.table import Evaluation

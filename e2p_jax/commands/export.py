@@ -6,8 +6,9 @@ from typing import Literal
 
 import tyro
 
-from e2p_jax.commands.common import RunPath, say
+from e2p_jax.commands.common import RunPath
 from e2p_jax.errors import UserError
+from e2p_jax.terminal import say
 
 
 def export(

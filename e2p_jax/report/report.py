@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 from etils import epath
 
 from e2p_jax.evaluate.measures import MEASURES, p_text
@@ -15,6 +16,7 @@ from e2p_jax.evaluate.table import BASELINES
 from e2p_jax.files import replace_directory
 from e2p_jax.report.collect import Collected, collect
 from e2p_jax.report.figures import Figures
+from e2p_jax.terminal import printable
 
 PAGE = Path(__file__).parent / "page.html.jinja"
 COLUMNS = ("value", "low", "high")
@@ -41,7 +43,9 @@ def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
         figures = Figures(temporary)
         _draw(figures, found)
         _write_csvs(temporary, found)
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+        )
         environment.globals.update(SHOWN=SHOWN, number=number, span=span, label=label, p_text=p_text)
         page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
             found=found,
@@ -131,6 +135,12 @@ def _write_csvs(out: Path, found: Collected) -> None:
     answers = [(p.user_id, prompt, a) for p in found.people for prompt, a in zip(found.prompts, p.answers, strict=True)]
     answers += [("", prompt, answer) for prompt, answer in zip(found.prompts, found.without, strict=True)]
     write("answers.csv", ["user_id", "prompt", "answer"], answers)
+
+
+def _shown(value: Any) -> Any:
+    """What the page shows: text of data with escapes for what would turn around the page's own words beside it."""
+    is_data = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+    return printable(value, lines=True) if is_data else value
 
 
 def text_cell(text: str) -> str:
