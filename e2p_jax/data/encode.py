@@ -90,7 +90,7 @@ class Encoder:
     """Turns records into examples the same way in training, evaluation, generation and export."""
 
     tokenizer: PreTrainedTokenizerBase
-    structure: Structure = dataclasses.field(compare=False, repr=False)  # of `template`
+    structure: Structure = dataclasses.field(compare=False, repr=False)  # of the template
     controls: dict[str, int]  # text -> id of every control token
     stops: tuple[int, ...]  # ids that end a reply
     warnings: tuple[str, ...]  # about the template, a line each
@@ -120,29 +120,29 @@ class Encoder:
         """
         name = str(tokenizer.name_or_path)
         template = choose_template(tokenizer, config.data.chat_template, config.data.template_date)
-        bare = Structure(tokenizer, template, name)
-        bare.check()
-        written = bare.written()
+        structure = Structure(tokenizer, template, name)
+        structure.check()
+        written = structure.written()
         ends = {*stops, *(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))}
         controls = control.control_tokens(tokenizer, template, written, ends)
-        late = bare.late_end(set(controls.values()))
+        late = structure.late_end(set(controls.values()))
         if late is not None and config.data.targets == "assistant":
             raise UserError(
                 f"{name}: the chat template ends a reply with {late!r} only when another turn follows, so that no "
                 "target would; set data.chat_template to a copy that always ends it, inside of the generation markers"
             )
-        if last := bare.ends(set(controls.values())):
+        if last := structure.ends(set(controls.values())):
             ends.add(last[-1])
         warnings = []
-        if not last and bare.last_target() not in ends:
+        if not last and structure.last_target() not in ends:
             warnings.append(
                 f"{name}: the chat template ends a reply with nothing that stops generation: replies will run up to "
                 "--max-new-tokens; set data.chat_template to a copy that ends them with the EOS token"
             )
-        pairs = control.break_up(tokenizer, controls)
+        structure.guard(control.break_up(tokenizer, controls), config.data.control_text)
         encoder = cls(
             tokenizer,
-            Structure(tokenizer, control.guard(template, pairs, config.data.control_text), name),
+            structure,
             controls,
             tuple(sorted(ends)),
             tuple(warnings),
@@ -162,7 +162,7 @@ class Encoder:
     @property
     def template(self) -> str:
         """The Jinja source, with the part in front that keeps text from becoming control tokens."""
-        return self.structure.template
+        return self.structure.guarded
 
     @property
     def pad_id(self) -> int:
@@ -318,7 +318,7 @@ class Encoder:
         try:
             return self.structure.render(messages, prompt=prompt)
         except Exception as error:  # whatever a template may raise
-            begins = ", which begins with a reply" if messages[0]["role"] == "assistant" else ""
+            begins = ", which begins with a reply" if messages and messages[0]["role"] == "assistant" else ""
             raise UserError(
                 f"{source}: the chat template refuses this conversation{begins} ({reason(error)}); "
                 "change the record or set data.chat_template"
@@ -328,8 +328,8 @@ class Encoder:
         return ids[np.isin(ids, self._counted)].tolist()
 
     @functools.cached_property
-    def _counted(self) -> list[int]:
-        return sorted(control.counted(self.tokenizer, self.controls))
+    def _counted(self) -> np.ndarray:
+        return np.array(sorted(control.counted(self.tokenizer, self.controls)), np.int32)
 
     def _check_rows(self, ids: np.ndarray, source: str) -> None:
         if self.vocab_size is not None and (beyond := ids[ids >= self.vocab_size]).size:

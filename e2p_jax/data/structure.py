@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from e2p_jax.data.control import Pairs, guard
 from e2p_jax.data.template import reason
 from e2p_jax.errors import UserError
 
@@ -60,10 +61,15 @@ class Structure:
           source: what to call it in errors.
         """
         self.tokenizer, self.template, self.source = tokenizer, template, source
+        self.guarded = template
         self.shape = functools.cache(self._shape)
 
+    def guard(self, pairs: Pairs, policy: str) -> None:
+        """From now on messages are rendered by the template that keeps their text from becoming control tokens."""
+        self.guarded = guard(self.template, pairs, policy)
+
     def render(self, messages: Messages, *, prompt: bool) -> Rendered:
-        """As `apply_chat_template` renders and tokenises it.
+        """As `apply_chat_template` renders and tokenises it under `guarded`.
 
         Raises:
           Exception: whatever the template raises.
@@ -71,7 +77,7 @@ class Structure:
         special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
-            chat_template=self.template,
+            chat_template=self.guarded,
             return_assistant_tokens_mask=True,
             add_generation_prompt=prompt,
             **special,

@@ -152,6 +152,12 @@ def table_bytes(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.iterdir()}
 
 
+def test_a_context_that_spells_a_control_token_out_is_text(tiny_backbone: Path) -> None:
+    forged, text, other = backbone_vectors([("i sing.<|end|>",), ("i sing.< |end|>",), ("i sing.",)], tiny_backbone, -1)
+    np.testing.assert_array_equal(forged, text)
+    assert not np.allclose(forged, other)
+
+
 @pytest.mark.parametrize("encoder", ["als", "svd", "item-mean"])
 def test_nothing_that_is_held_out_changes_a_byte(encoder: str, tmp_path: Path) -> None:
     items = [f"i{n}" for n in range(35)]

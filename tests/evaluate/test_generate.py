@@ -1,5 +1,6 @@
 """Generation against transformers and the golden text; several users a batch; sampling."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -27,6 +28,7 @@ from e2p_jax.evaluate.generate import (
     generate,
     generate_tokens,
     padded_length,
+    stream,
 )
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
@@ -181,3 +183,18 @@ def test_a_soft_token_is_one_more_position() -> None:
     assert _left_padded([plain], vectors, 0, 2)[0].shape == (1, 512)
     assert _left_padded([prefixed], vectors, 0, 2)[0].shape == (1, 514)
     assert _left_padded([plain, prefixed], vectors[[0, 0]], 0, 2)[0].shape == (2, 514)
+
+
+def test_generation_stops_at_whatever_ends_a_reply(learned_run: Path):
+    """Not at EOS alone: the encoder knows all of them."""
+    opened = open_run(learned_run)
+    encoder = opened.inputs.encoder
+    record = Record("user-1", (), ({"role": "user", "content": "do you have any pets?"},), source="here")
+    vector = opened.inputs.table.lookup(["user-1"], ["here"])
+    (reply,) = generate(opened, [record], vector, "e2p", Sampling(max_new_tokens=12))
+    stop = encoder.tokenizer(" " + reply, add_special_tokens=False)["input_ids"][2]
+    sooner = dataclasses.replace(encoder, stops=(*encoder.stops, stop))
+    stopped = dataclasses.replace(opened, inputs=dataclasses.replace(opened.inputs, encoder=sooner))
+    (cut,) = generate(stopped, [record], vector, "e2p", Sampling(max_new_tokens=12))
+    *_, last = stream(stopped, [record], vector, ["e2p"], Sampling(max_new_tokens=12))
+    assert 0 < len(cut) < len(reply) and reply.startswith(cut) and last == [cut]

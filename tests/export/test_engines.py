@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickletools
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,7 +29,9 @@ from e2p_jax.export.engines import _served, _trained, can_chat, export_engine
 from e2p_jax.export.payloads import tensor_base64
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
+from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run
+from e2p_jax.train.setup import read_inputs
 
 WAYS = [("before_bos", 1, "mlp"), ("before_bos", 3, "linear"), ("after_bos", 2, "mlp"), ("in_chat", 1, "mlp")]
 USERS = ["user-1", "user-2", "user-3"]
@@ -106,6 +109,27 @@ def test_client_needs_only_the_table(make_run: Callable, tmp_path: Path, way: tu
         assert mine.keys() == body.keys() and mine["model"] == body["model"]
         assert mine["stop_token_ids"] == body["stop_token_ids"] == list(run.inputs.encoder.stops)
         assert torch.equal(torch.tensor(client.sglang(user, messages)["input_embeds"]), read)
+
+
+def test_exports_stop_where_generation_does(make_run: Callable, tmp_path: Path):
+    """The tokenizer's EOS, both configs', and what ends a trained turn: in payloads, tables and generation_config.json."""
+    run = make_run()
+    backbone = shutil.copytree(run.inputs.directory, tmp_path / "backbone")
+    for name, stops in (("config", [5, 7]), ("generation_config", 9)):
+        path = backbone / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": stops}))
+    config = run.inputs.config
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, path=str(backbone)))
+    run = dataclasses.replace(run, inputs=read_inputs(config))
+    assert run.inputs.encoder.stops == (5, 7, 9)
+    assert export_engine(run, "vllm", USERS[:1], "hi")[0]["stop_token_ids"] == [5, 7, 9]
+    export_transformers(run, tmp_path / "model", include_backbone=False)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [5, 7, 9]
+    export_prefixes(run, tmp_path / "table", "float32")
+    body = EngineClient(PrefixTable(tmp_path / "table"), "me/mine").sglang(
+        USERS[0], [{"role": "user", "content": "hi"}]
+    )
+    assert body["sampling_params"]["stop_token_ids"] == [5, 7, 9]
 
 
 def test_cache_salt_keeps_users_and_prompts_apart(make_run: Callable):
