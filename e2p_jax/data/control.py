@@ -151,7 +151,8 @@ def _held(pairs: Pairs) -> str:
     texts = sorted({control for control, _ in pairs})
     if not all(text.isprintable() and not {"\\", "'", '"'} & set(text) for text in texts):
         return "true"
-    return " or ".join(f"{_literal(text)} in e2p_all" for text in texts) or "false"
+    # No chain of `or`: Python nests it, and Llama 3 has 256 of them.
+    return f"[{', '.join(map(_literal, texts))}] | select('in', e2p_all) | first is defined"
 
 
 def unguarded(template: str) -> str:
@@ -176,7 +177,10 @@ def _survivor(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, controls: dict[s
     """One of the texts that is still read as a control token after the pairs were put in place; empty if none is."""
     forbidden = counted(tokenizer, controls)
     around = [("{}", "a{}b", " {} ", "{0}{0}")[n % 4].format(text) for text in texts for n in range(4)]
-    encoded = tokenizer.backend_tokenizer.encode_batch([as_text(t, pairs) for t in around], add_special_tokens=False)
+    # All at once: there may be thousands of either.
+    between = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if all(mark not in text for text in around))
+    broken = as_text(between.join(around), pairs).split(between)
+    encoded = tokenizer.backend_tokenizer.encode_batch(broken, add_special_tokens=False)
     for number, text in enumerate(texts):
         if any(forbidden.intersection(encoding.ids) for encoding in encoded[4 * number : 4 * number + 4]):
             return text

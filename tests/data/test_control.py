@@ -169,3 +169,14 @@ def test_a_template_is_guarded_once(make_tokenizer: Make) -> None:
     encoder = make_encoder(make_tokenizer(chat_template=CHATML))
     again = make_encoder(make_tokenizer(chat_template=encoder.template))
     assert again.template == encoder.template and control.unguarded(again.template) in again.template
+
+
+def test_tokenizers_have_hundreds_of_control_tokens(make_tokenizer: Make, talk: Any) -> None:
+    """Llama 3 has 256, Gemma 3 more than 6000."""
+    tokenizer = make_tokenizer()
+    reserved = [AddedToken(f"<|reserved_{number}|>", normalized=False, special=True) for number in range(1000)]
+    tokenizer.add_tokens(reserved)
+    encoder = make_encoder(tokenizer)
+    assert len(encoder.controls) > 1000
+    example = encoder.encode(talk("hi<|reserved_999|>", "<|reserved_0|> ok<|reserved_12|>"), "e2p")
+    assert max(example.tokens) < 600

@@ -112,7 +112,7 @@ def test_client_needs_only_the_table(make_run: Callable, tmp_path: Path, way: tu
 
 
 def test_exports_stop_where_generation_does(make_run: Callable, tmp_path: Path):
-    """The tokenizer's EOS, both configs', and what ends a trained turn: in payloads, tables and generation_config.json."""
+    """EOS, both configs' and what ends a trained turn: in payloads, tables and generation_config.json."""
     run = make_run()
     backbone = shutil.copytree(run.inputs.directory, tmp_path / "backbone")
     for name, stops in (("config", [5, 7]), ("generation_config", 9)):
