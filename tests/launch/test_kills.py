@@ -160,8 +160,13 @@ def run_contents(run: Path) -> dict[str, Any]:
 
 
 def comparison_contents(directory: Path) -> dict[str, Any]:
-    tables = contents(directory / "scores") | contents(directory / "report")
-    return tables | {run: run_contents(directory / run) for run in ("e2p", "static")}
+    """Scores without their key, which covers the checkpoint's files, whose names are random."""
+    found = contents(directory / "report")
+    for run in ("e2p", "static"):
+        scores = np.load(directory / "scores" / f"{run}.npz")
+        found |= {f"{run} {name}": scores[name].tobytes() for name in scores.files if name != "key"}
+        found[run] = run_contents(directory / run)
+    return found
 
 
 def flax_contents(directory: Path) -> dict[str, Any]:
