@@ -27,18 +27,8 @@ SPACED = CHATML.replace("+ '\\n' + message['content']", "+ ': ' + message['conte
 )
 PIECES = [
     *("hi", "why?", "a dog.", "7", "\u00e9t\u00e9", "\U0001f600", "(so)", "'s", " ", "  ", "\n", "\n\n", "\t", "\r\n"),
-    *(
-        "\ue000",
-        "zqxajv",
-        "zqxbjv",
-        "<|",
-        "|>",
-        "<|user|>",
-        "<|im_start|>user\n",
-        "<|im_start|>",
-        "<|im_end|>\n",
-        "</s>",
-    ),
+    *["\ue000"] * 4,  # what the place was once searched by
+    *("zqxajv", "zqxbjv", "<|", "|>", "<|user|>", "<|im_start|>user\n", "<|im_start|>", "<|im_end|>\n", "</s>"),
     *("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", "<|end|>", "<s>", "User: ", "\nUser: hi", "user\n"),
 ]
 
