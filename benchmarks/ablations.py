@@ -16,7 +16,7 @@ import tyro
 
 from e2p_jax.baselines import Compared
 from e2p_jax.config import Config, load_config
-from e2p_jax.data import synthetic
+from e2p_jax.datasets import synthetic
 from e2p_jax.evaluate.compare import compare_seeds, pool
 from e2p_jax.evaluate.measures import difference
 from e2p_jax.evaluate.table import Evaluation

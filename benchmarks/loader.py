@@ -24,7 +24,7 @@ ROWS = 32
 
 def make_records(path: Path, users: int) -> None:
     """Generated dialogues, one a line."""
-    from e2p_jax.data import synthetic
+    from e2p_jax.datasets import synthetic
 
     with path.open("w", encoding="utf-8") as file:
         for user in range(users):

@@ -21,12 +21,13 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from e2p_jax.data.embeddings import UserTable, load_table
-from e2p_jax.data.user_index import UserIndex
+from e2p_jax.datasets.prepared import load_table
 from e2p_jax.export.prefix_files import write_ids, write_manifest
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import Shard, project_table, rows_a_shard
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.vectors.index import UserIndex
+from e2p_jax.vectors.table import UserTable
 
 BLOCK = 1 << 16  # users made at once
 

@@ -22,11 +22,11 @@ def nll(kind: Any, users: int) -> dict[str, float]:
     import jax
 
     from e2p_jax.config import BackboneConfig, Config, DataConfig
-    from e2p_jax.data import synthetic
-    from e2p_jax.data.population import Population
+    from e2p_jax.datasets import synthetic
     from e2p_jax.train.partition import split
     from e2p_jax.train.score import pack_conditions, score
     from e2p_jax.train.setup import build_model, jit_eval_step, read_inputs
+    from e2p_jax.vectors.population import Population
 
     config = Config(backbone=BackboneConfig(quantization=kind), data=DataConfig(seq_len=256))
     inputs = read_inputs(config)

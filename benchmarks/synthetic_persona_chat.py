@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from e2p_jax.data.prepared import load_records
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.prepared import load_records
+from e2p_jax.datasets.records import Record
 from e2p_jax.files import write_text
 
 

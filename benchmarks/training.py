@@ -35,10 +35,10 @@ from peers import LeftOut, Peer, Stage
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
 from e2p_jax.data.pipeline import to_devices
-from e2p_jax.data.population import Population
 from e2p_jax.train import setup
 from e2p_jax.train.partition import split
 from e2p_jax.train.step import make_eval_step
+from e2p_jax.vectors.population import Population
 
 PEERS: dict[str, Callable[[Stage], Peer]] = {
     "naive": torch_peers.naive,

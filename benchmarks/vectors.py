@@ -42,7 +42,7 @@ def blocks(users: int, width: int) -> Iterator[np.ndarray]:
 
 def write_table(path: Path, users: int, width: int) -> float:
     """Vectors and ids block by block; returns the seconds that indexing them took."""
-    from e2p_jax.data.user_index import UserIndex
+    from e2p_jax.vectors.index import UserIndex
 
     path.mkdir(parents=True)
     with (path / "embeddings.npy").open("wb") as file:
@@ -91,7 +91,7 @@ def memory() -> dict[str, int]:
 
 def measure(path: Path, users: int, batch: int, batches: int) -> dict[str, Any]:
     """In a process of its own."""
-    from e2p_jax.data.embeddings import load_table
+    from e2p_jax.datasets.prepared import load_table
 
     before = memory()["VmRSS"]
     started = time.perf_counter()

@@ -6,7 +6,7 @@ import numpy as np
 
 from e2p_jax.data.encode import Example
 from e2p_jax.data.pipeline import PackedDataset, pack
-from e2p_jax.data.prepared import load_records
+from e2p_jax.datasets.prepared import load_records
 from e2p_jax.train import setup
 
 WIDTH = 384  # of the user vectors

@@ -1,13 +1,13 @@
 """Trains the small backbone that ships with the package, from random weights on the dialogue corpus.
 
-e2p train backbone --backbone.path DIR --data.path DIR     (DIRs: see docs/backbone.md)
+e2p train backbone --backbone.path DIR --data.path FILE     (see docs/backbone.md)
 """
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
 
 config = Config(
     backbone=BackboneConfig(weights="random"),
-    data=DataConfig(path="dialogue_corpus", condition="none", seq_len=256),
+    data=DataConfig(path="corpus.jsonl", condition="none", seq_len=256),
     train=TrainConfig(
         trainable=("backbone/**",),
         steps=8000,

@@ -93,10 +93,10 @@ def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
     import numpy as np
 
     from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
-    from e2p_jax.data import synthetic
-    from e2p_jax.data.embeddings import save_table
-    from e2p_jax.data.records import write_jsonl
+    from e2p_jax.datasets import synthetic
+    from e2p_jax.datasets.records import write_jsonl
     from e2p_jax.train.loop import train
+    from e2p_jax.vectors.table import save_table
 
     learned = range(24)
     folder = tmp_path_factory.mktemp("learned")

@@ -17,10 +17,10 @@ from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.backbone.layout import PLAIN, Execution
 from e2p_jax.backbone.weights import abstract, load
 from e2p_jax.config import MeshConfig
-from e2p_jax.data.population import Population
 from e2p_jax.parallel.mesh import AXES, make_mesh, param_sharding
 from e2p_jax.prefix.model import Batch, PrefixModel
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.vectors.population import Population
 
 # Head width 16, so that llama3's three frequency bands all occur; a prime vocabulary, so that its axis is told
 # apart from every other in compiled code.

@@ -266,11 +266,11 @@ def test_dataset_configs_take_a_file_of_ones_own(tmp_path: Path, name: str) -> N
     """With nothing but a JSON Lines file without splits, and a table."""
     import numpy as np
 
-    from e2p_jax.data import synthetic
-    from e2p_jax.data.embeddings import save_table
-    from e2p_jax.data.records import write_jsonl
+    from e2p_jax.datasets import synthetic
+    from e2p_jax.datasets.records import write_jsonl
     from e2p_jax.train.loop import read_data
     from e2p_jax.train.setup import read_inputs
+    from e2p_jax.vectors.table import save_table
 
     write_jsonl([synthetic.record(user) for user in range(60)], tmp_path / "own.jsonl")
     vectors = np.stack([synthetic.vector(user) for user in range(60)])

@@ -33,10 +33,10 @@ def data_command(_: str, defaults: Config) -> Callable[..., None]:
           as_json: With stats: print JSON.
           overrides: Any field of the config.
         """
-        from e2p_jax.data.embeddings import load_table
         from e2p_jax.data.pipeline import epoch_order
         from e2p_jax.data.show import show_row
         from e2p_jax.data.statistics import render, statistics
+        from e2p_jax.datasets.prepared import load_table
         from e2p_jax.train.loop import read_data
         from e2p_jax.train.setup import read_inputs
 

@@ -32,7 +32,7 @@ def drift(
       checkpoint: best, last, or a step.
       as_json: Print JSON to stdout in place of the text.
     """
-    from e2p_jax.data.embeddings import load_table
+    from e2p_jax.datasets.prepared import load_table
     from e2p_jax.evaluate.drift import drift as compare
     from e2p_jax.evaluate.measures import p_text
     from e2p_jax.evaluate.table import read_splits

@@ -41,7 +41,7 @@ def generate(
       sampling: How tokens are chosen.
       as_json: Print one JSON line per answer: user_id, response.
     """
-    from e2p_jax.data.records import Record, read_prompts
+    from e2p_jax.datasets.records import Record, read_prompts
     from e2p_jax.evaluate import generate as generation
     from e2p_jax.train.run import open_run
 

@@ -20,14 +20,14 @@ def prepare(
     """Writes a dataset in TFDS form, and prints its directory.
 
     Args:
-      dataset: persona_chat, pens, interactions or dialogue_corpus; or a configuration: persona_chat/self_revised.
+      dataset: persona_chat, pens or interactions; or a configuration: persona_chat/self_revised.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
       options: Options to change, as name=value; docs/data.md lists them, and so does the error for an unknown one.
       on_bad_record: error: a record that breaks its format ends it; skip: it is left out and counted.
       max_bad_share: With skip: a larger share of bad records in a file is an error.
     """
-    from e2p_jax.data.bad_records import BadRecords
-    from e2p_jax.data.prepare import prepare as run
+    from e2p_jax.datasets.bad_records import BadRecords
+    from e2p_jax.datasets.prepare import prepare as run
 
     print(run(dataset, manual_dir, data_dir, options, BadRecords(on_bad_record, max_bad_share)))

@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.population import Population
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import UserTable
 
 
 class Front(NamedTuple):

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from e2p_jax.config import Condition, Config, Placement
 from e2p_jax.data import control
 from e2p_jax.data.conditions import FRONTS
-from e2p_jax.data.records import Record
 from e2p_jax.data.structure import Messages, Rendered, Structure, unused_word
 from e2p_jax.data.template import choose_template, reason
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.json_files import read_object
 

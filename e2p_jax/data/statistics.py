@@ -9,12 +9,12 @@ import numpy as np
 import rich.table
 
 from e2p_jax.config import Config
-from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import choose_budget, plan_rows
-from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
+from e2p_jax.datasets.records import Record
+from e2p_jax.vectors.table import UserTable
 
 _PERCENTILES = {"least": 0, "p5": 5, "median": 50, "p95": 95, "most": 100}
 

@@ -17,13 +17,13 @@ import numpy as np
 
 import e2p_jax
 from e2p_jax.config import Config, DataConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget, plan_rows
-from e2p_jax.data.prepared import load_splits, load_training
-from e2p_jax.data.records import Record
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.bad_records import BadRecords
+from e2p_jax.datasets.prepared import load_splits, load_training
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory, user_cache
 from e2p_jax.json_files import digest, object_in

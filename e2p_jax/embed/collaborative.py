@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.interactions.table import Interactions
+from e2p_jax.datasets.interactions.table import Interactions
 from e2p_jax.errors import UserError
+from e2p_jax.vectors.table import UserTable
 
 
 def factor_vectors(interactions: Interactions, kind: str, width: int, seed: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What users' vectors are made of, out of any data."""
 
-from e2p_jax.data.prepared import load_records, split_names
+from e2p_jax.datasets.prepared import load_records, split_names
 
 
 def first_contexts(path: str) -> dict[str, tuple[str, ...]]:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from e2p_jax.data.embeddings import UserTable, load_table, save_table
-from e2p_jax.data.interactions.table import INTERACTIONS, load_interactions
-from e2p_jax.data.population import Population, training_population
+from e2p_jax.datasets.interactions.table import INTERACTIONS, load_interactions
+from e2p_jax.datasets.prepared import load_table
 from e2p_jax.embed.contexts import first_contexts
 from e2p_jax.errors import UserError, shown
 from e2p_jax.options import EncoderSettings
+from e2p_jax.vectors.population import Population, training_population
+from e2p_jax.vectors.table import UserTable, save_table
 
 _BLOCK = 1 << 16  # rows
 _ROUNDING = 0.1  # of how vectors vary in a dimension, that a shorter dtype may take or add

@@ -19,7 +19,7 @@ import e2p_jax
 from e2p_jax.baselines import ARMS, BASELINES, Compared, Trained
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.conditions import FRONTS
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.table import Evaluation, evaluate, rank_without, read_splits
 from e2p_jax.files import write_bytes
 from e2p_jax.json_files import digest

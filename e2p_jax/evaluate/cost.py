@@ -10,7 +10,7 @@ import numpy as np
 
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import user_vectors
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.generate import generate_tokens
 from e2p_jax.options import Sampling
 from e2p_jax.train.metrics import read_metrics

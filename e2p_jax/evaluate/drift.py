@@ -9,12 +9,12 @@ from flax import nnx
 
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import user_vectors
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, sums_by_user
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
+from e2p_jax.vectors.table import UserTable
 
 Case = tuple[str, Condition]
 

@@ -11,14 +11,14 @@ from flax import nnx
 
 from e2p_jax.backbone.decoder import Cache
 from e2p_jax.config import Condition
-from e2p_jax.data.arrays import map_array
 from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.encode import Encoder, Example
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError, shown
 from e2p_jax.files import existing
 from e2p_jax.options import Sampling
 from e2p_jax.prefix.model import PrefixModel
+from e2p_jax.vectors.arrays import map_array
 
 SHORTEST_PROMPT = 64
 

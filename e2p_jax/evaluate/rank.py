@@ -12,7 +12,7 @@ import numpy as np
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import user_vectors
 from e2p_jax.data.encode import Encoder, Example
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.interactions.table import INTERACTIONS, Interactions, load_interactions
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.interactions.table import INTERACTIONS, Interactions, load_interactions
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.rank import ranks
+from e2p_jax.vectors.table import UserTable
 
 KNOWN = ("history", "train")  # what a run has seen of a user when it is asked
 

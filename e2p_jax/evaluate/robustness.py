@@ -7,7 +7,7 @@ import numpy as np
 
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import FRONTS, other_users, user_vectors
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.measures import interval
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer

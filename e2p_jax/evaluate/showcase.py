@@ -4,9 +4,9 @@ import rich.console
 import rich.table
 
 from e2p_jax.config import Condition
-from e2p_jax.data.bad_records import BadRecords
-from e2p_jax.data.prepared import load_records
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.bad_records import BadRecords
+from e2p_jax.datasets.prepared import load_records
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.users import ask
 from e2p_jax.train.run import Run
 

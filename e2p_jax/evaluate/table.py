@@ -10,11 +10,10 @@ import rich.table
 from etils import epath
 
 from e2p_jax.config import Condition, Config, DataConfig, EvaluateConfig
-from e2p_jax.data.bad_records import BadRecords
 from e2p_jax.data.conditions import FRONTS, user_vectors
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.prepared import load_splits
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.bad_records import BadRecords
+from e2p_jax.datasets.prepared import load_splits
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.generate import generate
 from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval, p_text
 from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
@@ -27,6 +26,7 @@ from e2p_jax.terminal import say
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer, Scores, pack_conditions
+from e2p_jax.vectors.table import UserTable
 
 BASELINES = ("none", "shuffled")  # what differences are shown to
 REPLY = Sampling(max_new_tokens=32)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from e2p_jax.config import from_json
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.export import payloads
 from e2p_jax.export.prefix_reader import MANIFEST, REMEDY, CheckedRows, PrefixTable, directory_name

@@ -14,8 +14,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from e2p_jax.config import Condition
-from e2p_jax.data.prepared import load_records
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.prepared import load_records
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import stream, vectors_for
 from e2p_jax.export.guard import NAMES, Guard

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from e2p_jax.data.encode import Encoder
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import asked_for
 from e2p_jax.export import payloads

@@ -14,7 +14,6 @@ from e2p_jax.config import Config, MeshConfig, from_json
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset, train_iterator
-from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.export.transformers import TORCH_NAMES
 from e2p_jax.files import explain_refusal, replace_directory
@@ -23,6 +22,7 @@ from e2p_jax.tensors import write_tensors
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.run import claim_run
 from e2p_jax.train.setup import Model, build_model, initial_state, read_inputs
+from e2p_jax.vectors.population import Population
 
 
 def import_transformers(directory: Path, out: Path, data: str | None = None, embeddings: str | None = None) -> Config:

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.user_index import UserIndex
 from e2p_jax.errors import UserError
 from e2p_jax.export.engines import SERVING_TEMPLATE
 from e2p_jax.export.prefix_reader import (
@@ -29,6 +27,8 @@ from e2p_jax.export.prefix_reader import (
 from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import write_bytes, write_text
 from e2p_jax.train.run import Run
+from e2p_jax.vectors.index import UserIndex
+from e2p_jax.vectors.table import UserTable
 
 _BLOCK = 1 << 16  # user ids written at once
 _NAMED = re.compile(r"[0-9a-f]{32}\.(safetensors|ids\.txt|index\.npy|tokens\.safetensors|tokenizer)")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from e2p_jax.data.user_index import UserIndex
 from e2p_jax.errors import UserError
 from e2p_jax.tensors import read_tensors
+from e2p_jax.vectors.index import UserIndex
 
 MANIFEST = "manifest.json"
 REMEDY = "rerun `e2p prefixes` to mend it; if the table was updated since it was opened, open it anew"

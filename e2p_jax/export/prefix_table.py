@@ -1,7 +1,7 @@
 """Every user's soft tokens, projected once, to be looked up when serving.
 
 A prefix table is a directory. `<digest>.ids.txt` holds the user ids, one a line, `<digest>.index.npy` the index that
-finds a line (`e2p_jax.data.user_index`). Shards, `<digest>.safetensors` (`prefixes` [n, K, D]), hold the lines' soft
+finds a line (`e2p_jax.vectors.index`). Shards, `<digest>.safetensors` (`prefixes` [n, K, D]), hold the lines' soft
 tokens in their order; all but the last have the same n. A shard's digest covers the projector, dtype, ids and vectors
 that it was made from, so a shard that is there and whole is right: a killed run goes on with what is missing, and an
 update projects only shards in which something changed. `<digest>.tokens.safetensors` (`embeddings` [V, D]),
@@ -30,7 +30,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from e2p_jax.data.embeddings import UserTable
 from e2p_jax.errors import UserError
 from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, serving_template
 from e2p_jax.export.prefix_files import (
@@ -49,6 +48,7 @@ from e2p_jax.parallel.mesh import replicated
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
+from e2p_jax.vectors.table import UserTable
 
 SHARD_BYTES = 1 << 26  # about; a shard is one call of the compiled projection
 KEEP_HOURS = 24.0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from e2p_jax.data.encode import Encoder
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 
 _BEFORE = (("system", "be kind"), ("system", "What next?"), ("system", "two\nlines.\n"), ("assistant", "yes."))

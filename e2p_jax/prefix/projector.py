@@ -101,7 +101,7 @@ class Projector(nnx.Module):
         """Sets the statistics.
 
         Args:
-          mean: [E] float32, of the training users' vectors (`e2p_jax.data.population`).
+          mean: [E] float32, of the training users' vectors (`e2p_jax.vectors.population`).
           std: [E] float32, greater than 0.
           token_embeddings: [V, D] of the backbone.
           scale: root mean square of the soft tokens, in units of the token embeddings.

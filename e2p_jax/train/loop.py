@@ -13,9 +13,8 @@ from etils import epath
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.pipeline import PackedDataset, rows_at, to_devices, train_iterator
-from e2p_jax.data.population import Population, training_population
-from e2p_jax.data.records import Record
 from e2p_jax.data.training import read_training
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import Preempted, UserError
 from e2p_jax.files import explain_full_disk, run_directory
 from e2p_jax.parallel import distributed
@@ -28,6 +27,7 @@ from e2p_jax.train.partition import describe
 from e2p_jax.train.run import claim_run
 from e2p_jax.train.score import pack_conditions, score, some
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, jit_eval_step, jit_train_step, read_inputs
+from e2p_jax.vectors.population import Population, training_population
 
 
 @dataclasses.dataclass(frozen=True)

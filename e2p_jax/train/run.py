@@ -15,7 +15,6 @@ from etils import epath
 from e2p_jax import config as config_lib
 from e2p_jax.backbone.attention import runs_on
 from e2p_jax.config import Config, MeshConfig
-from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.files import run_directory, write_text
 from e2p_jax.parallel import distributed
@@ -24,6 +23,7 @@ from e2p_jax.train import identity
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.partition import join
 from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
+from e2p_jax.vectors.population import Population
 
 PyTree = Any
 

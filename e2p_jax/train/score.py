@@ -9,17 +9,17 @@ import numpy as np
 
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import user_vectors
-from e2p_jax.data.embeddings import UserTable
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget
 from e2p_jax.data.pipeline import PackedDataset, eval_batches, pack
-from e2p_jax.data.population import Population
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError, shown
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import Model, jit_eval_step
+from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import UserTable
 
 Key = TypeVar("Key", bound=Hashable)
 

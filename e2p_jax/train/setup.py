@@ -21,10 +21,9 @@ from e2p_jax.backbone.families import DecoderConfig, read_config
 from e2p_jax.backbone.layout import Execution
 from e2p_jax.backbone.lora import Lora
 from e2p_jax.config import Config, TrainConfig
-from e2p_jax.data.embeddings import UserTable, load_table
 from e2p_jax.data.encode import Encoder, load_tokenizer
-from e2p_jax.data.population import Population
 from e2p_jax.data.stops import named_stops
+from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated
@@ -33,6 +32,8 @@ from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.optimizer import make_optimizer, schedule
 from e2p_jax.train.partition import path_name, split, trainable_mask
 from e2p_jax.train.step import TrainState, make_eval_step, make_train_step
+from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import UserTable
 
 PyTree = Any
 

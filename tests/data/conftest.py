@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from e2p_jax.data import synthetic
-from e2p_jax.data.records import Record
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import Record
 
 SPECIAL = [
     "<pad>",

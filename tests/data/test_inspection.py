@@ -10,9 +10,9 @@ import pytest
 import rich.console
 
 from e2p_jax.cli import main
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.show import show_row
+from e2p_jax.datasets import synthetic
+from e2p_jax.vectors.table import save_table
 
 
 @pytest.fixture

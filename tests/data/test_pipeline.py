@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from e2p_jax.config import MeshConfig
-from e2p_jax.data import pipeline, synthetic
+from e2p_jax.data import pipeline
 from e2p_jax.data.encode import Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset
+from e2p_jax.datasets import synthetic
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh
 

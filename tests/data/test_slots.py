@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.data.encode import Encoder, load_tokenizer
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.export.slot import user_turn
 

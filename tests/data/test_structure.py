@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from e2p_jax.config import Config
 from e2p_jax.data import bounded
 from e2p_jax.data.encode import Encoder
-from e2p_jax.data.records import Record
 from e2p_jax.data.stops import named_stops
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 
 Make = Callable[..., PreTrainedTokenizerFast]

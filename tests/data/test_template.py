@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from e2p_jax.config import Config
 from e2p_jax.data.encode import Encoder
-from e2p_jax.data.records import Record
 from e2p_jax.data.template import PLAIN, choose_template
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 
 DATE = "2024-07-26"

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from e2p_jax.config import Config, DataConfig
-from e2p_jax.data import synthetic, training
+from e2p_jax.data import training
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
-from e2p_jax.data.records import write_jsonl
 from e2p_jax.data.training import Training, read_training
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 
 SAID = ["the cat sat on the mat .", "i have a small dog at home and two cats", "the police killed the gunman", "hello"]
 GENERATED = ["the cat is on the mat .", "i have a dog at home and a cat", "police kill the gunman", "good morning"]

@@ -16,15 +16,15 @@ from flax import nnx
 from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.records import write_jsonl
 from e2p_jax.data.structure import Structure
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.evaluate import compare as comparison
 from e2p_jax.evaluate.compare import compare
 from e2p_jax.report.collect import find_source
 from e2p_jax.train.partition import split
 from e2p_jax.train.run import open_run
+from e2p_jax.vectors.table import save_table
 
 USERS = range(80)
 

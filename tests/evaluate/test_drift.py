@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from e2p_jax.cli import main
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
+from e2p_jax.datasets import synthetic
 from e2p_jax.train.run import open_run
+from e2p_jax.vectors.table import save_table
 
 USERS = range(24)
 IDS = [f"user-{user}" for user in USERS]

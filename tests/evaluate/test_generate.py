@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from e2p_jax.backbone import weights
 from e2p_jax.config import MeshConfig
-from e2p_jax.data import synthetic
 from e2p_jax.data.encode import Example, load_tokenizer
-from e2p_jax.data.records import Record
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import (
     SHORTEST_PROMPT,

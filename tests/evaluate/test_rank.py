@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.population import Population
+from e2p_jax.datasets import synthetic
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate import rank as ranking
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
 from e2p_jax.train.setup import build_model, read_inputs
+from e2p_jax.vectors.population import Population
 
 USERS = range(8)
 

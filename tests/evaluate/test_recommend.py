@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2p_jax.data.embeddings import UserTable
-from e2p_jax.data.interactions.table import SPLITS, Interactions, load_interactions, save_interactions
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.interactions.table import SPLITS, Interactions, load_interactions, save_interactions
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.recommend import is_interactions, neighbour_scores, recommender_ranks
+from e2p_jax.vectors.table import UserTable
 
 # ann and bob like rock, cat and dan like jazz; what is asked for is in no known interaction of its user.
 KNOWN = {"ann": "r1 r2 pop", "bob": "r1 r3 pop", "cat": "j1 j2 pop", "dan": "j1 j3 pop"}

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.texts import distinct, text_statistics, word_f1
 
 Talk = tuple[list[str], list[Record]]

@@ -17,11 +17,11 @@ from e2p_jax.config import (
     ProjectorConfig,
     TrainConfig,
 )
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.records import write_jsonl
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
+from e2p_jax.vectors.table import save_table
 
 USERS = range(30)
 

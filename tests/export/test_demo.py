@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from e2p_jax.config import Condition
-from e2p_jax.data.prepared import load_records
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.prepared import load_records
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.generate import Sampling, generate, stream, vectors_for
 from e2p_jax.train.run import Run
 

@@ -19,7 +19,7 @@ from flax import nnx
 from test_engines import continue_in_torch, load_prompt_embeds
 
 from e2p_jax.cli import main
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.train.run import Run, open_run
 

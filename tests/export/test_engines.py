@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from e2p_jax.cli import main
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.export.client import EngineClient

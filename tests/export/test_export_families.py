@@ -18,16 +18,16 @@ from helpers import LLAMA3, hf_config, hf_model
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.families import FAMILIES
 from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig, TrainConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.population import Population
-from e2p_jax.data.records import Record
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run, open_run
 from e2p_jax.train.setup import build_model, read_inputs
+from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import save_table
 
 WAYS = list(itertools.product(["before_bos", "after_bos", "in_chat"], [1, 3], ["mlp", "linear"]))
 MODELS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in FAMILIES), ("llama", {"rope_parameters": LLAMA3})]

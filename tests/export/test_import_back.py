@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from e2p_jax.cli import main
-from e2p_jax.data.prepared import load_records
+from e2p_jax.datasets.prepared import load_records
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import vectors_for
 from e2p_jax.evaluate.table import evaluate

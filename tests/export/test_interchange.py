@@ -14,7 +14,7 @@ from helpers import load_backbone
 
 from e2p_jax.backbone.convert import convert
 from e2p_jax.backbone.quantize import full
-from e2p_jax.data.prepared import load_records
+from e2p_jax.datasets.prepared import load_records
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.export.backbone import export_backbone
 from e2p_jax.export.import_back import import_transformers

@@ -15,11 +15,12 @@ import transformers
 from flax import nnx
 from helpers import assert_close
 
-from e2p_jax.data.embeddings import load_table, save_table
+from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import vectors_for
 from e2p_jax.export.peft import adapter_directory, export_peft
 from e2p_jax.train.run import Run
+from e2p_jax.vectors.table import save_table
 
 # PEFT itself asks transformers for a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

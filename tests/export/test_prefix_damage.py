@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2p_jax.data.embeddings import UserTable
 from e2p_jax.errors import UserError
 from e2p_jax.export.prefix_files import save_rows, write_ids, write_manifest
 from e2p_jax.export.prefix_reader import PrefixTable
+from e2p_jax.vectors.table import UserTable
 
 COUNT, SIZE, WIDTH = 45, 8, 32  # users, users a shard, D
 USERS = [f"user-{user}" for user in range(COUNT)]

@@ -16,14 +16,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import UserTable, load_table, save_table
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError
 from e2p_jax.export import prefix_table
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
 from e2p_jax.tensors import read_tensors
 from e2p_jax.train.run import Run
+from e2p_jax.vectors.table import UserTable, save_table
 
 COUNT = 45  # users: six shards, the last one not full
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import UserTable, load_table, save_table
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.prepared import load_table
 from e2p_jax.embed.make import make_table
 from e2p_jax.errors import UserError
 from e2p_jax.export import prefix_table
@@ -24,6 +24,7 @@ from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
 from e2p_jax.options import EncoderSettings
 from e2p_jax.train.run import Run
+from e2p_jax.vectors.table import UserTable, save_table
 
 COUNT = 45  # users: six shards, the last one not full
 USERS = [f"user-{user}" for user in range(COUNT)]

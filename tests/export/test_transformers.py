@@ -19,8 +19,8 @@ from flax import nnx
 
 from e2p_jax.cli import main
 from e2p_jax.config import Config
-from e2p_jax.data.prepared import load_records
-from e2p_jax.data.records import Record
+from e2p_jax.datasets.prepared import load_records
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.evaluate.table import evaluate, save

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.records import write_jsonl
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import write_jsonl
+from e2p_jax.vectors.table import save_table
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -13,12 +13,12 @@ import pytest
 import until
 
 from e2p_jax.config import Config
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.records import write_jsonl
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.parallel.distributed import Preempted
 from e2p_jax.train.loop import read_data
 from e2p_jax.train.setup import read_inputs
+from e2p_jax.vectors.table import save_table
 
 HERE = Path(__file__).parent
 LAUNCH = HERE.parent.parent / "launch"

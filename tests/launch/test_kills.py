@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 from etils import epath
 
+from benchmarks.releases import interactions
 from e2p_jax.backbone.convert import hugging_face_tensors
 from e2p_jax.backbone.weights import open_checkpoint
 from e2p_jax.config import Config
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.interactions import generate
+from e2p_jax.datasets import synthetic
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import open_run
+from e2p_jax.vectors.table import save_table
 
 ROOT = Path(__file__).parent.parent.parent
 KILLS = int(os.environ.get("E2P_TEST_KILLS", "1"))
@@ -224,7 +224,7 @@ class Commands:
         evaluate = dataclasses.replace(config.evaluate, bootstrap_samples=20, conditions=("none", "e2p"))
         config = dataclasses.replace(config, train=settings, evaluate=evaluate)
         (folder / "config.json").write_text(config.to_json())
-        generate.write(folder / "release", users=30, items=40, plays=8)
+        interactions.write(folder / "release", users=30, items=40, plays=8)
         self._folder, self._backbone = folder, backbone
         self._records = config.data.path
         self._killable = Killable([*(f"e2p_jax.{name}" for name in MODULES), "writing"], folder / "log")

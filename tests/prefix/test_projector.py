@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from e2p_jax.data.population import Population
 from e2p_jax.prefix.projector import Projector, Statistic
+from e2p_jax.vectors.population import Population
 
 
 def make(

@@ -15,12 +15,12 @@ from e2p_jax.backbone.checkpoint import fingerprint
 from e2p_jax.backbone.families import read_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, from_json
 from e2p_jax.data.control import unguarded
-from e2p_jax.data.population import Population
 from e2p_jax.errors import UserError
 from e2p_jax.tensors import read_tensors
 from e2p_jax.train import identity
 from e2p_jax.train.run import claim_run, open_run
 from e2p_jax.train.setup import Inputs, Model, build_model, read_inputs
+from e2p_jax.vectors.population import Population
 
 OPENS = "no checkpoint yet"  # nothing was trained: all that stands before the checkpoint was in order
 

@@ -18,10 +18,8 @@ import safetensors.numpy
 from flax import nnx
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, MeshConfig, ProjectorConfig, TrainConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
-from e2p_jax.data.population import Population
-from e2p_jax.data.records import write_jsonl
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.train.checkpoint import Checkpoints
@@ -29,6 +27,8 @@ from e2p_jax.train.loop import read_data, train
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import open_run
 from e2p_jax.train.setup import build_model, read_inputs
+from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import save_table
 
 USERS = range(24)
 
@@ -230,7 +230,7 @@ def test_every_split_is_evaluated_with_one_trace_each(config: Config, tmp_path: 
 def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path):
     run = train(config, tmp_path / "run")
     opened = open_run(run, "last")
-    from e2p_jax.data.prepared import load_records
+    from e2p_jax.datasets.prepared import load_records
 
     records = load_records(config.data.path, "validation")
     result = evaluate(opened, records, "validation", ["e2p", "none"])

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
-from e2p_jax.data import synthetic
-from e2p_jax.data.embeddings import save_table
 from e2p_jax.data.pipeline import train_iterator
-from e2p_jax.data.records import write_jsonl
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import Preempted, UserError
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.parallel.mesh import make_mesh
@@ -27,6 +26,7 @@ from e2p_jax.train.loop import read_data, train
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import open_run
 from e2p_jax.train.setup import read_inputs
+from e2p_jax.vectors.table import save_table
 
 USERS = range(16)
 

@@ -1,0 +1,172 @@
+"""A log of interactions -> the same with what each is for."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from e2p_jax.datasets.interactions.layouts import Log
+from e2p_jax.datasets.interactions.table import SPLITS, Interactions
+from e2p_jax.errors import UserError
+
+HISTORY, TRAIN, VALIDATION, TEST, UNUSED = range(len(SPLITS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How interactions become records."""
+
+    split: Literal["leave_last_out", "time"] = "leave_last_out"
+    """leave_last_out: a user's last item is `test`, the one before `validation`, those before them `train`; time: two
+    cuts in time separate them, the same for all users. In a log without times, the seed orders a user's items."""
+    candidates: Literal["uniform", "popularity"] = "uniform"
+    """What the wrong candidates are drawn from: all items alike, or as often as the known interactions have them."""
+    num_candidates: int = 100
+    """Titles to rank, the true one included; no wrong one is an item that the user has anywhere in the log."""
+    seed: int = 0
+    train_targets: int = 5
+    """Titles asked for in training, a user; they are no part of the user's history."""
+    min_history: int = 3
+    """Users with fewer items for their vector to stand for are left out."""
+    min_weight: float = 0.0
+    """Interactions of less weight are left out, such as low ratings."""
+    held_out: float = 0.1
+    """Of a time split: the share of the interactions in each of the windows train, validation and test."""
+    context: int = 50
+    """Titles of the history that stand in a record: the latest, or the heaviest in a log without times."""
+    question: str = "What do I want next?"
+    """The user turn; the title is the answer."""
+
+    def validate(self) -> None:
+        """
+        Raises:
+          UserError: naming the option that is out of range.
+        """
+        checks = [
+            (self.num_candidates >= 2, "num_candidates must be 2 or more"),
+            (self.train_targets >= 1, "train_targets must be 1 or more"),
+            (self.min_history >= 1, "min_history must be 1 or more"),
+            (0 < self.held_out < 0.33, "held_out must be above 0 and below 0.33"),
+            (self.context >= 1, "context must be 1 or more"),
+            (bool(self.question.strip()), "question must not be empty"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(f"interactions: option {message}")
+
+
+def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
+    """Orders each user's items and says what each is for.
+
+    A user's rows of one item are one interaction, at the time of the first; its weight is the sum over the rows up to
+    the end of the user's history (all rows, in a log without times), so that no weight tells of the future.
+
+    Returns:
+      The interactions, without what was left out, and how much was left out for which reason.
+
+    Raises:
+      UserError: a time split without times, or nobody with enough interactions.
+    """
+    if options.split == "time" and log.times is None:
+        raise UserError("interactions: split=time needs a column of times; use split=leave_last_out")
+    titled = np.array([bool(title) for title in log.titles])[log.items]
+    heavy = log.weights >= options.min_weight
+    rows = np.flatnonzero(titled & heavy)
+    if not len(rows):
+        raise UserError(
+            f"interactions: no interaction has a title and a weight of {options.min_weight} or more; "
+            "the items of both files must have the same ids"
+        )
+    users, items, weights = log.users[rows], log.items[rows], log.weights[rows].astype(np.float64)
+    pairs = users.astype(np.int64) * len(log.item_ids) + items
+    if log.times is None:
+        distinct, number = np.unique(pairs, return_inverse=True)
+        times = np.random.default_rng(options.seed).random(len(distinct))[number]
+    else:
+        times = log.times[rows]
+
+    order = np.lexsort((np.arange(len(rows)), times, users))
+    users, items, weights, times = users[order], items[order], weights[order], times[order]
+    _, first, pair = np.unique(pairs[order], return_index=True, return_inverse=True)
+    is_first = np.zeros(len(rows), bool)
+    is_first[first] = True
+
+    splits = np.full(len(rows), UNUSED, np.int8)
+    assign = _leave_last_out if options.split == "leave_last_out" else _by_time
+    splits[is_first] = assign(users[is_first], times[is_first], options)
+    history = np.bincount(users[splits == HISTORY], minlength=len(log.user_ids))
+    stays = (history >= options.min_history)[users]
+    if not stays.any():
+        raise UserError(
+            f"interactions: no user has {options.min_history} items before those that are asked for; "
+            "lower min_history or give more interactions"
+        )
+    end = np.full(len(log.user_ids), -np.inf)
+    np.maximum.at(end, users[splits == HISTORY], times[splits == HISTORY])
+    counts = is_first | (times <= end[users]) if log.times is not None else np.ones(len(rows), bool)
+    total = np.bincount(pair, weights=np.where(counts, weights, 0.0))
+    kept = np.flatnonzero(is_first & stays)
+    counted = {
+        "rows without a title": int((~titled).sum()),
+        "rows below min_weight": int((titled & ~heavy).sum()),
+        "users with too short a history": len(np.unique(log.users)) - len(np.unique(users[kept])),
+    }
+    final = None if log.times is None else times[kept]
+    return _compact(log, users[kept], items[kept], total[pair[kept]], final, splits[kept]), counted
+
+
+def _ranks(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows grouped by user: each row's place in its group from the front, and from the end."""
+    starts = np.flatnonzero(np.diff(users, prepend=-1))
+    sizes = np.diff(np.append(starts, len(users)))
+    place = np.arange(len(users)) - np.repeat(starts, sizes)
+    return place, np.repeat(sizes, sizes) - 1 - place
+
+
+def _leave_last_out(users: np.ndarray, times: np.ndarray, options: Options) -> np.ndarray:
+    """[n] int8: from a user's end: test, validation, train; training takes nothing off a history of `min_history`."""
+    place, rank = _ranks(users)
+    splits = np.full(len(users), HISTORY, np.int8)
+    splits[(rank >= 2) & (rank < 2 + options.train_targets) & (place >= options.min_history)] = TRAIN
+    splits[rank == 1], splits[rank == 0] = VALIDATION, TEST
+    return splits
+
+
+def _by_time(users: np.ndarray, times: np.ndarray, options: Options) -> np.ndarray:
+    """[n] int8: a user's first item in the last two windows, and the first `train_targets` in the one before."""
+    cuts = np.quantile(times, [1 - 3 * options.held_out, 1 - 2 * options.held_out, 1 - options.held_out])
+    windows = np.searchsorted(cuts, times, side="right")  # 0 history, 1 train, 2 validation, 3 test
+    place, _ = _ranks(users.astype(np.int64) * 4 + windows)
+    asked = np.array([len(users), options.train_targets, 1, 1])[windows]
+    return np.where(place < asked, windows, UNUSED).astype(np.int8)
+
+
+def _compact(
+    log: Log, users: np.ndarray, items: np.ndarray, weights: np.ndarray, times: np.ndarray | None, splits: np.ndarray
+) -> Interactions:
+    """With only the users and items that still occur, and with a title of its own for every item."""
+    user_numbers, users = np.unique(users, return_inverse=True)
+    item_numbers, items = np.unique(items, return_inverse=True)
+    item_ids = [log.item_ids[number] for number in item_numbers]
+    titles = [log.titles[number] for number in item_numbers]
+    return Interactions(
+        [log.user_ids[number] for number in user_numbers],
+        item_ids,
+        _distinct(titles, item_ids),
+        users.astype(np.int32),
+        items.astype(np.int32),
+        weights.astype(np.float32),
+        times,
+        splits,
+    )
+
+
+def _distinct(titles: list[str], item_ids: list[str]) -> list[str]:
+    """Items that share a title get their id behind it."""
+    seen: dict[str, int] = {}
+    for title in titles:
+        seen[title] = seen.get(title, 0) + 1
+    named = [title if seen[title] == 1 else f"{title} [{item}]" for title, item in zip(titles, item_ids, strict=True)]
+    if len(set(named)) != len(named):
+        raise UserError("interactions: two items share a title that ends in the id of one of them; rename one")
+    return named

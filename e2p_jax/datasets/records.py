@@ -1,0 +1,175 @@
+"""The record that every dataset yields, and the readers of each place records live in."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from e2p_jax.datasets.bad_records import BadRecords
+from e2p_jax.errors import UserError
+from e2p_jax.files import existing, write_text
+from e2p_jax.text_files import Line, decode_json, read_lines, shortened
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One conversation of one user; assistant turns are what the user said, clicked or played."""
+
+    user_id: str
+    context: tuple[str, ...]  # what the user vector stands for, as text
+    messages: tuple[dict[str, str], ...]  # {"role", "content"}
+    candidates: tuple[str, ...] = ()  # for ranking, the true one first
+    references: tuple[str, ...] = ()
+    source: str = ""  # file and row, for errors
+
+    @property
+    def reply_words(self) -> int:
+        """White-space separated words of all assistant turns: the denominator of per-word perplexity."""
+        return sum(len(m["content"].split()) for m in self.messages if m["role"] == "assistant")
+
+    @property
+    def reply_bytes(self) -> int:
+        """UTF-8 bytes of all assistant turns: the denominator of bits per byte."""
+        return sum(len(m["content"].encode()) for m in self.messages if m["role"] == "assistant")
+
+
+def check(record: Record) -> Record:
+    """Returns `record`, or refuses it.
+
+    Raises:
+      UserError: naming the row and what is wrong with it.
+    """
+    _check_messages(record)
+    if not any(m["role"] == "assistant" for m in record.messages):
+        raise UserError(f"{record.source}: no assistant turn, so there is nothing to learn from; add one or drop it")
+    return record
+
+
+def from_json(values: Any, source: str) -> Record:
+    """A decoded JSON object -> `Record`; `{user_id, prompt, response}` is accepted as shorthand.
+
+    Raises:
+      UserError: a missing, unknown or malformed key.
+    """
+    if isinstance(values, dict) and "messages" not in values and {"prompt", "response"} <= values.keys():
+        turns = (("user", "prompt"), ("assistant", "response"))
+        messages = [{"role": role, "content": values[key]} for role, key in turns]
+        values = {k: v for k, v in values.items() if k not in ("prompt", "response")} | {"messages": messages}
+    return check(_parse(values, source))
+
+
+def read_jsonl(path: Path, split: str, bad: BadRecords | None = None) -> list[Record]:
+    """Reads the records of one split from JSON Lines.
+
+    A record says its split in the key `split` (`train` without one). Where no record does, one user in twenty, two
+    at least, is `validation`, chosen by a hash of the user id, and the others are `train`. `all` is every record.
+
+    Raises:
+      UserError: a malformed line, named by its number, unless `bad` skips it; or too many of them.
+    """
+    splits: list[str | None] = []
+    records = []
+    for record, name in (bad or BadRecords()).parse(_lines(path), _record_and_split, path):
+        records.append(record)
+        splits.append(name)
+    if split == "all":
+        return records
+    if any(splits):
+        return [record for record, name in zip(records, splits, strict=True) if (name or "train") == split]
+    held_out = held_out_users({record.user_id for record in records})
+    return [record for record in records if split == ("validation" if record.user_id in held_out else "train")]
+
+
+def held_out_users(users: set[str]) -> set[str]:
+    """One in twenty, two at least, by a hash of the id; none of three or fewer."""
+    ordered = sorted(users, key=lambda user: hashlib.sha256(user.encode()).digest())
+    return set(ordered[: max(2, len(users) // 20)]) if len(users) > 3 else set()
+
+
+def read_prompts(path: Path) -> list[Record]:
+    """Reads `{user_id, prompt}` or `{user_id, messages}` lines to be answered: the last turn is the user's.
+
+    Raises:
+      UserError: a missing file or a malformed line, named by its number.
+    """
+    records = []
+    for line in _lines(existing(path, "--input", only_file=True)):
+        source, values = line.place, decode_json(line)
+        if isinstance(values, dict) and "messages" not in values and "prompt" in values:
+            messages = [{"role": "user", "content": values["prompt"]}]
+            # A file to train on may be asked again: its response is left out.
+            values = {k: v for k, v in values.items() if k not in ("prompt", "response")} | {"messages": messages}
+        record = _parse(values, source)
+        _check_messages(record)
+        if record.messages[-1]["role"] != "user":
+            raise UserError(f"{source}: the last message must be a user turn, to be answered")
+        records.append(record)
+    return records
+
+
+def _record_and_split(line: Line) -> tuple[Record, str | None]:
+    values = decode_json(line)
+    return from_json(values, line.place), values.get("split")
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The lines that are not blank."""
+    return (line for line in read_lines(path) if line.content.strip())
+
+
+def _parse(values: Any, source: str) -> Record:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}; write one object a line")
+    known = {"user_id", "context", "messages", "candidates", "references", "split"}
+    unknown, missing = sorted(values.keys() - known), sorted({"user_id", "messages"} - values.keys())
+    if unknown or missing:
+        faults = [
+            f"{name} keys {shortened(keys)}" for name, keys in (("unknown", unknown), ("missing", missing)) if keys
+        ]
+        raise UserError(
+            f"{source}: {', '.join(faults)}; a record has user_id, messages (or prompt and response), "
+            "and may have context, candidates, references, split"
+        )
+    user, messages = values["user_id"], values["messages"]
+    # A number is written as its digits; anything else would never match the ids of a table.
+    if isinstance(user, bool) or not isinstance(user, str | int) or user == "":
+        raise UserError(f"{source}: user_id must be text or a whole number, not {repr(user)[:60]}")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{source}: messages must be a list of {{role, content}} objects")
+    if not isinstance(values.get("split", "train"), str) or values.get("split") == "":
+        raise UserError(f"{source}: split must be a name, not {repr(values['split'])[:60]}")
+    context, candidates, references = (_texts(values, key, source) for key in ("context", "candidates", "references"))
+    return Record(str(user), context, tuple(messages), candidates, references, source)
+
+
+def _texts(values: dict[str, Any], key: str, source: str) -> tuple[str, ...]:
+    texts = values.get(key, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{source}: {key} must be a list of texts")
+    return tuple(texts)
+
+
+def _check_messages(record: Record) -> None:
+    if not record.messages:
+        raise UserError(f"{record.source}: empty dialogue; every record needs messages")
+    for number, message in enumerate(record.messages):
+        place = f"{record.source}: message {number}"
+        if message.get("role") not in ROLES:
+            raise UserError(f"{place} has role {repr(message.get('role'))[:60]}; use one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise UserError(f"{place} ({message['role']}) has no text; give it some or drop it")
+        if unknown := sorted(message.keys() - {"role", "content"}):
+            raise UserError(f"{place} has unknown keys {shortened(unknown)}; keep role and content")
+
+
+def write_jsonl(records: Iterable[Record], path: Path) -> None:
+    """Writes records as JSON Lines, atomically."""
+    lines = []
+    for record in records:
+        values = {k: v for k, v in dataclasses.asdict(record).items() if k != "source" and (v or k == "context")}
+        lines.append(json.dumps(values, ensure_ascii=False))
+    write_text(path, "\n".join(lines) + "\n")
