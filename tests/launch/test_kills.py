@@ -35,7 +35,7 @@ KILLS = int(os.environ.get("E2P_TEST_KILLS", "1"))
 FEW = ("prepare", "import", "data")  # the others take more than a second of processor time each
 TEN_YEARS = 315e6  # seconds
 PREPARED = "prepared/interactions/leave_last_out/1.0.0"
-MODULES = """cli data.prepare data.interactions.interactions_dataset_builder
+MODULES = """cli datasets.prepare datasets.interactions.interactions_dataset_builder
 embed.make embed.collaborative embed.backbone train.loop evaluate.compare export.transformers export.peft
 export.engines export.backbone export.prefix_table backbone.convert report.report""".split()  # noqa: SIM905 (as one would type them)
 
