@@ -58,7 +58,7 @@ def test_imported_run_is_the_exported_one(make_run: Callable, tmp_path: Path, wa
 def test_training_goes_on(make_run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """By the command that the import prints, after the steps in config.json were raised.
 
-    From the exported projector; the optimizer, its warm-up and the order of the data begin afresh, as docs/export.md says.
+    From the exported projector; the optimizer, its warm-up and the order of the data begin afresh (docs/export.md).
     """
     run = make_run()
     export_transformers(run, tmp_path / "exported", include_backbone=True)
