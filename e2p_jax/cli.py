@@ -34,7 +34,7 @@ HALF = re.compile("[\ud800-\udfff]")  # what Python makes of an argument's bytes
 
 
 def set_environment(command: str) -> None:
-    """What jax, tensorflow_datasets and transformers read when they are imported, which is later, by the command."""
+    """Sets what jax, tensorflow_datasets and transformers read when they are imported, later, by the command."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # their C++ parts log to stderr unless told not to
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent
     os.environ.setdefault("EPATH_USE_TF", "0")  # gs:// is gcsfs's, whether TensorFlow is there or not

@@ -1,4 +1,4 @@
-"""What ends a command before its end; the command line prints it as a single line."""
+"""Errors that end a command; the command line prints each as a single line."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ RESTART = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; th
 
 
 def shown(text: str, longest: int = 80) -> str:
-    """What an error can show of an id or a path: quoted, on one line, and not all of it where that is much."""
+    """Quotes an id or a path for an error: on one line, and not all of it where that is much."""
     return repr(text if len(text) <= longest else f"{text[:longest]}...")
 
 

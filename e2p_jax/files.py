@@ -22,7 +22,7 @@ from e2p_jax.errors import UserError, shown
 
 
 def user_cache() -> Path:
-    """Where what can be made again is kept between commands."""
+    """Gives the folder for what can be made again, kept between commands."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "e2p_jax"
 
 
@@ -213,7 +213,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
 
 
 def _clear(new: Path, old: Path, path: Path) -> None:
-    """Whoever was killed between the two renames left the version of before in `old` alone."""
+    """Brings back the version of before, which a kill between the two renames leaves in `old` alone."""
     if old.exists() and not path.exists():
         old.rename(path)
     for directory in (new, old):

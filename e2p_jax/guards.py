@@ -1,4 +1,4 @@
-"""What holds a config file to its form: the types of fields, and a time to run in."""
+"""Holds a config file to its form: the types of fields, and a time to run in."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ LARGEST_FLOAT = 3.4028234663852886e38  # float32's
 
 
 def fault_of(given: Any, kind: Any) -> str | None:
-    """What `given` should have been, unless it is of that kind: a field's annotation."""
+    """Says what `given` should have been, unless it is of that kind: a field's annotation."""
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return None if given in options else f"choose from {', '.join(options)}"

@@ -80,12 +80,12 @@ def digest(values: Any) -> str:
 
 
 def is_digest(text: Any) -> bool:
-    """Whether it is a SHA-256 in hexadecimal."""
+    """Tells whether it is a SHA-256 in hexadecimal."""
     return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an integer or a float, finite even as a float, and no truth value."""
+    """Tells whether it is an integer or a float, finite even as a float, and no truth value."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
@@ -95,7 +95,7 @@ def sealed(values: dict[str, Any]) -> str:
 
 
 def unseal(values: dict[str, Any], damaged: Callable[[str], UserError]) -> dict[str, Any]:
-    """What was given to `sealed`; without a seal, as earlier versions wrote it, the values as they are.
+    """Gives what was given to `sealed`; without a seal, as earlier versions wrote it, the values as they are.
 
     Args:
       damaged: reason -> the error to raise.

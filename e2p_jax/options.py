@@ -1,4 +1,4 @@
-"""What commands take beside a config. Light: the command line reads it before anything heavy is imported."""
+"""Options of commands beside a config. Light: the command line reads it before anything heavy is imported."""
 
 import dataclasses
 from typing import Literal

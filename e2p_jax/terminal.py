@@ -1,4 +1,4 @@
-"""What people read: messages on stderr, text and tables on stdout, and data in them that cannot act on a terminal."""
+"""Prints for people: messages on stderr, text and tables on stdout, and data in them that cannot act on a terminal."""
 
 import contextlib
 import io

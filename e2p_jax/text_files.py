@@ -115,7 +115,7 @@ def decode(line: Line, encoding: str = "utf-8") -> str:
 
 
 def decode_json(line: Line) -> Any:
-    """What a line of JSON Lines holds.
+    """Reads a line of JSON Lines.
 
     Raises:
       UserError: naming the row and column.
@@ -124,7 +124,7 @@ def decode_json(line: Line) -> Any:
 
 
 def parse_json(text: str, place: str, remedy: str) -> Any:
-    """What `text` holds; every text in it can be encoded again, and no object has a key twice.
+    """Reads JSON in which every text can be encoded again, and no object has a key twice.
 
     Raises:
       UserError: naming the line and column of `text`, or the key.
@@ -153,7 +153,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """What an error can show of them."""
+    """Gives what an error can show of them."""
     return [name[:40] for name in names[:12]]
 
 

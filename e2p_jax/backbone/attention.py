@@ -19,12 +19,12 @@ _PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
 
 
 def runs_on(kind: Choice, platform: str) -> bool:
-    """Whether devices of a platform can do what `backbone.attention` asks for."""
+    """Tells whether devices of a platform can do what `backbone.attention` asks for."""
     return platform in _PLATFORMS.get(kind, (platform,))
 
 
 def choose(kind: Choice, platform: str, config: DecoderConfig) -> Kind:
-    """What `backbone.attention` means on devices of a platform; auto is splash on TPU and XLA elsewhere.
+    """Chooses what `backbone.attention` means on devices of a platform; auto is splash on TPU and XLA elsewhere.
 
     Raises:
       UserError: the platform has no such kernel, or the kernel cannot do what the backbone needs.
@@ -66,7 +66,7 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig) -> Cal
 def visibility(
     query_segments: jax.Array, key_segments: jax.Array, query_index: jax.Array, key_index: jax.Array
 ) -> jax.Array:
-    """Which keys a query may see: those of its own segment, at or before its own place.
+    """Says which keys a query may see: those of its own segment, at or before its own place.
 
     Args:
       query_segments: [B, T] int32; 0 is padding.

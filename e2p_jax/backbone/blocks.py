@@ -18,7 +18,7 @@ HIDDEN = -1e30  # in place of a hidden score: finite, so that no NaN comes out o
 
 
 class _Mask(NamedTuple):
-    """Who sees whom, in blocks."""
+    """The blocks of keys that a block of queries sees."""
 
     segments: jax.Array  # [N, B, W] int32
     window: jax.Array  # [] int32, 0 is unlimited
@@ -71,7 +71,7 @@ def block_attention(
     scale: float,
     cap: float = 0.0,
 ) -> jax.Array:
-    """What `attention.attention` gives for rows that look at themselves.
+    """Gives what `attention.attention` gives, for rows that look at themselves.
 
     Args:
       q: [B, T, H, C].

@@ -177,7 +177,7 @@ def _slice(tensors: list[np.ndarray], dtype: jnp.dtype, index: tuple[slice, ...]
 
 
 def fingerprint(tensors: dict[str, np.ndarray]) -> str:
-    """What `Checkpoint.fingerprint` says of tensors in memory."""
+    """Works out for tensors in memory what `Checkpoint.fingerprint` gives for files."""
 
     def line(name: str) -> bytes:
         tensor = tensors[name]
@@ -204,7 +204,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 class Part(NamedTuple):
-    """Where a parameter stands in the files: rows of a tensor, all of them unless it holds several parameters."""
+    """The place of a parameter in the files: rows of a tensor, all of them unless it holds several parameters."""
 
     template: str  # `{}` is the layer, a second one the expert
     stack: tuple[int, ...]  # how many tensors make up the parameter: layers, and experts; empty where it is one
@@ -231,6 +231,6 @@ def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], prefix: str
 
 
 def left_out(config: DecoderConfig, present: Collection[str]) -> str:
-    """What `present`, a checkpoint's names, lack in front: files of a model without its head have no `transformer.`."""
+    """Gives what `present`, a checkpoint's names, lack in front: a model without its head has no `transformer.`."""
     prefix, _, bare = tensor_names(config)["embedding"].partition(".")
     return f"{prefix}." if bare in present else ""

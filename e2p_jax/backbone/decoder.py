@@ -80,7 +80,7 @@ class Layers(nnx.Module):
 
 
 def first_value(config: DecoderConfig, name: str) -> float:
-    """What a fresh norm or bias is filled with: what changes nothing."""
+    """Gives what a fresh norm or bias is filled with: what changes nothing."""
     return float(name.endswith("norm") and config.norm != "rms_one_plus")
 
 

@@ -193,7 +193,7 @@ def _mlp_bias(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phi3_off(reader: _Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    """What no published model has, and some say so."""
+    """Refuses what no published model has, though some name it."""
     for key in ("resid_pdrop", "embd_pdrop"):
         reader.require(key, (0, 0.0), 0.0)
     for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
@@ -393,7 +393,7 @@ def _alternating_windows(reader: _Reader, fields: dict[str, Any], key: str | Non
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How a `model_type` is read."""
+    """A `model_type`, and how its `config.json` is read."""
 
     readers: tuple[_Read, ...]
     """In order; each may use what the ones before have read."""
@@ -534,6 +534,6 @@ def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
 
 
 def significant(values: dict[str, Any]) -> dict[str, Any]:
-    """What of a readable `config.json` has a say in the forward pass."""
+    """Picks what of a readable `config.json` has a say in the forward pass."""
     inert = (_INERT | FAMILIES[values["model_type"]].inert) - {"model_type"}
     return {key: value for key, value in values.items() if key not in inert and value is not None}

@@ -1,4 +1,4 @@
-"""What a decoder is made of: its config, the shapes of its parameters, and the names they have in files."""
+"""Lays a decoder out: its config, the shapes of its parameters, and the names they have in files."""
 
 import dataclasses
 from typing import Literal

@@ -100,7 +100,7 @@ _WANTED = {
 
 
 def _fits(key: str, value: Any) -> bool:
-    """Whether a setting is of its type and range."""
+    """Tells whether a setting is of its type and range."""
     if key == "truncate":
         return isinstance(value, bool)
     numbers = value if key in ("short_factor", "long_factor") else [value]

@@ -285,7 +285,7 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """What a model directory holds beside its weights."""
+    """Copies what a model directory holds beside its weights."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)

@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Does what several commands share."""
 
 import inspect
 import sys

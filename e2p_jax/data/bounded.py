@@ -1,4 +1,4 @@
-"""Whether a chat template comes to an end: it is rendered in a process of its own, with little time and memory.
+"""Finds out whether a chat template ends, by rendering it in a process of its own, with little time and memory.
 
 A template comes with a model, from anybody. What it raises is found out when it is rendered in earnest; here only that
 it neither runs for ever nor fills the memory.
@@ -17,7 +17,7 @@ _PATIENCE = 20  # real seconds for one of processor time, on a machine that is b
 
 
 def misbehaviour(template: str, special: Mapping[str, str], conversations: Sequence[Sequence[str]]) -> str | None:
-    """What is wrong with it, in words; None if it ends for conversations of these roles.
+    """Says what is wrong with it; None if it ends for conversations of these roles.
 
     Args:
       special: the tokenizer's special tokens, as the template gets them.

@@ -1,4 +1,4 @@
-"""What a condition puts in front of a conversation: which vector in the slots, and whether the context is spelled out.
+"""Puts in front of a conversation what a condition says: a vector for the slots, and perhaps the context as text.
 
 A run is what was trained (`data.condition` and `train.trainable`); a condition is only what stands in front, in
 training or in evaluation. So `static` and `mean` are the same front: the former is a run trained on it (prompt
@@ -18,7 +18,7 @@ from e2p_jax.vectors.table import UserTable
 
 
 class Front(NamedTuple):
-    """What stands in front."""
+    """The front of a conversation under a condition."""
 
     vector: Literal["own", "other", "mean", "zero", "noise"] | None  # None: no slots
     context: bool  # the record's context, in the system message

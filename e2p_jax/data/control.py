@@ -99,7 +99,7 @@ def counted(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> set
 
 
 def break_up(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> Pairs:
-    """What to put in place of each control token's text, in this order, tried on the tokenizer.
+    """Finds what to put in place of each control token's text, in this order, tried on the tokenizer.
 
     Raises:
       UserError: a control token that cannot be kept out of text.
@@ -127,7 +127,7 @@ def break_up(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> Pa
 
 
 def as_text(text: str, pairs: Pairs) -> str:
-    """What the Jinja part of a template makes of a message's text."""
+    """Does to a message's text what the Jinja part of a template does."""
     for control, plain in pairs:
         text = text.replace(control, plain)
     return text

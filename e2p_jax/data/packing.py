@@ -15,7 +15,7 @@ _TRIES = 16  # lengths looked at for each place but the last two of a row
 
 
 class Budget(NamedTuple):
-    """What a row holds; static for a run."""
+    """The room in a row; static for a run."""
 
     tokens: int  # T
     targets: int  # M

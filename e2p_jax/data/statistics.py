@@ -1,4 +1,4 @@
-"""What a config's data comes to: counts, lengths, targets, rows, drops, vectors, and leaks between splits."""
+"""Counts what a config's data comes to: lengths, targets, rows, drops, vectors, and leaks between splits."""
 
 import collections
 import hashlib
@@ -89,7 +89,7 @@ def _digests(examples: Examples) -> list[bytes]:
 
 
 def _leaks(examples: Examples, train: Examples) -> dict[str, int]:
-    """What a split has in common with training."""
+    """The overlap of a split with training."""
     users, digests = set(train.users), set(_digests(train))
     return {
         "users_in_train": len(set(examples.users) & users),

@@ -1,4 +1,4 @@
-"""Which tokens end a reply, as a model directory says."""
+"""Reads which tokens end a reply, as a model directory says."""
 
 from pathlib import Path
 from typing import Any

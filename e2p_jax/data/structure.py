@@ -1,4 +1,4 @@
-"""What a template writes around messages: learned from words that say nothing, once for each sequence of roles.
+"""Learns what a template writes around messages, from words that say nothing, once for each sequence of roles.
 
 Where a turn begins and ends, which tokens are the template's own and which a reply is to be learned by, follows from
 the roles of a conversation alone. So a conversation of harmless words shows it, and real ones are held against that.
@@ -35,7 +35,7 @@ class Rendered(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What is to be learned of one assistant turn beside its words."""
+    """The marked text around the words of one assistant turn, which is learned with them."""
 
     lead: str  # in front of them
     end: str  # after them
@@ -208,7 +208,7 @@ def _within(rendered: Rendered, begin: int, end: int, controls: set[int]) -> lis
 
 
 def _reply(rendered: Rendered, places: list[int], words: list[str], number: int) -> Reply | None:
-    """What is marked around the word of one message, up to the words beside it."""
+    """Finds what is marked around the word of one message, up to the words beside it."""
     place, end = places[number], places[number] + len(words[number])
     held = [span for span in rendered.spans if span[0] <= place and end <= span[1]]
     if place < 0 or len(held) != 1:

@@ -158,7 +158,7 @@ def try_out(tokenizer: PreTrainedTokenizerBase, template: str, source: str) -> s
 
 
 def reason(error: Exception) -> str:
-    """What a template raised, in one line."""
+    """Says what a template raised, in one line."""
     text = " ".join(str(error).split())[:200]
     return text if type(error).__name__ == "TemplateError" and text else f"{type(error).__name__}: {text}".rstrip(": ")
 

@@ -1,4 +1,4 @@
-"""What a run reads before it trains: the training records as tokens, and the records that it is evaluated on.
+"""Reads what a run needs before it trains: the training records as tokens, and the records of its evaluation.
 
 Tokens are kept in `data.cache`, one directory for each different way that data can become tokens: its name is a digest
 of the data's bytes, the tokenizer, the template and every setting that has a say. A directory appears whole or not at
@@ -72,7 +72,7 @@ def read_training(config: Config, encoder: Encoder) -> Training:
 
 
 def cache_directory(setting: str) -> Path | None:
-    """Where `data.cache` is, if anywhere."""
+    """Gives the place of `data.cache`, if any."""
     if setting == "none":
         return None
     if setting == "auto":

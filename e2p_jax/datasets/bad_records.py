@@ -1,4 +1,4 @@
-"""What happens to records that break their format: the first one ends the reading, or they are skipped and counted."""
+"""Deals with records that break their format: the first one ends the reading, or they are skipped and counted."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What our TFDS builders share: the features of a record, options, and what happens to bad records."""
+"""Builds TFDS data sets: the features of a record, options, and what happens to bad records."""
 
 import abc
 import dataclasses

@@ -140,7 +140,7 @@ def _parse_options(config: Any, every: Sequence[Any], dataset: str, options: Seq
 
 
 def _report(builder: "RecordBuilder") -> list[str]:
-    """What was written, left out and skipped."""
+    """Says what was written, left out and skipped."""
     sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
     left_out = [f"left out {count} {what}" for what, count in builder.left_out.items() if count]
     skipped = builder.bad.report()

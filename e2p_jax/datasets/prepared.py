@@ -97,7 +97,7 @@ def load_splits(path: str, names: Sequence[str], bad: BadRecords | None = None) 
 def load_training(
     data: DataConfig, reported: dict[str, list[Record]], bad: BadRecords | None = None
 ) -> tuple[list[Record], list[Record]]:
-    """What is trained on, and what picks the best checkpoint.
+    """Reads the records that are trained on, and those that pick the best checkpoint.
 
     Args:
       data: Names the split to train on and where the other comes from: a split, or `auto`, one user in twenty (two

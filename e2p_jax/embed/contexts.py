@@ -1,4 +1,4 @@
-"""What users' vectors are made of, out of any data."""
+"""Reads what users' vectors are made of, out of any data."""
 
 from e2p_jax.datasets.prepared import load_records, split_names
 

@@ -20,7 +20,7 @@ _ROUNDING = 0.1  # of how vectors vary in a dimension, that a shorter dtype may 
 
 
 class Made(NamedTuple):
-    """What became of a table's users."""
+    """The users of a table that was made: written, and left out."""
 
     users: int  # who have a vector
     absent: int  # of the data, who have none

@@ -1,4 +1,4 @@
-"""What a prefix costs beside nothing and beside a text prompt: all in one process, turn by turn, medians."""
+"""Measures the cost of a prefix beside nothing and beside a text prompt: in one process, turn by turn, medians."""
 
 import dataclasses
 import statistics
@@ -75,7 +75,7 @@ def serving_cost(run: Run, records: Sequence[Record], conditions: Sequence[Condi
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a run took."""
+    """The cost of a run's training."""
 
     trainable: int  # parameters
     frozen: int
@@ -93,7 +93,7 @@ def training_cost(run: Run) -> Training:
 
 
 def bytes_per_user(run: Run, records: Sequence[Record]) -> dict[str, float]:
-    """What is kept for a user: the vector as it stands in the table, the soft tokens in bfloat16, the context as UTF-8
+    """Counts what is kept for a user: the vector as in the table, the soft tokens in bfloat16, the context as UTF-8
     (mean over the records).
     """
     width = run.population.mean.shape[0]

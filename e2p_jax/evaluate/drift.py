@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """What became of a split's users between two tables."""
+    """A split's users in two tables, compared."""
 
     users: int  # in both tables
     missing: int  # of the split, in one of the tables or both

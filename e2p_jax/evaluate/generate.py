@@ -136,7 +136,7 @@ def padded_length(longest: int) -> int:
 def _left_padded(
     prompts: Sequence[Example], vectors: np.ndarray, pad: int, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `_start` reads of B prompts, after the parameters."""
+    """Pads B prompts on the left: what `_start` reads after the parameters."""
     in_slots = num_tokens if any(prompt.slot_start >= 0 for prompt in prompts) else 0
     length = padded_length(max(len(prompt.tokens) for prompt in prompts) - in_slots) + in_slots
     tokens = np.full((len(prompts), length), pad, np.int32)
@@ -290,7 +290,7 @@ def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition:
 
 
 def asked_for(run: Any, flags: Sequence[str], condition: Condition = "e2p") -> tuple[list[str], np.ndarray]:
-    """Who `--user` names: the id of a user; `@vector.npy`, a file; `@@alice`, the user `@alice`.
+    """Reads what `--user` names: the id of a user; `@vector.npy`, a file; `@@alice`, the user `@alice`.
 
     Returns:
       N names, those of files as they were given, and what the condition gives them, [N, E] float32.

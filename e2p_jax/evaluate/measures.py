@@ -15,7 +15,7 @@ MOST = 200_000  # numbers of a block of resampled weights
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a column of the table means."""
+    """A column of the table: its label, and how its value is worked out."""
 
     label: str
     value: Callable[[np.ndarray], np.ndarray]  # sums [..., k] -> [...]

@@ -1,4 +1,4 @@
-"""What recommenders without a language model make of the same candidates: popularity, item-kNN, the vectors alone."""
+"""Ranks the same candidates without a language model: by popularity, item-kNN, the vectors alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ KNOWN = ("history", "train")  # what a run has seen of a user when it is asked
 
 
 def is_interactions(path: str) -> bool:
-    """Whether `data.path` is what `e2p prepare interactions` wrote."""
+    """Tells whether `data.path` is what `e2p prepare interactions` wrote."""
     return (Path(path).expanduser() / INTERACTIONS).is_file()
 
 

@@ -1,4 +1,4 @@
-"""What is left of a prefix when the vector behind it is not what it was in training."""
+"""Measures what is left of a prefix when the vector behind it is not what it was in training."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -53,7 +53,7 @@ class Evaluation:
         return difference(measure, both[0], both[1], users, self.bootstrap_samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """Gives what `--json` prints."""
         any_scores = next(iter(self.scores.values()))
         return {
             "split": self.split,

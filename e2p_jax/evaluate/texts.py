@@ -1,4 +1,4 @@
-"""What is generated, held against what was said: word F1, BLEU, ROUGE, distinct n-grams."""
+"""Holds generated replies against what was said: word F1, BLEU, ROUGE, distinct n-grams."""
 
 import collections
 import re

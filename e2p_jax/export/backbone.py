@@ -32,5 +32,5 @@ def export_backbone(run: Run, out: Path, dtype: str) -> None:
 
 
 def _shape(directory: Path) -> dict[str, object]:
-    """What two exports of a backbone have in common: its config, whatever their dtype."""
+    """Gives what two exports of a backbone have in common: its config, whatever their dtype."""
     return {key: value for key, value in settings_of(directory).items() if key not in ("dtype", "torch_dtype")}

@@ -1,4 +1,4 @@
-"""What every export makes sure of before its work begins."""
+"""Checks what every export makes sure of before its work begins."""
 
 import json
 from collections.abc import Callable

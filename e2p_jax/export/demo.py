@@ -191,7 +191,7 @@ def check_users(people: dict[str, tuple[str, ...]], users: Any, least: int = 2) 
 def check(
     people: dict[str, tuple[str, ...]], users: Any, prompt: Any, temperature: Any, length: Any, seed: Any
 ) -> tuple[list[str], str, Sampling]:
-    """What a request asks, in form and bounds; any program can send one.
+    """Holds a request to its form and bounds; any program can send one.
 
     Raises:
       gradio.Error: saying what is not.

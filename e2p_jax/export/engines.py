@@ -90,7 +90,7 @@ def serving_template(template: str) -> str:
 
 
 def can_chat(encoder: Encoder) -> bool:
-    """Whether vLLM, given a prefix part and a text part in the first user turn, reads what training read."""
+    """Tells whether vLLM, given a prefix part and a text part in the first user turn, reads what training read."""
     if encoder.placement != "in_chat":
         return False
     system, reply = {"role": "system", "content": "be kind."}, {"role": "assistant", "content": "so"}

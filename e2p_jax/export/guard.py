@@ -1,4 +1,4 @@
-"""What the demo's page lets in: requests of its own page alone, of a size and number that it can serve."""
+"""Guards the demo: it lets in requests of its own page alone, of a size and number that it can serve."""
 
 import asyncio
 

@@ -158,7 +158,7 @@ def _with_projector(model: Model, checkpoint: Checkpoint) -> Model:
 
 
 def _first_position(model: Model, config: Config) -> dict[str, Any]:
-    """Where the data of a run begins, whatever the data."""
+    """Gives the position where the data of a run begins, whatever the data."""
     nothing = PackedDataset(Examples.of(()), np.zeros((0, 1), np.float32), (), Budget(config.data.seq_len, 1, 1), 1)
     train = config.train
     iterator = train_iterator(nothing, model.mesh, batch_rows=train.rows, steps=train.steps, seed=train.seed)

@@ -44,7 +44,7 @@ was published: what it scores differs by what the quantisation costs.
 
 
 def model_card(run: Run) -> str:
-    """What the model is, a runnable example, and what `e2p train` measured."""
+    """Writes what the model is, a runnable example, and what `e2p train` measured."""
     config = run.inputs.config.portable()
     backbone, kind = run.inputs.published()[0], config.backbone.quantization
     return _CARD.format(

@@ -1,4 +1,4 @@
-"""What vLLM and SGLang read: prompts as embeddings, soft tokens included. Imports NumPy only.
+"""Writes what vLLM and SGLang read: prompts as embeddings, soft tokens included. Imports NumPy only.
 
 vLLM (docs.vllm.ai, "Prompt Embedding Inputs"; PRs #17590, #40720): base64 of `torch.save` of a [tokens, D] tensor, in
 the field `prompt_embeds` of a completion, or as a content part of a chat message. SGLang: nested floats in the field

@@ -139,7 +139,7 @@ def write_tokenizer(run: Run, out: Path, mended: list[str]) -> str:
 
 
 def intact(path: Path, tensor: str, shape: tuple[int, ...], dtype: str) -> bool:
-    """Whether a run before this one wrote the file, and it is as it was written."""
+    """Tells whether a run before this one wrote the file, and it is as it was written."""
     try:
         held = CheckedRows(path, tensor)
         held.verify()

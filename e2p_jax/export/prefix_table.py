@@ -59,7 +59,7 @@ _PROJECTED, _MENDED = 1, 2  # of a shard; 0 is kept
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a run of `export_prefixes` did."""
+    """The work of one run of `export_prefixes`."""
 
     users: int
     shards: int
@@ -228,7 +228,7 @@ def _write(out: Path, shard: Shard, projected: jax.Array) -> None:
 
 
 def _describe(run: Run, table: UserTable, dtype: str) -> dict[str, Any]:
-    """What the manifest says beside the names of files."""
+    """Gives what the manifest says beside the names of files."""
     config, decoder = run.inputs.config, run.inputs.decoder
     path, revision = run.inputs.published()
     return {

@@ -1,4 +1,4 @@
-"""Where an exported model, which sees token ids alone, finds the place of `in_chat` soft tokens.
+"""Tells an exported model, which sees token ids alone, how to find the place of `in_chat` soft tokens.
 
 The text of a message never gives a control token, so a header that begins with one is found in any conversation. A
 header of plain text can be spelt out by a system message: there, only a conversation that begins with the user's turn
@@ -27,7 +27,7 @@ class Probe(NamedTuple):
 
 
 def user_turn(encoder: Encoder) -> dict[str, Any]:
-    """What the exported config says of the place.
+    """Gives what the exported config says of the place.
 
     Returns:
       `ids`: what tells the header of a user's turn from all else; the first that a prompt holds counts. `tail`: the

@@ -110,5 +110,5 @@ def _write_weights(run: Run, out: Path, include_backbone: bool) -> None:
 
 
 def _backbone_prefix(run: Run) -> str:
-    """What the exported names of the backbone's tensors have in front of the source's."""
+    """Gives what the exported names of the backbone's tensors have in front of the source's."""
     return f"backbone.{left_out(run.inputs.decoder, open_checkpoint(run.inputs.directory).names())}"

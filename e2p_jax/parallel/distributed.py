@@ -155,7 +155,7 @@ def hosts() -> str:
 
 
 def is_first() -> bool:
-    """Whether this process writes the files that stand for the whole run."""
+    """Tells whether this process writes the files that stand for the whole run."""
     return jax.process_index() == 0
 
 

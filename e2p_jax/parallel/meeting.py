@@ -1,4 +1,4 @@
-"""Where the processes of a run meet before jax connects them, and how the end of one becomes the end of all.
+"""Lets the processes of a run meet before jax connects them, and makes the end of one the end of all.
 
 They meet at the coordinator's port. jax ends a process that waits for another in vain by an abort without names; here
 process 0 knows who is missing. The connections stay open: a process that dies, or whose machine is no longer reached
@@ -166,7 +166,7 @@ def meet(place: Place, timeout: float) -> Peers:
 
 @dataclasses.dataclass(frozen=True)
 class Hello:
-    """What a process says when it comes."""
+    """The words of a process when it comes."""
 
     process: int
     count: int
@@ -192,7 +192,7 @@ class Hello:
 
 
 def loopback(coordinator: str) -> bool:
-    """Whether this address is reached from this machine alone."""
+    """Tells whether this address is reached from this machine alone."""
     literal = _literal(coordinator)
     return literal is not None and literal.is_loopback
 
@@ -221,7 +221,7 @@ def _listen(coordinator: str, backlog: int) -> socket.socket:
 
 
 def _callers(server: socket.socket, deadline: float, most: int) -> Generator[Link, None, None]:
-    """Whoever has said a line, or has said none for too long or too long a one; until `deadline`.
+    """Yields whoever has said a line, or has said none for too long or too long a one; until `deadline`.
 
     Nobody who is slow or silent holds up the others; of more than `most` such the eldest has to go.
     """

@@ -1,4 +1,4 @@
-"""What jax has no public way to: the one place that imports `jax._src`, for the versions that pyproject.toml admits.
+"""Does what jax has no public way to: all imports of `jax._src`, for the versions that pyproject.toml admits.
 
 Public alternatives do not fit. `jax.distributed.initialize` finds the cluster as well, but only while it connects, and
 processes meet before; and it starts the preemption service, whose handler of SIGTERM must not be there before training.
@@ -28,7 +28,7 @@ def detect_cluster(
 
 
 def start_preemption_service() -> None:
-    """What `jax.distributed.initialize` does where `jax_enable_preemption_service` is set; once processes are joined.
+    """Starts it as `jax.distributed.initialize` with `jax_enable_preemption_service` does; once processes are joined.
 
     Raises:
       UserError: this version of jax has it elsewhere.

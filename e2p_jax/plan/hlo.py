@@ -1,4 +1,4 @@
-"""What a compiled step costs, read from its optimised HLO text: matrix FLOPs, memory traffic, collectives.
+"""Counts what a compiled step costs, by its optimised HLO text: matrix FLOPs, memory traffic, collectives.
 
 XLA's own `cost_analysis` counts the body of a loop once, and the layers are a loop: it reports one layer. Here every
 instruction counts as often as its computation runs.
@@ -68,7 +68,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the program it comes from, such as `jit(train_step)/jvp(..)/dot_general`."""
+        """Names its place in the program, such as `jit(train_step)/jvp(..)/dot_general`."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 

@@ -102,7 +102,7 @@ def find_topology(name: str) -> Topology:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """What a row holds beside its tokens; a run learns it from its data."""
+    """The contents of a row beside its tokens; a run learns them from its data."""
 
     embedding_width: int  # E
     targets: int | None  # M; None is half of T
@@ -130,7 +130,7 @@ class Cost:
         return sum(nbytes for _, nbytes in self.collectives.values())
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """What each part takes at the chip's peak; the longest is the roofline's best step time."""
+        """Gives what each part takes at the chip's peak; the longest is the roofline's best step time."""
         parts = {"compute": (self.flops, chip.flops), "memory": (self.traffic, chip.bandwidth)}
         parts["interconnect"] = (self.received, chip.interconnect)
         return {name: amount / peak for name, (amount, peak) in parts.items() if peak}

@@ -24,7 +24,7 @@ COSTED: tuple[Condition, ...] = ("none", "e2p", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What the command line names: a run, or a comparison of several."""
+    """A run, or a comparison of several, as the command line names it."""
 
     name: str
     runs: dict[str, epath.Path]
@@ -43,7 +43,7 @@ class Person:
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What the page, the figures and the CSV files are made of."""
+    """All that the page, the figures and the CSV files are made of."""
 
     sources: list[Source]
     learning: Curves  # held-out NLL by step, by run and split

@@ -85,7 +85,7 @@ def _tables(source: str, splits: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _tiles(found: Collected) -> list[tuple[str, str, str]]:
-    """What matters most, in a few numbers: value, what it is, and its interval or what it is compared with."""
+    """Picks the few numbers that matter most: value, what it is, and its interval or what it is compared with."""
     tiles = []
     rows = found.sources[0].splits[0]["conditions"]
     texts = {"none": "nats a target, saved by the soft token", "shuffled": "nats a target, better than another user's"}
@@ -138,7 +138,7 @@ def _write_csvs(out: Path, found: Collected) -> None:
 
 
 def _shown(value: Any) -> Any:
-    """What the page shows: text of data with escapes for what would turn around the page's own words beside it."""
+    """Makes text of data fit for the page: with escapes for what would turn around the page's own words beside it."""
     is_data = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
     return printable(value, lines=True) if is_data else value
 

@@ -1,4 +1,4 @@
-"""What a run stands on: written into its directory when it is claimed, and checked whenever it is opened.
+"""Names what a run stands on: written into its directory when it is claimed, checked whenever it is opened.
 
 `backbone.json` names the backbone (path, revision, fingerprint of its weights, what of its `config.json` has a say,
 digests of its tokenizer and of the chat template), the width of the user vectors, and the settings that the run was
@@ -61,7 +61,7 @@ def write(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None
 
 
 def read(run: epath.Path) -> dict[str, Any]:
-    """What `write` wrote, whole.
+    """Reads what `write` wrote, whole.
 
     Raises:
       UserError: missing, damaged or altered.
@@ -201,7 +201,7 @@ def _written(path: epath.Path) -> str:
 
 
 def _check_settings(run: epath.Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
-    """What was edited in config.json is said, and refused where the checkpoint depends on it."""
+    """Says what was edited in config.json, and refuses it where the checkpoint depends on it."""
     for section, fields in begun.items():
         edited = {key: now[section][key] for key in fields if key in now.get(section, {})}
         edited = {key: value for key, value in edited.items() if value != fields[key]}

@@ -77,7 +77,7 @@ class _Lock:
         self._generation = 0  # no object is there
 
     def take(self, me: str) -> str:
-        """Who holds it where that is another; empty where it is taken."""
+        """Says who holds it where that is another; empty where it is taken."""
         holder = self.read()
         found, deadline = self._generation, time.monotonic() + STALE_SECONDS
         while holder and time.monotonic() < deadline:

@@ -32,7 +32,7 @@ from e2p_jax.vectors.population import Population, training_population
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run trains and is evaluated on, packed."""
+    """The data that a run trains and is evaluated on, packed."""
 
     train: PackedDataset
     held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; `dev` picks the best checkpoint

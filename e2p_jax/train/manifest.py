@@ -20,7 +20,7 @@ def write_manifest(directory: epath.Path) -> None:
 
 
 def find_damage(directory: epath.Path) -> str | None:
-    """What is wrong with the files, or None: `state/d/0a.. differs from what was written`.
+    """Says what is wrong with the files, or None: `state/d/0a.. differs from what was written`.
 
     A checkpoint without a manifest is taken as it is where it has its parts: nobody wrote down what they held.
     """

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and the console."""
+"""Writes numbers to metrics.jsonl, TensorBoard, and the console."""
 
 import json
 import math

@@ -22,7 +22,7 @@ _DECAYING = ("matrix", "embedding")
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay reaches a parameter: what multiplies is drawn to zero, what shifts or scales is not.
+    """Tells whether weight decay reaches a parameter: what multiplies is drawn to zero, what shifts or scales is not.
 
     Raises:
       ValueError: the table of roles does not say what it is.

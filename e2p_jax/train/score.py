@@ -26,7 +26,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What was measured under one condition: per record, in input order."""
+    """Measurements under one condition: per record, in input order."""
 
     nll: np.ndarray  # [N] float64, nats summed over the record's targets
     targets: np.ndarray  # [N] int64, tokens

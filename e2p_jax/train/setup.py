@@ -40,7 +40,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What can be checked before any compilation."""
+    """All that can be checked before any compilation."""
 
     config: Config
     directory: Path  # of the backbone
@@ -76,7 +76,7 @@ def read_inputs(config: Config) -> Inputs:
 
 
 class Purpose(enum.IntEnum):
-    """What `train.seed` is asked for: a key each. The order of rows is NumPy's (`data/pipeline.py`)."""
+    """The purposes of `train.seed`: a key each. The order of rows is NumPy's (`data/pipeline.py`)."""
 
     PROJECTOR = 0
     LORA = 1
@@ -209,7 +209,7 @@ def state_shardings(model: Model, state: PyTree) -> PyTree:
 
 
 def abstract_state(model: Model, config: TrainConfig) -> TrainState:
-    """What `initial_state` makes: shapes, dtypes and shardings, of a model with or without values."""
+    """Gives the shapes, dtypes and shardings of what `initial_state` makes, of a model with or without values."""
     trainable, _ = split(model.params, model.mask)
     state = jax.eval_shape(functools.partial(_fresh_state, model, config), trainable)
     return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, state_shardings(model, state))

@@ -15,7 +15,7 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """What a step changes, and a checkpoint keeps."""
+    """The state that a step changes, and a checkpoint keeps."""
 
     step: jax.Array  # [] int32, steps done
     trainable: PyTree

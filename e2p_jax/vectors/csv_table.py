@@ -137,13 +137,13 @@ def _is_number(text: str) -> bool:
 
 
 def _ascend(names: Sequence[str]) -> bool:
-    """Whether these are whole numbers, each greater than the one before."""
+    """Tells whether these are whole numbers, each greater than the one before."""
     whole = [int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 10]
     return len(whole) == len(names) and all(a < b for a, b in itertools.pairwise(whole))
 
 
 def _is_counted(first: str, rest: Sequence[str]) -> bool:
-    """Whether so many columns are counted, after one that is no number, that they can only be a header's."""
+    """Tells whether so many columns are counted, after one that is no number, that they can only be a header's."""
     return not _is_number(first) and len(rest) > 2 and _count(rest)
 
 
@@ -152,5 +152,5 @@ def _are_whole(texts: Sequence[str]) -> bool:
 
 
 def _count(texts: Sequence[str]) -> bool:
-    """Whether these are 0, 1, 2, .. or 1, 2, 3, .."""
+    """Tells whether these are 0, 1, 2, .. or 1, 2, 3, .."""
     return bool(texts) and any(all(t == str(n) for n, t in enumerate(texts, first)) for first in (0, 1))

@@ -206,7 +206,7 @@ def _checksum(parts: Iterable[Any]) -> int:
 
 
 def _blocks(path: Path, first: int) -> Iterator[bytes]:
-    """What a file holds from byte `first` on; read, not mapped, so that it does not stay in memory."""
+    """Reads a file from byte `first` on; it is not mapped, so that it does not stay in memory."""
     with path.open("rb") as file:
         file.seek(first)
         while block := file.read(1 << 22):

@@ -1,4 +1,4 @@
-"""What the training users' vectors are like: the statistics that standardise them, and whether they tell users apart.
+"""Describes the training users' vectors: the statistics that standardise them, and whether they tell users apart.
 
 Worked out in float64 over blocks of the table, whose rows are never in memory all at once. Multiplying a table by a
 number changes no standardised vector.
@@ -35,7 +35,7 @@ class Population(NamedTuple):
 
     @classmethod
     def standard(cls, width: int) -> "Population":
-        """Which changes no vector: where the projector's own statistics are read afterwards, or nobody has a vector."""
+        """Changes no vector: where the projector's own statistics are read afterwards, or nobody has a vector."""
         return cls(np.zeros(width, np.float32), np.ones(width, np.float32))
 
 
@@ -63,7 +63,7 @@ class _Moments(NamedTuple):
         return self.std > _CONSTANT * np.abs(self.mean)
 
     def population(self) -> Population:
-        """What a dimension that never varies is divided by is its own size, or the others' spread if that is greater: a
+        """Divides a dimension that never varies by its own size, or by the others' spread if that is greater: a
         user who differs there, when one comes, is not blown up, and the scale of a table stays without a say.
         """
         varies, size = self.varies, np.abs(self.mean)
@@ -120,7 +120,7 @@ def _refuse_range(table: UserTable, population: Population) -> None:
 
 
 def _outliers(table: UserTable, rows: np.ndarray, moments: _Moments) -> list[str]:
-    """What to warn of where a few users' numbers are so large that the others' are nearly one and the same."""
+    """Warns where a few users' numbers are so large that the others' are nearly one and the same."""
     if len(rows) < _ENOUGH:
         return []
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]

@@ -100,7 +100,7 @@ class UserTable:
         return rows
 
     def _remedy(self, user: str) -> str:
-        """What to do about a user who is not here; an id that the same user may have is named, never taken."""
+        """Says what to do about a user who is not here; an id that the same user may have is named, never taken."""
         others = _other_forms(user)
         for other, row in zip(others, self.index.find(others).tolist(), strict=True):
             if row >= 0:
@@ -218,7 +218,7 @@ def _save_array(path: Path, vectors: np.ndarray) -> None:
 
 
 def _agree(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether they differ by next to nothing of their own length, however long they are; a NaN differs."""
+    """Tells whether they differ by next to nothing of their own length, however long they are; a NaN differs."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     scale = max(np.abs(a).max(), np.abs(b).max())
     if not np.isfinite(scale) or scale == 0:
@@ -227,7 +227,7 @@ def _agree(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _other_forms(user: str) -> list[str]:
-    """What another program may have made of an id, or this one of what it was: never the id itself."""
+    """Gives what another program may have made of an id, or this one of what it was: never the id itself."""
     bare = user.strip().strip("\ufeff\"'")
     forms = [bare, f"{bare} ", f" {bare}", f"{bare}\r", f'"{bare}"', bare.lower(), bare.upper(), bare.title()]
     forms += [unicodedata.normalize(form, bare) for form in ("NFC", "NFD")]

@@ -14,7 +14,7 @@ HISTORY, TRAIN, VALIDATION, TEST, UNUSED = range(len(SPLITS))
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How interactions become records."""
+    """The way in which interactions become records."""
 
     split: Literal["leave_last_out", "time"] = "leave_last_out"
     """leave_last_out: a user's last item is `test`, the one before `validation`, those before them `train`; time: two

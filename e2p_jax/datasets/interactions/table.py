@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from e2p_jax.errors import UserError
 
 SPLITS = ("history", "train", "validation", "test", "unused")
-"""What an interaction is for.
+"""The purposes of an interaction.
 
 history: what the user's vector and context may be made of; train, validation, test: the title that a record asks for;
 unused: none of these (a time split asks for one title a user and window).

@@ -24,7 +24,7 @@ class Article(NamedTuple):
 
 
 class Impression(NamedTuple):
-    """What a user had clicked, and clicked next."""
+    """An impression: what a user had clicked, and clicked next."""
 
     user_id: str
     history: list[str]  # news ids, oldest first

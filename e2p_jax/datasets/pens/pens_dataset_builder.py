@@ -16,7 +16,7 @@ from e2p_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How impressions become records."""
+    """The way in which impressions become records."""
 
     context: int = 50
     """Clicked headlines in a record: the last ones."""

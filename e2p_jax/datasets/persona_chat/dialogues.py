@@ -10,7 +10,7 @@ Whose = Literal["self", "other", "both"]
 
 
 class Turn(NamedTuple):
-    """What the partner says, and the reply."""
+    """A saying of the partner, and the reply."""
 
     partner: str
     reply: str
@@ -27,7 +27,7 @@ class Dialogue(NamedTuple):
     source: str  # file and row, for errors
 
     def context(self, whose: Whose) -> tuple[str, ...]:
-        """What is known of the two: about the one who replies, the one replied to, or both, each sentence labelled."""
+        """Says what is known of the one who replies, the one replied to, or both, each sentence labelled."""
         if whose == "self":
             return self.persona
         if whose == "other":

@@ -17,7 +17,7 @@ Readings = Sequence[Sequence[Dialogue]]  # the dialogues of a file, once for eac
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a release is laid out."""
+    """The layout of a release."""
 
     files: Callable[[Path], Files]  # of a directory; raises UserError where one is missing
     read: Callable[[Path, str, BadRecords], Readings]  # of a file, for one of its parts

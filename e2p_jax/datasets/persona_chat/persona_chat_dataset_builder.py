@@ -25,7 +25,7 @@ _ABOUT: dict[Whose, str] = {
 
 @dataclasses.dataclass(eq=False)
 class PersonaConfig(RecordConfig):
-    """Which form is read, and what stands for a user."""
+    """The form that is read, and what stands for a user."""
 
     form: forms.Form = forms.TRAINING_JSON
     whose: Whose = "self"

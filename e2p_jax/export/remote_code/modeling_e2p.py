@@ -283,7 +283,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         return self.projector(vectors)
 
     def slot_start(self, ids, first):
-        """Where the soft tokens of one row stand; `first` is its first token that is not padding."""
+        """Finds where the soft tokens of one row stand; `first` is its first token that is not padding."""
         if self.config.placement == "before_bos":
             return first
         if self.config.placement == "after_bos":
