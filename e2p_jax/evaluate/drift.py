@@ -36,8 +36,8 @@ class Drift:
     cosine: float  # mean over users, of standardised vectors, old to new
     aligned_cosine: float  # the same after the rotation that fits best
     token_change: float  # root mean square change of a soft token, in units of how users' tokens differ
-    nll_change: Difference  # new minus old, nats a target
-    gain_old: Interval  # nats a target that the own vector is better than another user's, old table
+    nll_change: Difference  # new minus old, nats per target
+    gain_old: Interval  # nats per target that the own vector is better than another user's, old table
     gain_new: Interval
     kept: Interval | None  # gain_new / gain_old; none where the gain to keep is not told from zero
     retrain: bool | None  # none where the data does not tell

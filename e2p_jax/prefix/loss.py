@@ -19,7 +19,7 @@ LOGITS_AT_ONCE = 1 << 25  # on one device, float32: the targets are gone through
 
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float = 0.0) -> jax.Array:
-    """-log softmax(soft_cap(hidden @ head.T))[ids], holding about `LOGITS_AT_ONCE` logits a device at most.
+    """-log softmax(soft_cap(hidden @ head.T))[ids], holding about `LOGITS_AT_ONCE` logits per device at most.
 
     Args:
       hidden: [B, M, D].

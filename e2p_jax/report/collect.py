@@ -17,7 +17,7 @@ from e2p_jax.files import run_directory
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import Run, open_run
 
-Curves = dict[str, list[tuple[float, float]]]  # (step, nats a target) by name
+Curves = dict[str, list[tuple[float, float]]]  # (step, nats per target) by name
 PROMPTS = ("hi , what do you do for fun ?", "what do you like ?")
 COSTED: tuple[Condition, ...] = ("none", "e2p", "text")
 

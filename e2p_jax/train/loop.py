@@ -166,7 +166,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
 def _evaluate(
     data: Data, number: int, evaluate: Callable[[Batch], jax.Array], mesh: jax.sharding.Mesh, batch_rows: int
 ) -> dict[str, float]:
-    """NLL a target by split, after step `number`."""
+    """NLL per target by split, after step `number`."""
     by_split = {}
     for name, (dataset, records) in data.held_out.items():
         try:

@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Scalars of one step, float32."""
 
-    loss: jax.Array  # nats a target
+    loss: jax.Array  # nats per target
     grad_norm: jax.Array  # of the trainable part, before the clip
     learning_rate: jax.Array
     targets: jax.Array
