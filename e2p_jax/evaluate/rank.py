@@ -81,7 +81,7 @@ def candidate_examples(
 def candidate_nll(
     run: Run, scorer: Scorer, records: Sequence[Record], conditions: Sequence[Condition]
 ) -> dict[Condition, np.ndarray]:
-    """[N, C] NLL a token of every candidate, the true one first; NaN where a record has fewer than another.
+    """[N, C] NLL per token of every candidate, the true one first; NaN where a record has fewer than another.
 
     Args:
       records: that end with an assistant turn and bring candidates.

@@ -232,7 +232,7 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
 
 
 def render_seeds(by_seed: Mapping[int, Evaluation]) -> rich.table.Table:
-    """One split's NLL a target, and its difference to `shuffled`, seed by seed."""
+    """One split's NLL per target, and its difference to `shuffled`, seed by seed."""
     split = next(iter(by_seed.values())).split
     table = rich.table.Table(title=f"{split}: NLL/target, minus shuffled, by seed", title_justify="left")
     table.add_column("condition")
