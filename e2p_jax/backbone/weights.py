@@ -119,6 +119,7 @@ def load(
     dtype: jnp.dtype | None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
     quantization: Quantization = "none",
+    wanted: Callable[[str], bool] = lambda path: True,
 ) -> Decoder:
     """Reads a backbone straight onto its devices; each host reads only the slices that its devices hold.
 
@@ -130,6 +131,7 @@ def load(
       dtype: of the loaded parameters; None keeps those of the files.
       sharding: parameter path under `backbone/` and stacked shape -> sharding.
       quantization: of the layers' matrices.
+      wanted: parameter path -> whether it is read; of the others the decoder holds the shapes.
 
     Raises:
       UserError: unreadable or mismatched files.
@@ -141,21 +143,24 @@ def load(
     checkpoint.check(config, {path: leaf.shape for path, leaf in flat.items()})
     for path, leaf in flat.items():
         kind = None if quantization == "none" or path not in matrices(config) else quantization
-        place = sharding(f"backbone/{path}", leaf.shape)
-        pieces = checkpoint.pieces(path, leaf.shape, place)
-        stored = _assemble(
-            pieces, path, leaf.shape, dtype or checkpoint.dtype(path), kind, sharding, checkpoint.largest
+        kept = dtype or checkpoint.dtype(path)
+        shapes = jax.eval_shape(
+            functools.partial(_stored, kind=kind, dtype=kept), jax.ShapeDtypeStruct(leaf.shape, kept)
         )
-        _store(decoder, path, stored)
+        if wanted(path):
+            pieces = checkpoint.pieces(path, leaf.shape, sharding(f"backbone/{path}", leaf.shape))
+            _store(decoder, path, _assemble(pieces, path, shapes, kind, kept, sharding, checkpoint.largest))
+        else:
+            _store(decoder, path, shapes)
     return decoder
 
 
 def _assemble(
     pieces: Iterator[jax.Array],
     path: str,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
+    stored: dict[str, jax.ShapeDtypeStruct],
     kind: Kind | None,
+    dtype: jnp.dtype,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
     room: int,
 ) -> dict[str, jax.Array]:
@@ -163,7 +168,6 @@ def _assemble(
 
     The host holds two pieces, or one where two would take more than `room` bytes.
     """
-    stored = jax.eval_shape(functools.partial(_stored, kind=kind, dtype=dtype), jax.ShapeDtypeStruct(shape, dtype))
     places = {suffix: sharding(f"backbone/{path}{suffix}", leaf.shape) for suffix, leaf in stored.items()}
     whole = {s: jnp.zeros(leaf.shape, leaf.dtype, device=places[s]) for s, leaf in stored.items()}
     write, start = _writer(kind, dtype, tuple(places.items())), 0

@@ -49,7 +49,7 @@ def export(
     if format in ("vllm", "vllm-chat", "sglang"):
         if not user or prompt is None:
             raise UserError(f"--format {format}: give --user and --prompt")
-        bodies = export_engine(open_run(run, checkpoint, embeddings), format, user, prompt)
+        bodies = export_engine(open_run(run, checkpoint, embeddings, backbone="embedding"), format, user, prompt)
         lines = "".join(json.dumps(body) + "\n" for body in bodies)
         if out is None:
             print(lines, end="")
@@ -60,7 +60,7 @@ def export(
         return
     if out is None:
         raise UserError(f"--format {format}: give --out DIR")
-    opened = open_run(run, checkpoint, embeddings)
+    opened = open_run(run, checkpoint, embeddings, backbone="all" if format == "backbone" else "none")
     if format == "transformers":
         export_transformers(opened, out, include_backbone)
     elif format == "peft":

@@ -36,7 +36,7 @@ def prefixes(
     from e2p_jax.train.run import open_run
 
     with session(processes):
-        written = export_prefixes(open_run(run, checkpoint, embeddings), out, dtype, keep_hours)
+        written = export_prefixes(open_run(run, checkpoint, embeddings, backbone="embedding"), out, dtype, keep_hours)
         if is_first():
             say(written.text())
             print(out)

@@ -215,12 +215,13 @@ def _shard(made_by: bytes, table: UserTable, rows: np.ndarray) -> tuple[Shard, n
 
 def _token_embeddings(run: Run) -> jax.Array:
     """[V, D], whole on every device."""
-    tokens = jnp.arange(run.inputs.decoder.vocab_size)[None]
+    tokens, backbone = jnp.arange(run.inputs.decoder.vocab_size)[None], run.model.params["backbone"]
 
-    def embed(params: Any) -> jax.Array:
+    def embed(embedding: jax.Array) -> jax.Array:
+        params = run.model.params | {"backbone": backbone | {"embedding": embedding}}
         return nnx.merge(run.model.graph, params).backbone.embed(tokens)[0]
 
-    return jax.jit(embed, out_shardings=replicated(run.model.mesh))(run.model.params)
+    return jax.jit(embed, out_shardings=replicated(run.model.mesh))(backbone["embedding"])
 
 
 def _write(out: Path, shard: Shard, projected: jax.Array) -> None:

@@ -6,7 +6,7 @@ The frozen backbone is never written; `backbone.json` in the run directory names
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -45,6 +45,12 @@ def _unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
 
 
+def _restore_args(tree: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
+    """Of all that is there, what is in `tree`."""
+    args = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(tree, restore_args=args, partial_restore=True)
+
+
 class Checkpoints:
     """The `checkpoints/<step>/` of a run."""
 
@@ -81,8 +87,8 @@ class Checkpoints:
                 **_BEST,
             )
         handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "statistics": ocp.StandardCheckpointHandler(),
+            "state": ocp.PyTreeCheckpointHandler(),
+            "statistics": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
         }
         with self._explained():
@@ -190,20 +196,28 @@ class Checkpoints:
         self._manager.save(
             self._saving,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flatten(state._replace(key=jax.random.key_data(state.key)))),
-                statistics=ocp.args.StandardSave(_flatten(statistics)),
+                state=ocp.args.PyTreeSave(_flatten(state._replace(key=jax.random.key_data(state.key)))),
+                statistics=ocp.args.PyTreeSave(_flatten(statistics)),
                 data=ocp.args.JsonSave(data),
             ),
             metrics=None if nll is None else {"nll": nll},
         )
 
-    def restore(self, step: int, state: TrainState, statistics: PyTree) -> tuple[TrainState, PyTree, dict[str, Any]]:
+    def restore(
+        self, step: int, state: TrainState, statistics: PyTree, only: Callable[[str], bool] = lambda path: True
+    ) -> tuple[TrainState, PyTree, dict[str, Any]]:
         """Reads a checkpoint onto the shardings of the given state, whatever mesh it was saved from.
+
+        Args:
+          state: arrays, or their shapes (`setup.abstract_state`).
+          statistics: likewise.
+          only: path in `state` -> whether it is read; the rest stays what was given, its shape checked all the same.
 
         Raises:
           UserError: the checkpoint does not fit this config, or holds parameters that are not finite.
         """
-        raw = state._replace(key=jax.random.key_data(state.key))
+        place = state.key.sharding
+        raw = state._replace(key=jax.eval_shape(jax.random.key_data, state.key).update(sharding=place))
         abstract = {
             name: jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(tree))
             for name, tree in (("state", raw), ("statistics", statistics))
@@ -220,24 +234,24 @@ class Checkpoints:
                         f"{self.directory / str(step)}: does not fit this run's config: {path} has shape "
                         f"{there.get(path)} there, {here.get(path)} here; use the config it was trained with"
                     )
+        abstract["state"] = {path: leaf for path, leaf in abstract["state"].items() if path == "step" or only(path)}
         with self._explained():
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract["state"]),
-                    statistics=ocp.args.StandardRestore(abstract["statistics"]),
-                    data=ocp.args.JsonRestore(),
+                    data=ocp.args.JsonRestore(), **{name: _restore_args(tree) for name, tree in abstract.items()}
                 ),
             )
-        raw = _unflatten(raw, restored["state"])
+        raw = _unflatten(raw, _flatten(raw) | restored["state"])
         if int(raw.step) != step:
             raise UserError(f"{self.directory / str(step)}: holds step {int(raw.step)}; give it that name again")
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(raw.trainable)):
+        learned = [leaf for leaf in jax.tree.leaves(raw.trainable) if isinstance(leaf, jax.Array)]
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in learned):
             raise UserError(
                 f"{self.directory / str(step)}: holds parameters that are not finite (earlier versions saved them); "
                 "move it away to resume from the one before, or choose another with --checkpoint"
             )
-        key = jax.random.wrap_key_data(raw.key)
+        key = jax.random.wrap_key_data(raw.key) if isinstance(raw.key, jax.Array) else state.key
         return raw._replace(key=key), _unflatten(statistics, restored["statistics"]), restored["data"]
 
     def wait(self) -> None:

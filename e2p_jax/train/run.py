@@ -4,6 +4,7 @@
 `tensorboard/`, `checkpoints/<step>/`, `report/`.
 """
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -14,15 +15,15 @@ from etils import epath
 
 from e2p_jax import config as config_lib
 from e2p_jax.backbone.attention import runs_on
-from e2p_jax.config import Config, MeshConfig
+from e2p_jax.config import Config, MeshConfig, TrainConfig
 from e2p_jax.errors import UserError
 from e2p_jax.files import run_directory, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train import identity
 from e2p_jax.train.checkpoint import Checkpoints
-from e2p_jax.train.partition import join
-from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, read_inputs
+from e2p_jax.train.partition import join, split
+from e2p_jax.train.setup import Inputs, Model, Parts, abstract_state, frozen_model, read_inputs
 from e2p_jax.vectors.population import Population
 
 PyTree = Any
@@ -94,12 +95,16 @@ def _on_this_machine(config: Config) -> Config:
     return config
 
 
-def open_run(directory: epath.PathLike, checkpoint: str = "best", embeddings: str | None = None) -> Run:
-    """Loads the backbone that the run names and a checkpoint of the rest.
+def open_run(
+    directory: epath.PathLike, checkpoint: str = "best", embeddings: str | None = None, backbone: Parts = "all"
+) -> Run:
+    """Loads the backbone that the run names and the parameters of a checkpoint, without the optimizer's moments.
 
     Args:
       checkpoint: `best`, `last`, or a step.
       embeddings: a table of user vectors to use in place of the run's own.
+      backbone: what of it is loaded: all, or, where only the projector is asked, the token embeddings or nothing. The
+        model then has shapes in place of its other parameters. That it is the same backbone is checked all the same.
 
     Raises:
       UserError: not a run, a damaged one, no checkpoint, another backbone, or vectors of another width.
@@ -119,13 +124,27 @@ def open_run(directory: epath.PathLike, checkpoint: str = "best", embeddings: st
         raise UserError(
             f"{inputs.table.source}: vectors have width {inputs.table.width}, but the run's projector takes {width}"
         )
-    model = build_model(inputs, Population.standard(width))
+    model = frozen_model(inputs, width, backbone)
     identity.check_weights(directory, names, model)
-    checkpoints = Checkpoints(directory)
-    step = checkpoints.step_of(checkpoint)
-    checkpoints.check(step)
-    state, frozen = initial_state(model, config.train)
-    state, statistics, _ = checkpoints.restore(step, state, frozen["projector"])
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        step = checkpoints.step_of(checkpoint)
+        checkpoints.check(step)
+        model = restore_parameters(checkpoints, step, model, config.train, "" if backbone == "all" else "projector/")
+    return Run(directory, step, inputs, model)
+
+
+def restore_parameters(
+    checkpoints: Checkpoints, step: int, model: Model, settings: TrainConfig, part: str = ""
+) -> Model:
+    """The model with a checkpoint's parameters: those whose path begins with `part`, and the projector's statistics.
+
+    Raises:
+      UserError: as `Checkpoints.restore` does.
+    """
+    _, frozen = split(model.params, model.mask)
+    state = abstract_state(model, settings)
+    state, statistics, _ = checkpoints.restore(
+        step, state, frozen["projector"], lambda path: path.startswith(f"trainable/{part}")
+    )
     params = join(state.trainable, {**frozen, "projector": statistics}, model.mask)
-    return Run(directory, step, inputs, dataclasses.replace(model, params=params))
+    return dataclasses.replace(model, params=params)

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -156,7 +156,7 @@ def build_model(inputs: Inputs, population: Population) -> Model:
     """
     config, width = inputs.config, len(population.mean)
     model = abstract_model(config, inputs.decoder, width, make_mesh(config.mesh))
-    backbone, fingerprint = _backbone(inputs, model)
+    backbone, fingerprint = _backbone(inputs, model, lambda path: True)
 
     def initialise(embedding: jax.Array, mean: jax.Array, std: jax.Array) -> PyTree:
         projector = _projector(config, inputs.decoder, width)
@@ -167,25 +167,70 @@ def build_model(inputs: Inputs, population: Population) -> Model:
         projector = jax.jit(initialise, out_shardings=replicated(model.mesh))(backbone["embedding"], *population)
     params = {"backbone": backbone, "projector": projector}
     if config.backbone.lora_rank:
-        params["lora"] = _adapters(inputs, model)
+        params["lora"] = _adapters(inputs, model, lambda path: True)
     params = jax.tree.map(lambda value, shape: value.astype(shape.dtype), params, model.params)
     return dataclasses.replace(model, params=params, fingerprint=fingerprint)
 
 
-def _adapters(inputs: Inputs, model: Model) -> PyTree:
+Parts = Literal["none", "embedding", "all"]  # of a frozen backbone
+
+
+def frozen_model(inputs: Inputs, embedding_width: int, parts: Parts) -> Model:
+    """The model with what its run's checkpoints do not hold: the frozen parameters of the backbone and of adapters.
+
+    Args:
+      parts: what of them is there: nothing, the token embeddings alone, or all. In place of the rest are the shapes.
+
+    Raises:
+      UserError: the backbone's weights cannot be read or `train.trainable` does not fit.
+    """
+    model = abstract_model(inputs.config, inputs.decoder, embedding_width, make_mesh(inputs.config.mesh))
+    trained = {path_name(path) for path, trains in jax.tree_util.tree_leaves_with_path(model.mask) if trains}
+
+    def wanted(path: str) -> bool:
+        return path not in trained and (parts == "all" or (parts == "embedding" and path == "backbone/embedding"))
+
+    backbone, fingerprint = _backbone(inputs, model, wanted)
+    params = model.params | {"backbone": backbone}
+    if inputs.config.backbone.lora_rank:
+        params["lora"] = _adapters(inputs, model, wanted)
+    return dataclasses.replace(model, params=params, fingerprint=fingerprint)
+
+
+def _adapters(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> PyTree:
     def initialise() -> PyTree:
         return nnx.to_pure_dict(nnx.state(_lora(inputs.config, inputs.decoder)))
 
-    return jax.jit(initialise, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model.params["lora"]))()
+    return _initialised(initialise, model, "lora", wanted)
 
 
-def _backbone(inputs: Inputs, model: Model) -> tuple[PyTree, str]:
-    """Its parameters in the places that the abstract `model` names, and their fingerprint."""
-    config, shapes = inputs.config.backbone, model.params["backbone"]
+def _initialised(make: Callable[[], PyTree], model: Model, part: str, wanted: Callable[[str], bool]) -> PyTree:
+    """What `make` makes of a part of the abstract `model`, in its place; the shapes of what is not wanted."""
+    shapes = model.params[part]
+
+    def chosen(values: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, value: value if wanted(f"{part}/{path_name(path)}") else None, values
+        )
+
+    places = chosen(jax.tree.map(lambda leaf: leaf.sharding, shapes))
+    made = jax.jit(lambda: chosen(make()), out_shardings=places)()
+    return jax.tree.map(lambda shape, value: shape if value is None else value, shapes, made)
+
+
+def _backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> tuple[PyTree, str]:
+    """Its wanted parameters in the places that the abstract `model` names, shapes for the rest; their fingerprint."""
+    config = inputs.config.backbone
     dtype = weights.choose_dtype(config.dtype, model.mesh.devices.flat[0].platform)
     if config.weights == "pretrained":
         sharding = functools.partial(param_sharding, model.mesh)
-        decoder = weights.load(inputs.directory, dtype=dtype, sharding=sharding, quantization=config.quantization)
+        decoder = weights.load(
+            inputs.directory,
+            dtype=dtype,
+            sharding=sharding,
+            quantization=config.quantization,
+            wanted=lambda path: wanted(f"backbone/{path}"),
+        )
         return nnx.to_pure_dict(nnx.state(decoder)), weights.open_checkpoint(inputs.directory).fingerprint()
 
     def initialise() -> PyTree:
@@ -193,7 +238,7 @@ def _backbone(inputs: Inputs, model: Model) -> tuple[PyTree, str]:
         rngs = nnx.Rngs(inputs.config.train.seed + 1)
         return nnx.to_pure_dict(nnx.state(Decoder(inputs.decoder, dtype=dtype, rngs=rngs)))
 
-    return jax.jit(initialise, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(), "random"
+    return _initialised(initialise, model, "backbone", wanted), "random"
 
 
 def state_shardings(model: Model, state: PyTree) -> PyTree:
