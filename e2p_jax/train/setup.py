@@ -231,7 +231,12 @@ def _backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> tu
             quantization=config.quantization,
             wanted=lambda path: wanted(f"backbone/{path}"),
         )
-        return nnx.to_pure_dict(nnx.state(decoder)), weights.open_checkpoint(inputs.directory).fingerprint()
+        loaded = jax.tree.map(
+            lambda shape, value: value if isinstance(value, jax.Array) else shape,
+            model.params["backbone"],
+            nnx.to_pure_dict(nnx.state(decoder)),
+        )
+        return loaded, weights.open_checkpoint(inputs.directory).fingerprint()
 
     def initialise() -> PyTree:
         # Of the next seed, and no purpose of this one: what stays frozen of it is in no checkpoint, and made anew.
