@@ -12,11 +12,12 @@ import os.path
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from e2p_jax.config_checks import fault_of, time_limit
 from e2p_jax.errors import UsageError, UserError
-from e2p_jax.guards import fault_of, time_limit
 from e2p_jax.json_files import parse_object
+from e2p_jax.registry import PROJECTORS, described, one_of
 
 Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
 Measures = Literal["ranking", "users", "texts"]
@@ -102,8 +103,8 @@ class PrefixConfig:
 class ProjectorConfig:
     """User vector -> soft tokens."""
 
-    kind: Literal["mlp", "linear"] = "mlp"
-    """mlp: two layers with SiLU beside a linear skip; linear: one matrix."""
+    kind: Annotated[str, one_of(PROJECTORS, described(PROJECTORS))] = "mlp"
+    """One of `registry.PROJECTORS`."""
     num_tokens: int = 1
     """K: soft tokens a user."""
     hidden_size: int = 512
@@ -275,7 +276,7 @@ class Config:
             values = getattr(self, section)
             if type(values) is not kind:
                 raise UserError(f"{section} is {values!r}; it must be a {kind.__name__}")
-            for name, field_kind in typing.get_type_hints(kind).items():
+            for name, field_kind in typing.get_type_hints(kind, include_extras=True).items():
                 given = getattr(values, name)
                 if fault := fault_of(given, field_kind):
                     raise UserError(f"{section}.{name} is {given!r}; {fault}")

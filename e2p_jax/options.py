@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from e2p_jax.config_checks import LARGEST_FLOAT
 from e2p_jax.errors import UsageError
-from e2p_jax.guards import LARGEST_FLOAT
 
 
 @dataclasses.dataclass(frozen=True)

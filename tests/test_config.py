@@ -32,6 +32,8 @@ SHIPPED = sorted(
 
 def _other(value: Any, kind: Any) -> Any:
     """A value of the field's type that is not its default."""
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = kind.__metadata__[0].constructor_factory()
     if typing.get_origin(kind) is typing.Literal:
         return next(choice for choice in typing.get_args(kind) if choice != value)
     if isinstance(value, tuple):
@@ -46,7 +48,7 @@ def _changed() -> Config:
     sections = {}
     for section in dataclasses.fields(Config):
         default = section.default
-        kinds = typing.get_type_hints(type(default))
+        kinds = typing.get_type_hints(type(default), include_extras=True)
         values = {name: _other(getattr(default, name), kind) for name, kind in kinds.items()}
         sections[section.name] = type(default)(**values)
     return Config(**sections)

@@ -6,10 +6,13 @@ from typing import Annotated
 import tyro
 
 from e2p_jax.config import OnBadRecord
+from e2p_jax.registry import DATASETS, described
+
+DATASET = f"{described(DATASETS)} Or a configuration: persona_chat/self_revised."
 
 
 def prepare(
-    dataset: tyro.conf.Positional[str],
+    dataset: tyro.conf.Positional[Annotated[str, tyro.conf.arg(help=DATASET)]],
     /,
     manual_dir: Path,
     data_dir: Path,
@@ -20,7 +23,7 @@ def prepare(
     """Writes a dataset in TFDS form, and prints its directory.
 
     Args:
-      dataset: persona_chat, pens or interactions; or a configuration: persona_chat/self_revised.
+      dataset: One of `registry.DATASETS`, or a configuration of it.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
       options: Options to change, as name=value; docs/data.md lists them, and so does the error for an unknown one.

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib
 import json
 import shutil
 import sys
@@ -15,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.errors import UserError
+from e2p_jax.registry import DATASETS
 from e2p_jax.terminal import say
 
 if TYPE_CHECKING:
     from e2p_jax.datasets.builder import RecordBuilder, RecordConfig
-
-DATASETS = ("persona_chat", "pens", "interactions")  # a package beside this file each
 
 
 def prepare(
@@ -29,7 +27,7 @@ def prepare(
     """Writes a dataset under `data_dir`, unless it is there already. It appears whole or not at all.
 
     Args:
-      dataset: One of `DATASETS`, or one of its configurations: `persona_chat/self_revised`.
+      dataset: One of `registry.DATASETS`, or one of its configurations: `persona_chat/self_revised`.
       manual_dir: Where the original files lie.
       data_dir: Where prepared datasets go.
       options: `name=value` each: what to change in the configuration's options.
@@ -50,7 +48,7 @@ def prepare(
     manual_dir, data_dir = manual_dir.expanduser(), data_dir.expanduser()
     if not manual_dir.is_dir():
         raise UserError(f"--manual-dir {manual_dir}: not a directory; it must hold the dataset's original files")
-    builder_class = importlib.import_module(f"e2p_jax.datasets.{name}.{name}_dataset_builder").Builder
+    builder_class = DATASETS[name].load()
     builder = builder_class(config=_configuration(builder_class, name, config, options), data_dir=data_dir, bad=bad)
     directory = Path(builder.data_dir)
     sources = {path.name: _digest(path) for path in builder.sources(manual_dir)}

@@ -1,11 +1,9 @@
 """Importing this module registers our builders with TensorFlow Datasets.
 
 Then `tfds.builder("pens", data_dir=...)`, `tfds.data_source(...)` and, where TensorFlow is installed, `tfds.load(...)`
-know `persona_chat`, `pens` and `interactions` by their names.
+know the names of `registry.DATASETS`.
 """
 
-from e2p_jax.datasets.interactions.interactions_dataset_builder import Builder as Interactions
-from e2p_jax.datasets.pens.pens_dataset_builder import Builder as Pens
-from e2p_jax.datasets.persona_chat.persona_chat_dataset_builder import Builder as PersonaChat
+from e2p_jax.registry import DATASETS
 
-__all__ = ["Interactions", "Pens", "PersonaChat"]
+BUILDERS = {name: dataset.load() for name, dataset in DATASETS.items()}

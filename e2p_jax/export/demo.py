@@ -18,7 +18,7 @@ from e2p_jax.datasets.prepared import load_records
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import stream, vectors_for
-from e2p_jax.export.guard import NAMES, Guard
+from e2p_jax.export.demo_access import NAMES, OwnPageOnly
 from e2p_jax.options import Sampling
 from e2p_jax.terminal import printable
 from e2p_jax.train.run import Run
@@ -62,7 +62,7 @@ def launch(page: gradio.Blocks, port: int) -> None:
     """
     page.queue(max_size=WAITING)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])  # none from elsewhere
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False), Middleware(Guard)]
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False), Middleware(OwnPageOnly)]
     try:
         page.launch(
             server_name=HOST,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset, train_iterator
 from e2p_jax.errors import UserError
-from e2p_jax.export.transformers import TORCH_NAMES
 from e2p_jax.files import explain_refusal, replace_directory
 from e2p_jax.json_files import is_digest, read_object
+from e2p_jax.prefix.projector import kind_of
 from e2p_jax.tensors import write_tensors
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.run import claim_run
@@ -66,7 +67,7 @@ def import_transformers(directory: Path, out: Path, data: str | None = None, emb
                 f"{directory}: its projector was trained in front of weights with fingerprint {wanted[:12]}, the "
                 f"backbone's is {model.fingerprint[:12]}; restore that backbone"
             )
-        model = _with_projector(model, checkpoint)
+        model = _with_projector(model, checkpoint, kind_of(there.projector.kind).TORCH_NAMES)
         claim_run(temporary, there, inputs, model)
         state, frozen = initial_state(model, there.train)
         checkpoints = Checkpoints(temporary, there.train)
@@ -141,11 +142,11 @@ def _write_backbone(checkpoint: Checkpoint, settings: dict[str, Any], out: Path)
     write_tensors(out, ((name.removeprefix(prefix), tensor) for name, tensor in held.items()))
 
 
-def _with_projector(model: Model, checkpoint: Checkpoint) -> Model:
+def _with_projector(model: Model, checkpoint: Checkpoint, names: Mapping[str, str]) -> Model:
     """The model with the checkpoint's projector, in float32, on the devices that its own was on."""
     projector = {}
     for name, leaf in model.params["projector"].items():
-        stored = f"projector.{TORCH_NAMES.get(name, name)}"
+        stored = f"projector.{names.get(name, name)}"
         value = checkpoint.tensors.get(stored)
         if value is None or value.shape != leaf.shape[::-1]:
             raise UserError(f"{checkpoint.directory}: no tensor {stored} of shape {leaf.shape[::-1]}; export it again")

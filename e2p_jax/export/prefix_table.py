@@ -191,7 +191,7 @@ def project_table(
 
 def rows_a_shard(projector: Projector, dtype: str) -> int:
     """A power of two, whatever the devices, so that shards are the same on another machine."""
-    width = projector.skip[...].shape[1]  # K * D
+    width = projector.num_tokens * projector.token_mean[...].shape[0]  # K * D
     return 1 << max((SHARD_BYTES // (width * jnp.dtype(dtype).itemsize)).bit_length() - 1, 0)
 
 

@@ -17,6 +17,8 @@ from e2p_jax.export.model_card import model_card
 from e2p_jax.export.slot import user_turn
 from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import replace_directory
+from e2p_jax.prefix.projector import kind_of
+from e2p_jax.registry import PROJECTORS
 from e2p_jax.tensors import write_tensors
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
@@ -25,14 +27,6 @@ REMOTE_CODE = Path(__file__).parent / "remote_code"
 CLASSES = {
     "AutoConfig": "configuration_e2p.E2PConfig",
     "AutoModelForCausalLM": "modeling_e2p.E2PForCausalLM",
-}
-# Parameters of torch's linear layers; matrices are transposed.
-TORCH_NAMES = {
-    "skip": "skip.weight",
-    "bias": "skip.bias",
-    "up": "up.weight",
-    "up_bias": "up.bias",
-    "down": "down.weight",
 }
 
 
@@ -56,6 +50,8 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
         save_tokenizer(run, temporary)
         for source in REMOTE_CODE.glob("*_e2p.py"):
             shutil.copyfile(source, temporary / source.name)
+        with (temporary / "modeling_e2p.py").open("a", encoding="utf-8") as code:
+            code.writelines(f"\n\n{kind_of(name).TORCH}" for name in PROJECTORS)
         _write_weights(run, temporary, include_backbone)
         (temporary / "README.md").write_text(model_card(run))
         for path in temporary.iterdir():
@@ -100,8 +96,9 @@ def _generation_config(run: Run) -> dict[str, Any]:
 
 
 def _write_weights(run: Run, out: Path, include_backbone: bool) -> None:
+    names = kind_of(run.inputs.config.projector.kind).TORCH_NAMES
     projector = {
-        f"projector.{TORCH_NAMES.get(name, name)}": np.asarray(value).T
+        f"projector.{names.get(name, name)}": np.asarray(value).T
         for name, value in run.model.params["projector"].items()
     }
     prefix = _backbone_prefix(run)

@@ -1,24 +1,54 @@
-"""User vector -> soft tokens."""
+"""User vector -> soft tokens: what the kinds of projector (`registry.PROJECTORS`) share."""
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from e2p_jax.registry import PROJECTORS
+
+Matrix = Callable[[int, int, float], nnx.Param]  # (rows, columns, gain) -> normal, with `gain` for a unit input
+
 
 class Statistic(nnx.Variable):
     """A constant measured before training and kept with the projector; never trained."""
 
 
+class Kind(Protocol):
+    """What the module of a kind defines."""
+
+    TORCH_NAMES: Mapping[str, str]
+    """Parameter -> its name in the exported model, where that is another; torch holds the transpose."""
+    TORCH: str
+    """Source that puts a class in PROJECTORS at the end of the exported modeling_e2p.py, with its two methods."""
+
+    def parameters(self, rows: int, columns: int, hidden_size: int, matrix: Matrix) -> dict[str, nnx.Param]:
+        """Fresh parameters by name, for `rows` = E and `columns` = K*D, with an output of unit variance."""
+
+    def project(self, projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """Standardised vectors [..., E] -> [..., K*D]; the parameters are attributes of the projector."""
+
+
+def kind_of(name: str) -> Kind:
+    """The module of a kind."""
+    kind: Kind = PROJECTORS[name].load()
+    return kind
+
+
+def row(variable: nnx.Variable, x: jax.Array) -> jax.Array:
+    """[N] -> [1, .., N], of the rank of `x`: rank promotion is strict."""
+    return variable[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 class Projector(nnx.Module):
     """[..., E] -> [..., K, D].
 
-    `mlp` is the two-layer SiLU network with a linear residual and dropout that the field settled on;
-    `linear` is the residual alone. Vectors are standardised first, so a fresh network's output has about unit
-    variance a dimension; it is then moved to the mean and scaled to the spread of the backbone's own token embeddings
-    (`calibrate`), so the frozen layers see an ordinary-looking token from the first step. Computed in float32.
+    Vectors are standardised first, so a fresh network's output has about unit variance a dimension; it is then moved to
+    the mean and scaled to the spread of the backbone's own token embeddings (`calibrate`), so the frozen layers see an
+    ordinary-looking token from the first step. Computed in float32.
 
     With `null_user_rate` there is a null user: a learned vector, at first the mean user's, in place of vectors that are
     NaN (users who have none) and, in training, of that share of all others.
@@ -30,7 +60,7 @@ class Projector(nnx.Module):
         embedding_width: int,
         model_width: int,
         num_tokens: int,
-        kind: Literal["mlp", "linear"],
+        kind: str,
         hidden_size: int,
         dropout: float,
         noise: float = 0.0,
@@ -44,15 +74,8 @@ class Projector(nnx.Module):
 
         self.kind, self.num_tokens = kind, num_tokens
         self.dropout, self.noise, self.null_user_rate = dropout, noise, null_user_rate
-        # Of unit output variance, the residual gets one half and the MLP (SiLU of a unit normal has second
-        # moment 0.356) the other.
-        share = 0.5**0.5 if kind == "mlp" else 1.0
-        self.skip = matrix(e, k * d, share)
-        self.bias = nnx.Param(jnp.zeros((k * d,)))
-        if kind == "mlp":
-            self.up = matrix(e, hidden_size, 1.0)
-            self.up_bias = nnx.Param(jnp.zeros((hidden_size,)))
-            self.down = matrix(hidden_size, k * d, share * 0.356**-0.5)
+        for name, parameter in kind_of(kind).parameters(e, k * d, hidden_size, matrix).items():
+            setattr(self, name, parameter)
         if null_user_rate:
             self.null_user = nnx.Param(jnp.zeros((e,)))  # standardised
         self.input_mean = Statistic(jnp.zeros((e,)))
@@ -71,31 +94,18 @@ class Projector(nnx.Module):
           [..., K, D] float32.
         """
         chex.assert_axis_dimension(vectors, -1, self.input_mean[...].shape[0])
-        lead = (1,) * (vectors.ndim - 1)
         if dropout_key is not None:  # one key a purpose
             dropout_key, noise_key, null_key = jax.random.split(dropout_key, 3)
-
-        def row(variable: nnx.Variable) -> jax.Array:  # strict rank promotion: [N] -> [1, .., N]
-            return variable[...].reshape(*lead, -1)
-
-        x = (vectors - row(self.input_mean)) / row(self.input_std)
+        x = (vectors - row(self.input_mean, vectors)) / row(self.input_std, vectors)
         if dropout_key is not None and self.noise:
             x = x + self.noise * jax.random.normal(noise_key, x.shape)
         if self.null_user_rate:
             is_null = jnp.isnan(vectors[..., :1])
             if dropout_key is not None:
                 is_null = is_null | jax.random.bernoulli(null_key, self.null_user_rate, is_null.shape)
-            x = jnp.where(is_null, row(self.null_user), x)
-        y = x @ self.skip[...] + row(self.bias)
-        if self.kind == "mlp":
-            h = jax.nn.silu(x @ self.up[...] + row(self.up_bias))
-            if dropout_key is not None and self.dropout:
-                keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, h.shape)
-                h = jnp.where(keep, h / (1 - self.dropout), 0.0)
-            y = y + h @ self.down[...]
-        y = y.reshape(*vectors.shape[:-1], self.num_tokens, -1)
-        lead = (1,) * vectors.ndim
-        return row(self.token_mean) + row(self.token_std) * y
+            x = jnp.where(is_null, row(self.null_user, x), x)
+        y = kind_of(self.kind).project(self, x, dropout_key).reshape(*vectors.shape[:-1], self.num_tokens, -1)
+        return row(self.token_mean, y) + row(self.token_std, y) * y
 
     def calibrate(self, mean: jax.Array, std: jax.Array, token_embeddings: jax.Array, scale: float) -> None:
         """Sets the statistics.

@@ -131,30 +131,35 @@ JSONL = """\
 
 TEXT = [f"{whose}_{wording}" for whose in ("self", "other", "both") for wording in ("original", "revised")]
 EXPECTED: dict[str, tuple[str, str, list[str], dict[str, int]]] = {
-    # name -> builder, release, configurations, examples by split
-    "PensTest": ("Pens", "pens", ["headlines"], {"train": 3, "validation": 2, "test": 5}),
-    "InteractionsTest": ("Interactions", "movielens", ["leave_last_out"], {"train": 34, "validation": 8, "test": 8}),
+    # name -> data set, release, configurations, examples by split
+    "PensTest": ("pens", "pens", ["headlines"], {"train": 3, "validation": 2, "test": 5}),
+    "InteractionsTest": ("interactions", "movielens", ["leave_last_out"], {"train": 34, "validation": 8, "test": 8}),
     "PersonaChatTest": (
-        "PersonaChat",
+        "persona_chat",
         "persona_chat",
         TEXT,
         {"train": 3, "validation": 2, "test": 1, "validation_seen": 1, "validation_ranking": 4},
     ),
     "PersonaChatBareTest": (
-        "PersonaChat",
+        "persona_chat",
         "persona_chat",
         [f"{name}_no_cands" for name in TEXT],
         {"train": 3, "validation": 2, "test": 1, "validation_seen": 1},
     ),
     "PersonaChatJsonTest": (
-        "PersonaChat",
+        "persona_chat",
         "persona_chat",
         ["convai2_json"],
         {"train": 3, "validation": 1, "validation_ranking": 2},
     ),
-    "PersonaChatEvaluationTest": ("PersonaChat", "persona_chat", ["convai2_evaluation"], {"train": 4, "validation": 2}),
+    "PersonaChatEvaluationTest": (
+        "persona_chat",
+        "persona_chat",
+        ["convai2_evaluation"],
+        {"train": 4, "validation": 2},
+    ),
     "SyntheticPersonaTest": (
-        "PersonaChat",
+        "persona_chat",
         "persona_chat",
         ["synthetic"],
         {"train": 4, "validation": 2, "test": 2},

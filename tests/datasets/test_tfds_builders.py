@@ -11,8 +11,8 @@ import pytest
 import releases
 import tensorflow_datasets as tfds
 
-from e2p_jax.datasets import register as datasets
 from e2p_jax.datasets.prepare import prepare
+from e2p_jax.datasets.register import BUILDERS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed ([test-tfds])")
@@ -25,9 +25,9 @@ def test_tfds_own_tests_of_our_builders():
 @pytest.mark.parametrize("name", releases.EXPECTED)
 def test_builders_work_through_tfds_alone(tmp_path, name):
     """What TFDS's tests check, without TensorFlow: name, counts, no example in two splits, the same reloaded."""
-    builder_name, release, configs, splits = releases.EXPECTED[name]
+    dataset, release, configs, splits = releases.EXPECTED[name]
     manual = getattr(releases, release)(tmp_path / "manual")
-    builder_class = getattr(datasets, builder_name)
+    builder_class = BUILDERS[dataset]
     assert builder_class.name in tfds.list_builders(with_community_datasets=False)
     for config in configs or [None]:
         builder = tfds.builder(f"{builder_class.name}/{config}" if config else builder_class.name, data_dir=tmp_path)

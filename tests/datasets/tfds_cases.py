@@ -10,7 +10,7 @@ from pathlib import Path
 import releases
 import tensorflow_datasets as tfds
 
-from e2p_jax.datasets import register as datasets
+from e2p_jax.datasets.register import BUILDERS
 
 
 class OnRelease:
@@ -30,9 +30,9 @@ class OnRelease:
         shutil.rmtree(cls.EXAMPLE_DIR)
 
 
-for name, (builder, release, configs, splits) in releases.EXPECTED.items():
+for name, (dataset, release, configs, splits) in releases.EXPECTED.items():
     settings = {
-        "DATASET_CLASS": getattr(datasets, builder),
+        "DATASET_CLASS": BUILDERS[dataset],
         "RELEASE": release,
         "BUILDER_CONFIG_NAMES_TO_TEST": configs,
         "SPLITS": splits,

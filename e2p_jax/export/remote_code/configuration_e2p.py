@@ -15,8 +15,8 @@ class E2PConfig(PretrainedConfig):
         them as far as they were not joined to the text; `opening`, whether only the beginning of a prompt counts.
       num_soft_tokens: soft tokens a user.
       embedding_size: width of a user vector.
-      projector_kind: `mlp` or `linear`.
-      projector_hidden_size: width of the MLP's hidden layer.
+      projector_kind: a key of `PROJECTORS` in modeling_e2p.py.
+      projector_hidden_size: width of its hidden layer, where it has one.
       null_user: whether the projector has a learned vector for users without one.
 
     Raises:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from .configuration_e2p import E2PConfig
 
+PROJECTORS = {}  # by kind; the export writes them at the end of this file, all in every export
 LENGTHS = ("max_length", "min_length")  # of a prompt and its answer together
 
 
@@ -32,12 +33,8 @@ class E2PProjector(nn.Module):
     def __init__(self, config: E2PConfig):
         super().__init__()
         e, d = config.embedding_size, config.backbone_config.hidden_size
-        width = config.num_soft_tokens * d
         self.num_soft_tokens = config.num_soft_tokens
-        self.skip = nn.Linear(e, width)
-        if config.projector_kind == "mlp":
-            self.up = nn.Linear(e, config.projector_hidden_size)
-            self.down = nn.Linear(config.projector_hidden_size, width, bias=False)
+        self.make_layers(config, e, config.num_soft_tokens * d)
         if config.null_user:
             self.null_user = nn.Parameter(torch.zeros(e))
         for name, size in [("input_mean", e), ("input_std", e), ("token_mean", d), ("token_std", d)]:
@@ -60,10 +57,8 @@ class E2PProjector(nn.Module):
         x = (vectors.float() - self.input_mean) / self.input_std
         if hasattr(self, "null_user"):
             x = torch.where(x[..., :1].isnan(), self.null_user, x)
-        y = self.skip(x)
-        if hasattr(self, "up"):
-            y = y + self.down(nn.functional.silu(self.up(x)))
-        return self.token_mean + self.token_std * y.unflatten(-1, (self.num_soft_tokens, -1))
+        y = self.apply_layers(x).unflatten(-1, (self.num_soft_tokens, -1))
+        return self.token_mean + self.token_std * y
 
 
 class E2PForCausalLM(PreTrainedModel, GenerationMixin):
@@ -86,7 +81,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
                 "this version of transformers multiplies Gemma's `inputs_embeds`, soft tokens included, instead of its "
                 "token embeddings alone; upgrade transformers"
             )
-        self.projector = E2PProjector(config)
+        self.projector = PROJECTORS[config.projector_kind](config)
         self.post_init()
 
     def _init_weights(self, module):
@@ -269,7 +264,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         """[B, K, D] float32 for the rows of `input_ids`."""
         if user_embedding is None:
             raise ValueError("user_embedding is missing: pass a vector for every row (model.backbone takes none)")
-        vectors = torch.as_tensor(user_embedding, device=self.projector.skip.weight.device)
+        vectors = torch.as_tensor(user_embedding, device=self.projector.input_mean.device)
         width, rows = self.config.embedding_size, len(input_ids)
         if vectors.ndim == 1:
             vectors = vectors.expand(rows, -1)

@@ -5,13 +5,15 @@ import signal
 import threading
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 LARGEST_FLOAT = 3.4028234663852886e38  # float32's
 
 
 def fault_of(given: Any, kind: Any) -> str | None:
     """Says what `given` should have been, unless it is of that kind: a field's annotation."""
+    if typing.get_origin(kind) is Annotated:  # by `registry.one_of`
+        kind = kind.__metadata__[0].constructor_factory()
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return None if given in options else f"choose from {', '.join(options)}"

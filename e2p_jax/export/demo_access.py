@@ -24,7 +24,7 @@ _READ_WHOLE = (
 _WRITE = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
 
 
-class Guard:
+class OwnPageOnly:
     """ASGI middleware behind Starlette's check of the Host header: origin, path and body of every request.
 
     A page of another site whose name comes to point at this machine (DNS rebinding) sends its own name as Host; one
