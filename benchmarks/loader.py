@@ -1,12 +1,14 @@
 """Start-up and throughput of the data pipeline on one core: prints one line of JSON for each row length.
 
     python benchmarks/loader.py --data data/persona_chat/self_original/1.0.0 --workdir /tmp/loader
-    python benchmarks/loader.py --users 50000 --workdir /tmp/loader
+    python benchmarks/loader.py --users 1000000 --lengths 512 --workdir /tmp/loader
 
 Two fresh processes start on the same data, the first with an empty cache, the second with a full one; each is held to
-one core, reads what a run reads before it trains, and then makes batches. Told: seconds to start and records tokenised
-a second; the process's memory (its own, and with the mapped pages of the cache); the share of the rows that is filled;
-tokens a second in batches, by the wall clock and by processor time (fairer on a machine that others use).
+one core, reads what a run reads before it trains, and then makes batches. Generated users say one conversation each and
+have a table of vectors. Told: seconds to start and conversations; memory before anything was read, after, and at most,
+in megabytes: the process's own (private) and with the mapped pages of cache and table (resident); what the start added
+to the private part, in bytes a conversation; the share of the rows that is filled; tokens a second in batches, by the
+wall clock and by processor time (fairer on a machine that others use).
 """
 
 import json
@@ -14,22 +16,28 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import tyro
+from vectors import write_table
 
-ROWS = 32
+ROWS, WIDTH = 32, 128
+HELD_OUT = 200  # generated users, half of them in `validation`, half in `selection`
+DIALOGUES = 10_000  # different ones, said in turn
 
 
 def make_records(path: Path, users: int) -> None:
-    """Generated dialogues, one a line."""
+    """Generated dialogues, one a line and user."""
     from e2p_jax.datasets import synthetic
 
+    said = [json.dumps(synthetic.record(number).messages) for number in range(min(users, DIALOGUES))]
     with path.open("w", encoding="utf-8") as file:
         for user in range(users):
-            record = synthetic.record(user)
-            file.write(json.dumps({"user_id": record.user_id, "messages": record.messages}) + "\n")
+            split = "train" if user < users - HELD_OUT else ("validation", "selection")[user % 2]
+            messages = said[user % DIALOGUES]
+            file.write(f'{{"user_id": "user-{user}", "split": "{split}", "messages": {messages}}}\n')
 
 
 def backbone(workdir: Path, positions: int) -> Path:
@@ -50,26 +58,43 @@ def memory() -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) // 1024 for line in lines if line.startswith(("Vm", "Rss"))}
 
 
-def measure(data: str, directory: Path, cache: Path, seq_len: int, steps: int) -> dict[str, float]:
+class Peak(threading.Thread):
+    """The most private memory, looked at every 50 ms: the system keeps a peak of the resident alone."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, memory()["RssAnon"])
+            time.sleep(0.05)
+
+
+def measure(data: str, table: str | None, directory: Path, cache: Path, seq_len: int, steps: int) -> dict[str, float]:
     """In a process of its own."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    import numpy as np
-
     from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig
-    from e2p_jax.data.pipeline import PackedDataset, train_iterator
-    from e2p_jax.data.training import read_training
+    from e2p_jax.data.pipeline import train_iterator
     from e2p_jax.parallel.mesh import make_mesh
+    from e2p_jax.train.loop import read_data
     from e2p_jax.train.setup import read_inputs
 
+    generated = {"embeddings": table, "dev_split": "selection"} if table else {"condition": "none"}
     config = Config(
-        backbone=BackboneConfig(path=str(directory)), data=DataConfig(path=data, cache=str(cache), seq_len=seq_len)
+        backbone=BackboneConfig(path=str(directory)),
+        data=DataConfig(path=data, cache=str(cache), seq_len=seq_len, **generated),
     )
     inputs = read_inputs(config)
+    before, peak = memory()["RssAnon"], Peak()
+    peak.start()
     clock = time.perf_counter(), time.process_time()
-    read = read_training(config, inputs.encoder)
+    dataset = read_data(inputs).train
     started, processor = time.perf_counter() - clock[0], time.process_time() - clock[1]
-    vectors = np.zeros((len(read.examples), 128), np.float32)
-    dataset = PackedDataset(read.examples, vectors, read.rows, read.budget, 1)
+    after = memory()["RssAnon"]
+    clock = time.perf_counter(), time.process_time()
+    dataset.digest()
+    digest = time.process_time() - clock[1]
     iterator = train_iterator(dataset, make_mesh(MeshConfig()), batch_rows=ROWS, steps=steps + 10, seed=0)
     for _ in range(10):  # the threads and their queue
         next(iterator)
@@ -77,15 +102,21 @@ def measure(data: str, directory: Path, cache: Path, seq_len: int, steps: int) -
     for _ in range(steps):
         next(iterator)
     wall, cpu = time.perf_counter() - clock[0], time.process_time() - clock[1]
-    held = memory()
+    held, count = memory(), len(dataset.examples)
     return {
-        "records": len(read.examples),
+        "conversations": count,
         "start_s": round(started, 2),
         "start_cpu_s": round(processor, 2),
+        "digest_cpu_s": round(digest, 2),
         "full": round(dataset.efficiency, 4),
         "tokens_per_s": round(steps * ROWS * seq_len / wall),
         "tokens_per_cpu_s": round(steps * ROWS * seq_len / cpu),
+        "private_before_mb": before,
+        "private_started_mb": after,
         "private_mb": held["RssAnon"],
+        "private_peak_mb": peak.most,
+        "bytes_a_conversation": round((after - before) * 2**20 / count),
+        "peak_bytes_a_conversation": round((peak.most - before) * 2**20 / count),
         "resident_mb": held["VmRSS"],
         "peak_resident_mb": held["VmHWM"],
     }
@@ -110,13 +141,14 @@ def main(
       reader: Only measure one process, on what is in `workdir`.
     """
     if reader:
-        place = data or str(workdir / "records.jsonl")
-        print(json.dumps(measure(place, backbone(workdir, 1 << 16), workdir / "cache", lengths[0], steps)))
+        place, table = (data, None) if data else (str(workdir / "records.jsonl"), str(workdir / "table"))
+        print(json.dumps(measure(place, table, backbone(workdir, 1 << 16), workdir / "cache", lengths[0], steps)))
         return
     workdir.mkdir(parents=True)
     backbone(workdir, 1 << 16)
     if data is None:
         make_records(workdir / "records.jsonl", users)
+        write_table(workdir / "table", users, WIDTH)
     for length in lengths:
         flags = ["--reader", "--workdir", str(workdir), "--lengths", str(length), "--steps", str(steps)]
         command = [sys.executable, __file__, *flags, *(["--data", data] if data else [])]

@@ -134,7 +134,7 @@ def main(
         )
         inputs = setup.read_inputs(config)
         packed = work.read_work(inputs, data, rows)
-        model = setup.build_model(inputs, Population.of(packed.dataset.vectors))
+        model = setup.build_model(inputs, Population.of(packed.dataset.vectors.gather()))
         projector = {name: np.asarray(value) for name, value in model.params["projector"].items()}
         stage = Stage(packed, directory, torch_model, projector, turns, device, dtype)
         for key in peers:

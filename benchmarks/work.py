@@ -8,6 +8,7 @@ from e2p_jax.data.encode import Example
 from e2p_jax.data.pipeline import PackedDataset, pack
 from e2p_jax.datasets.prepared import load_records
 from e2p_jax.train import setup
+from e2p_jax.vectors.source import Vectors
 
 WIDTH = 384  # of the user vectors
 
@@ -32,7 +33,7 @@ class Work:
     def conversations(self, rows: list[int]) -> Conversations:
         """Those in some rows."""
         numbers = [number for row in rows for number in self.dataset.rows[row]]
-        return [self.dataset.examples[n] for n in numbers], [self.dataset.vectors[n] for n in numbers]
+        return [self.dataset.examples[n] for n in numbers], list(self.dataset.vectors.gather(numbers))
 
 
 def read_work(inputs: setup.Inputs, path: str, rows: int) -> Work:
@@ -40,7 +41,7 @@ def read_work(inputs: setup.Inputs, path: str, rows: int) -> Work:
     records = load_records(path, "train")
     examples = [inputs.encoder.fit(record, ["e2p"]).examples["e2p"] for record in records[: 60 * rows]]
     vectors = np.random.default_rng(0).normal(size=(len(examples), WIDTH)).astype(np.float32)
-    dataset = pack(examples, vectors, inputs.encoder)
+    dataset = pack(examples, Vectors.of(vectors), inputs.encoder)
     return Work(dataset, np.random.default_rng(2).permutation(len(dataset.rows))[:rows].tolist())
 
 

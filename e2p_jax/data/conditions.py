@@ -14,6 +14,7 @@ from e2p_jax.config import Condition
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import UserTable
 
 
@@ -43,14 +44,14 @@ def user_vectors(
     table: UserTable | None,
     population: Population,
     seed: int = 0,
-) -> np.ndarray:
-    """[N, E] float32, one vector per record.
+) -> Vectors:
+    """One per record: where it is in the table, or in a small array for what is not a user's own.
 
     `shuffled` gives every user another user's, and leaves the null user what it is; `noise` draws one per user from a
     normal distribution with the training users' mean and spread.
 
     Raises:
-      UserError: a user without a vector.
+      UserError: a user without a vector, or with one that is not finite.
     """
     kind = FRONTS[condition].vector
     users = [record.user_id for record in records]
@@ -62,15 +63,15 @@ def user_vectors(
         if kind == "other":
             known = np.flatnonzero(rows >= 0)
             rows[known] = table.rows(other_users([users[n] for n in known], seed), where)
-        return table.gather(rows)
-    width = population.mean.shape[0]
-    if kind == "mean":
-        return np.broadcast_to(population.mean, (len(records), width))
+        table.check(np.unique(rows))
+        return Vectors(table, rows)
     if kind == "noise":
         names, row = np.unique(np.asarray(users, str), return_inverse=True)
-        drawn = np.random.default_rng([seed, 2]).normal(population.mean, population.std, (len(names), width))
-        return drawn[row].astype(np.float32)
-    return np.zeros((len(records), width), np.float32)
+        size = len(names), len(population.mean)
+        drawn = np.random.default_rng([seed, 2]).normal(population.mean, population.std, size)
+        return Vectors(drawn.astype(np.float32), row)
+    vector = population.mean if kind == "mean" else np.zeros_like(population.mean)
+    return Vectors(vector[None], np.zeros(len(records), np.int64))
 
 
 def other_users(users: Sequence[str], seed: int) -> list[str]:

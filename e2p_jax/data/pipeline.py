@@ -7,6 +7,7 @@ Rows are planned once, so an epoch is a permutation of the rows and batch number
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,30 +22,37 @@ from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, pl
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import row_sharding
 from e2p_jax.prefix.model import Batch
+from e2p_jax.vectors.source import Vectors
+
+_BLOCK = 1 << 28  # bytes of vectors that are digested at once
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedDataset:
-    """Examples, their users' vectors, and the rows they were packed into."""
+    """Examples, where their users' vectors are, and the rows they were packed into."""
 
     examples: Examples
-    vectors: np.ndarray  # [N, E] float32, one per example
+    vectors: Vectors  # one per example
     rows: Sequence[Sequence[int]]
     budget: Budget
     num_tokens: int  # K
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The batch made of these rows; a negative number is a row of padding."""
-        batch = empty_rows(len(rows), self.budget, self.vectors.shape[1])
-        for place, row in enumerate(rows):
-            members = self.rows[row] if row >= 0 else ()
-            examples, vectors = [self.examples[m] for m in members], [self.vectors[m] for m in members]
-            fill_row(batch, place, examples, vectors, self.num_tokens)
+        batch = empty_rows(len(rows), self.budget, self.vectors.width)
+        members = [self.rows[row] if row >= 0 else () for row in rows]
+        vectors = iter(self.vectors.gather([number for numbers in members for number in numbers]))
+        for place, numbers in enumerate(members):
+            examples = [self.examples[number] for number in numbers]
+            fill_row(batch, place, examples, list(itertools.islice(vectors, len(numbers))), self.num_tokens)
         return batch
 
     def digest(self) -> bytes:
         """Of every token, vector and row: what hosts must agree on before they train together."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.vectors).data)
+        digest = hashlib.sha256()
+        size = max(_BLOCK // (4 * self.vectors.width), 1)
+        for first in range(0, len(self.vectors), size):
+            digest.update(self.vectors.gather(slice(first, first + size)).data)
         for array in (self.examples.tokens, self.examples.is_target, self.examples.ends):
             digest.update(np.ascontiguousarray(array).data)
         for row in self.rows:
@@ -58,7 +66,7 @@ class PackedDataset:
 
 
 def pack(
-    examples: Iterable[Example], vectors: np.ndarray, encoder: Encoder, budget: Budget | None = None
+    examples: Iterable[Example], vectors: Vectors, encoder: Encoder, budget: Budget | None = None
 ) -> PackedDataset:
     """Plans the rows; the budget is chosen where none is given."""
     examples = examples if isinstance(examples, Examples) else Examples.of(examples)

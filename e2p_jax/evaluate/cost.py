@@ -40,7 +40,7 @@ def serving_cost(run: Run, records: Sequence[Record], conditions: Sequence[Condi
     prompts = {c: [encoder.encode_prompt(record, c) for record in asked] for c in conditions}
     lengths = {c: [len(prompt.tokens) for prompt in prompts[c]] for c in conditions}
     middle = int(np.argsort([sum(lengths[c][n] for c in conditions) for n in range(len(asked))])[len(asked) // 2])
-    vectors = {c: user_vectors(records, c, run.inputs.table, run.population)[middle : middle + 1] for c in conditions}
+    vectors = {c: user_vectors(records, c, run.inputs.table, run.population).gather([middle]) for c in conditions}
 
     def seconds(condition: Condition, new_tokens: int) -> float:
         start = time.perf_counter()

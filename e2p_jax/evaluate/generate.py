@@ -286,7 +286,7 @@ def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition:
     if where and FRONTS[condition].vector == "own" and run.inputs.table is None:
         raise UserError(f"{where[0]}: the run names no table of user vectors; give --embeddings TABLE")
     records = [Record(user, (), (), source=place) for user, place in zip(users, where, strict=True)]
-    return user_vectors(records, condition, run.inputs.table, run.population)
+    return user_vectors(records, condition, run.inputs.table, run.population).gather()
 
 
 def asked_for(run: Any, flags: Sequence[str], condition: Condition = "e2p") -> tuple[list[str], np.ndarray]:

@@ -16,6 +16,7 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
+from e2p_jax.vectors.source import Vectors
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
@@ -92,7 +93,8 @@ def candidate_nll(
     groups = {}
     for condition in conditions:
         vectors = user_vectors(records, condition, run.inputs.table, run.population)
-        groups[condition] = ([e for each in examples for e in each[condition]], np.repeat(vectors, counts, axis=0))
+        repeated = Vectors(vectors.source, np.repeat(vectors.rows, counts))
+        groups[condition] = ([e for each in examples for e in each[condition]], repeated)
     out = {}
     for condition, nll in scorer.nll(groups).items():
         tokens = [int(example.is_target.sum()) for example in groups[condition][0]]

@@ -11,6 +11,7 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.measures import interval
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
+from e2p_jax.vectors.source import Vectors
 
 Disturbance = Callable[[np.ndarray, np.ndarray, float, np.random.Generator], np.ndarray]
 
@@ -82,19 +83,19 @@ def robustness(run: Run, records: Sequence[Record], condition: Condition = "e2p"
     examples = [fit.examples[condition] for fit in fitted]
     targets = np.array([int(example.is_target.sum()) for example in examples])
     users = [record.user_id for record in kept]
-    vectors = user_vectors(kept, condition, run.inputs.table, population)
+    vectors = user_vectors(kept, condition, run.inputs.table, population).gather()
     own = (vectors - population.mean) / population.std
     by_user = dict(zip(users, own, strict=True))
     other = np.stack([by_user[user] for user in other_users(users, seed=0)])
 
-    def raw(standardised: np.ndarray) -> np.ndarray:
-        return (standardised * population.std + population.mean).astype(np.float32)
+    def raw(standardised: np.ndarray) -> Vectors:
+        return Vectors.of((standardised * population.std + population.mean).astype(np.float32))
 
     assert FRONTS[condition].vector == "own"
     has_null = run.inputs.config.train.null_user_rate > 0
-    cold = np.full_like(vectors, np.nan) if has_null else raw(np.zeros_like(own))
-    groups = {("as trained", 0.0): (examples, vectors), ("cold start", 0.0): (examples, cold)}
-    groups["none", 0.0] = ([fit.examples["none"] for fit in fitted], vectors)
+    cold = Vectors.of(np.full_like(vectors, np.nan)) if has_null else raw(np.zeros_like(own))
+    groups = {("as trained", 0.0): (examples, Vectors.of(vectors)), ("cold start", 0.0): (examples, cold)}
+    groups["none", 0.0] = ([fit.examples["none"] for fit in fitted], Vectors.of(vectors))
     for name, (_, disturb, levels) in DISTURBANCES.items():
         for number, level in enumerate(levels):
             rng = np.random.default_rng([2, number])

@@ -178,7 +178,7 @@ def _measure(
             one = np.ones(len(rank))
             more[condition] |= {"user_rank": np.stack([rank, one], 1), "user_first": np.stack([rank == 1, one], 1)}
         if "texts" in settings.measures:
-            vectors = user_vectors(chosen, condition, run.inputs.table, run.population)
+            vectors = user_vectors(chosen, condition, run.inputs.table, run.population).gather()
             prompts = [dataclasses.replace(record, messages=record.messages[:-1]) for record in chosen]
             replies[condition] = tuple(generate(run, prompts, vectors, condition, REPLY))
             more[condition] |= text_statistics(replies[condition], chosen)

@@ -43,7 +43,8 @@ def map_users(run: Run, records: Sequence[Record], most: int = 300, show: int = 
     """
     people = list({record.user_id: record for record in records}.values())[:most]
     model = nnx.merge(run.model.graph, run.model.params)
-    soft = np.asarray(model.projector(user_vectors(people, "e2p", run.inputs.table, run.population)))  # [N, K, D]
+    vectors = user_vectors(people, "e2p", run.inputs.table, run.population).gather()
+    soft = np.asarray(model.projector(vectors))  # [N, K, D]
     flat = soft.reshape(len(people), -1)
     centred = flat - flat.mean(axis=0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
@@ -92,6 +93,6 @@ def ask(
         for person in people
         for prompt in prompts
     ]
-    vectors = user_vectors(asked, condition, run.inputs.table, run.population)
+    vectors = user_vectors(asked, condition, run.inputs.table, run.population).gather()
     replies = generate(run, asked, vectors, condition, Sampling(max_new_tokens=tokens))
     return [replies[n : n + len(prompts)] for n in range(0, len(replies), len(prompts))]

@@ -24,6 +24,7 @@ from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.run import claim_run
 from e2p_jax.train.setup import Model, build_model, initial_state, read_inputs
 from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.source import Vectors
 
 
 def import_transformers(directory: Path, out: Path, data: str | None = None, embeddings: str | None = None) -> Config:
@@ -160,7 +161,8 @@ def _with_projector(model: Model, checkpoint: Checkpoint, names: Mapping[str, st
 
 def _first_position(model: Model, config: Config) -> dict[str, Any]:
     """Gives the position where the data of a run begins, whatever the data."""
-    nothing = PackedDataset(Examples.of(()), np.zeros((0, 1), np.float32), (), Budget(config.data.seq_len, 1, 1), 1)
+    nobody = Vectors.of(np.zeros((0, 1), np.float32))
+    nothing = PackedDataset(Examples.of(()), nobody, (), Budget(config.data.seq_len, 1, 1), 1)
     train = config.train
     iterator = train_iterator(nothing, model.mesh, batch_rows=train.rows, steps=train.steps, seed=train.seed)
     return iterator.get_state()

@@ -180,5 +180,5 @@ def _users_of_step(dataset: PackedDataset, settings: TrainConfig, number: int) -
     """Some users of the batch of step `number`, those with the largest vectors first."""
     rows = rows_at(dataset, settings.seed, (number - 1) * settings.rows + np.arange(settings.rows))
     members = np.array([member for row in rows for member in dataset.rows[row]])
-    sizes = np.abs(np.nan_to_num(dataset.vectors[members])).max(axis=1)
+    sizes = np.abs(np.nan_to_num(dataset.vectors.gather(members))).max(axis=1)
     return some(dataset.examples.users[int(member)] for member in members[np.argsort(-sizes, kind="stable")])

@@ -19,6 +19,7 @@ from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import Model, jit_eval_step
 from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import UserTable
 
 Key = TypeVar("Key", bound=Hashable)
@@ -51,8 +52,8 @@ class Scores:
         return {name: np.stack([self.nll, count], axis=1) for name, count in per.items()} | self.more
 
 
-def pack_groups(groups: Mapping[Key, tuple[Sequence[Example], np.ndarray]], encoder: Encoder) -> dict[Key, Any]:
-    """Examples and their vectors [N, E], group by group, in rows of one shape: one compilation scores all groups."""
+def pack_groups(groups: Mapping[Key, tuple[Sequence[Example], Vectors]], encoder: Encoder) -> dict[Key, Any]:
+    """Examples and their vectors, group by group, in rows of one shape: one compilation scores all groups."""
     held = {key: Examples.of(examples) for key, (examples, _) in groups.items()}
     budgets = [choose_budget(examples, encoder.max_length) for examples in held.values()]
     budget = Budget(*(max(sizes) for sizes in zip(*budgets, strict=True)))
@@ -136,8 +137,8 @@ class Scorer:
         with jax.set_mesh(self.mesh):
             return score(dataset, records, self.evaluate, self.mesh, self.batch_rows)
 
-    def nll(self, groups: Mapping[Key, tuple[Sequence[Example], np.ndarray]]) -> dict[Key, np.ndarray]:
-        """Examples and vectors [N, E] by group -> [N] nats by group."""
+    def nll(self, groups: Mapping[Key, tuple[Sequence[Example], Vectors]]) -> dict[Key, np.ndarray]:
+        """Examples and their vectors by group -> [N] nats by group."""
         with jax.set_mesh(self.mesh):
             return {
                 key: example_nll(dataset, self.evaluate, self.mesh, self.batch_rows)

@@ -6,7 +6,6 @@ without it gets it when it is first opened. Files in other forms are read by `fo
 """
 
 import contextlib
-import itertools
 import json
 import mmap
 import re
@@ -25,7 +24,8 @@ from e2p_jax.vectors.formats import read_file
 from e2p_jax.vectors.index import UserIndex
 
 _BLOCK = 1 << 12  # rows gathered at once: they stay in the processor's cache until they are float32
-_WINDOW = 1 << 26  # bytes of a mapped file that are gathered from before they are given back
+_WINDOW = 1 << 26  # bytes of a mapped file that are gathered from, about, before they are given back
+_PAGE = 1 << 21  # bytes that looking at one row maps at most
 _SAME = 1e-3  # of a vector's length: two copies of it may differ by what float16 rounds away
 
 
@@ -59,6 +59,7 @@ class UserTable:
         if index.rows != len(vectors):
             raise UserError(f"{source}: {index.rows} ids for {len(vectors)} vectors; they must match row by row")
         self.index, self.vectors, self.source, self.missing = index, vectors, source, missing
+        self._mapped = 0  # bytes since pages were given back; threads that miscount do no harm
         self._file = vectors.base if isinstance(vectors.base, mmap.mmap) and not vectors.flags.writeable else None
         if self._file is not None:
             with contextlib.suppress(AttributeError, OSError):  # other systems, and kernels without large pages
@@ -107,32 +108,47 @@ class UserTable:
                 return f", but {shown(other)} has; ids must agree to the letter, so mend one of the two"
         return "; add it or drop the record"
 
+    def check(self, rows: np.ndarray) -> None:
+        """Reads the vectors of rows, block by block.
+
+        Raises:
+          UserError: naming the user and row whose vector is not finite.
+        """
+        size = max(_WINDOW // (4 * self.width), 1)
+        for first in range(0, len(rows), size):
+            self.gather(rows[first : first + size])
+
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """[N, E] float32: the vectors of rows, NaN for -1.
+        """[N, E] float32: the vectors of rows, NaN for -1. Threads may gather at the same time.
 
         Raises:
           UserError: naming the user and row whose vector is not finite.
         """
         out = np.empty((len(rows), self.width), np.float32)
         vectors = np.asarray(self.vectors)
-        order = np.argsort(rows, kind="stable")  # in the order of the file, a window of it at a time
+        order = np.argsort(rows, kind="stable")  # in the order of the file
         ordered = rows[order]
-        window = max(_WINDOW // max(vectors.strides[0], 1), 1)
-        edges = np.searchsorted(ordered, np.arange(0, len(vectors) + window, window))
-        out[order[: edges[0]]] = np.nan
-        for start, stop in itertools.pairwise(edges):
-            for first in range(start, stop, _BLOCK):
-                places = order[first : min(first + _BLOCK, stop)]
-                with np.errstate(over="ignore"):  # what float32 cannot hold is named below
-                    block = vectors[ordered[first : first + len(places)]].astype(np.float32)
-                if not (finite := np.isfinite(block)).all():
-                    bad = rows[places[~finite.all(axis=1)]]
-                    (user,) = self.index.ids(bad[:1])
-                    raise UserError(
-                        f"{self.source}: row {bad[0]} (user {shown(user)}) holds NaN or infinity; repair or drop it"
-                    )
-                out[places] = block
-            if stop > start and self._file is not None:
+        known = int(np.searchsorted(ordered, 0))
+        out[order[:known]] = np.nan
+        if known == len(rows):
+            return out
+        apart = (int(ordered[-1] - ordered[known]) + 1) * abs(vectors.strides[0]) // (len(rows) - known)
+        apart = min(max(apart, 1), _PAGE)  # bytes that a row maps, where they lie evenly
+        size = min(max(_WINDOW // apart, 1), _BLOCK)
+        for first in range(known, len(rows), size):
+            places = order[first : first + size]
+            with np.errstate(over="ignore"):  # what float32 cannot hold is named below
+                block = vectors[ordered[first : first + size]].astype(np.float32)
+            if not (finite := np.isfinite(block)).all():
+                bad = rows[places[~finite.all(axis=1)]]
+                (user,) = self.index.ids(bad[:1])
+                raise UserError(
+                    f"{self.source}: row {bad[0]} (user {shown(user)}) holds NaN or infinity; repair or drop it"
+                )
+            out[places] = block
+            self._mapped += apart * len(places)
+            if self._file is not None and self._mapped >= _WINDOW:
+                self._mapped = 0
                 self._file.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, not with us
         return out
 

@@ -1,6 +1,7 @@
 """What every condition puts in front."""
 
 import collections
+import tracemalloc
 import typing
 
 import numpy as np
@@ -42,20 +43,39 @@ POPULATION = Population(np.array([2.0, -5.0], np.float32), np.array([0.5, 0.0], 
 def test_vectors_by_condition() -> None:
     records = [Record(user, (), (), source=f"r:{n}") for n, user in enumerate(["a", "b", "c", "a"])]
     table = UserTable(["c", "a", "b"], np.array([[3.0, 3], [1, 1], [2, 2]], np.float32), "table")
-    assert user_vectors(records, "e2p", table, POPULATION)[:, 0].tolist() == [1, 2, 3, 1]
-    shuffled = user_vectors(records, "shuffled", table, POPULATION)[:, 0].tolist()
+    assert user_vectors(records, "e2p", table, POPULATION).gather()[:, 0].tolist() == [1, 2, 3, 1]
+    shuffled = user_vectors(records, "shuffled", table, POPULATION).gather()[:, 0].tolist()
     assert sorted(shuffled[:3]) == [1, 2, 3] and shuffled[3] == shuffled[0]
     assert all(mine != other for mine, other in zip([1, 2, 3], shuffled, strict=False))
     known = UserTable(["c", "a"], np.array([[3.0, 3], [1, 1]], np.float32), "table", "null")
     for condition, firsts in (("e2p", [1, -1, 3, 1]), ("shuffled", [3, -1, 1, 3])):
-        vectors = user_vectors(records, condition, known, POPULATION)
+        vectors = user_vectors(records, condition, known, POPULATION).gather()
         assert np.nan_to_num(vectors[:, 0], nan=-1).tolist() == firsts
-    assert not user_vectors(records, "text", table, POPULATION).any()
-    assert user_vectors(records, "none", None, POPULATION).shape == (4, 2)
+    assert not user_vectors(records, "text", table, POPULATION).gather().any()
+    assert user_vectors(records, "none", None, POPULATION).gather().shape == (4, 2)
     with pytest.raises(UserError, match=r"data\.embeddings is not set; condition 'e2p' needs a table"):
         user_vectors(records, "e2p", None, POPULATION)
     with pytest.raises(UserError, match="r:1: user 'b' has no vector in table"):
         user_vectors(records, "e2p", UserTable(["a", "c"], np.eye(2, dtype=np.float32), "table"), POPULATION)
+
+
+@pytest.mark.parametrize("condition", typing.get_args(Condition))
+def test_vectors_stay_where_they_are(condition: Condition) -> None:
+    """A conversation keeps a row number, not a vector; what is wrong with a vector is said before any is needed."""
+    records = [Record(f"u{n % 50}", (), (), source="r") for n in range(2000)]
+    table = UserTable([f"u{n}" for n in range(50)], np.ones((50, 2048), np.float16), "table")
+    tracemalloc.start()
+    try:
+        vectors = user_vectors(records, condition, table, Population.standard(2048))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(vectors), vectors.width) == (2000, 2048) and vectors.gather([3, 1999]).shape == (2, 2048)
+    assert held < 1e6  # all vectors: 16e6
+    table.vectors[49] = np.nan
+    if FRONTS[condition].vector in ("own", "other"):
+        with pytest.raises(UserError, match=r"table: row 49 \(user 'u49'\) holds NaN"):
+            user_vectors(records, condition, table, Population.standard(2048))
 
 
 def test_every_condition_is_a_front() -> None:
@@ -65,7 +85,7 @@ def test_every_condition_is_a_front() -> None:
 @pytest.mark.parametrize("condition", ["mean", "static", "zero", "noise"])
 def test_controls_need_no_table(condition: Condition) -> None:
     records = [Record(user, (), (), source="") for user in [*"abcdefghij" * 40, "a"]]
-    vectors = user_vectors(records, condition, None, POPULATION)
+    vectors = user_vectors(records, condition, None, POPULATION).gather()
     assert vectors.shape == (401, 2) and vectors.dtype == np.float32
     assert (vectors[0] == vectors[-1]).all()  # a user keeps its vector
     if condition == "noise":

@@ -12,6 +12,7 @@ import rich.console
 from e2p_jax.cli import main
 from e2p_jax.data.show import show_row
 from e2p_jax.datasets import synthetic
+from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import save_table
 
 
@@ -88,7 +89,7 @@ def test_colours_on_a_terminal(make_tokenizer: Any) -> None:
     from e2p_jax.data.pipeline import pack
 
     encoder = make_encoder(make_tokenizer(), "before_bos", num_tokens=1, seq_len=256)
-    data = pack([encoder.encode(synthetic.record(1), "e2p")], np.ones((1, 3), np.float32), encoder)
+    data = pack([encoder.encode(synthetic.record(1), "e2p")], Vectors.of(np.ones((1, 3), np.float32)), encoder)
     console = rich.console.Console(force_terminal=True, width=400, color_system="standard", record=True)
     with console.capture() as captured:
         for line in show_row(data, 0, encoder.tokenizer, marks=False):

@@ -1,5 +1,7 @@
 """Batches: a pure function of (seed, step), every row once an epoch, the same on every mesh."""
 
+import dataclasses
+import hashlib
 from typing import Any
 
 import grain
@@ -17,6 +19,8 @@ from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.datasets import synthetic
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh
+from e2p_jax.vectors.source import Vectors
+from e2p_jax.vectors.table import UserTable
 
 ROWS = 7
 MESHES = [
@@ -40,7 +44,7 @@ def dataset() -> PackedDataset:
     numbers = [10 * row + side for row in range(ROWS) for side in (1, 2)]
     vectors = np.array(numbers, np.float32)[:, None] * np.ones((1, 3), np.float32)
     rows = [[2 * row, 2 * row + 1] for row in range(ROWS)]
-    return PackedDataset(Examples.of(map(example, numbers)), vectors, rows, Budget(8, 6, 2), 1)
+    return PackedDataset(Examples.of(map(example, numbers)), Vectors.of(vectors), rows, Budget(8, 6, 2), 1)
 
 
 def row_numbers(batch: dict[str, np.ndarray]) -> list[int]:
@@ -128,6 +132,27 @@ def test_evaluation_sees_every_row_once_and_pads_the_last_batch(dataset: PackedD
     assert (np.asarray(padding["slots"])[3] == -1).all()
 
 
+@pytest.mark.parametrize("block", [1, 40, 1 << 28])
+def test_digest_is_of_the_gathered_vectors_whatever_the_block(
+    dataset: PackedDataset, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands in checkpoints: a run that was begun when the vectors were in memory goes on."""
+    monkeypatch.setattr(pipeline, "_BLOCK", block)
+    held, examples = dataset.vectors.gather(), dataset.examples
+    expected = hashlib.sha256(held.tobytes())
+    for array in (examples.tokens, examples.is_target, examples.ends, np.concatenate(dataset.rows)):
+        expected.update(array.tobytes())
+    assert dataset.digest() == expected.digest()
+    places = np.random.default_rng(0).permutation(20)[: len(held)]  # the same vectors, elsewhere in a table
+    table = np.zeros((20, 3), np.float16)
+    table[places] = held
+    source = UserTable([f"u{n}" for n in range(20)], table, "table")
+    assert dataclasses.replace(dataset, vectors=Vectors(source, places)).digest() == expected.digest()
+    null = dataclasses.replace(dataset, vectors=Vectors(source, np.where(places == places[0], -1, places)))
+    assert null.digest() != expected.digest()
+    assert np.isnan(null.batch([0])["user_embeddings"][0, 0]).all()
+
+
 def test_efficiency_is_the_share_of_tokens(dataset: PackedDataset) -> None:
     assert dataset.efficiency == 6 / 8
 
@@ -138,7 +163,7 @@ def test_packed_rows_give_every_example_its_own_vector(make_tokenizer: Any) -> N
     encoder = make_encoder(make_tokenizer(), "in_chat", num_tokens=2, seq_len=256)
     records = [synthetic.record(user) for user in range(40)]
     vectors = np.stack([synthetic.vector(user) for user in range(40)])
-    data = pipeline.pack([encoder.encode(record, "e2p") for record in records], vectors, encoder)
+    data = pipeline.pack([encoder.encode(record, "e2p") for record in records], Vectors.of(vectors), encoder)
     batch = data.batch(range(len(data.rows)))
     for row, members in enumerate(data.rows):
         for segment, number in enumerate(members):

@@ -14,6 +14,7 @@ from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
 from e2p_jax.train.setup import build_model, read_inputs
 from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.source import Vectors
 
 USERS = range(8)
 
@@ -58,7 +59,7 @@ def test_candidates_are_scored_as_replies_one_by_one(run: Run, scorer: Scorer):
     encoder = run.inputs.encoder
     for number, condition in [(0, "e2p"), (3, "none")]:
         record = records[number]
-        vectors = np.stack([synthetic.vector(number)] * 2)
+        vectors = Vectors.of(np.stack([synthetic.vector(number)] * 2))
         per_token = []
         for text in record.candidates:
             spoken = (*record.messages[:-1], {"role": "assistant", "content": text})
@@ -84,7 +85,7 @@ def test_the_users_own_vector_is_ranked_among_others(run: Run, scorer: Scorer):
     records = [synthetic.record(user) for user in USERS]
     found = ranking.rank_users(run, scorer, records, "e2p", len(USERS))
     example = run.inputs.encoder.encode(records[2], "e2p")
-    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    vectors = Vectors.of(np.stack([synthetic.vector(user) for user in USERS]))
     nll = scorer.nll({0: ([example] * len(USERS), vectors)})[0]
     assert found[2] == 1 + (nll < nll[2]).sum()
     with pytest.raises(UserError, match=r"evaluate\.candidates=9: the split has 8 users"):
