@@ -12,6 +12,7 @@ control token of one character becomes U+FFFD. This is done in Jinja, in front o
 the template goes; text that holds no control token is rendered as ever.
 """
 
+import itertools
 import json
 import re
 import unicodedata
@@ -22,11 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from e2p_jax.errors import UserError
 
 Pairs = Sequence[tuple[str, str]]  # a control token's text, and what stands in its place
+Groups = Sequence[tuple[str, Pairs]]  # what all control tokens of a group begin with, and their pairs
 
 _BREAKS = (" ", "\u200b", "\u2060")  # a space; zero width space; word joiner
 _REPLACEMENT = "\ufffd"
 _MARKUP = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 _WORDS = re.compile(r"[\w\s]*")
+_GROUP = 64  # control tokens; Gemma 3 has 6,500, which nobody can look for one by one in every text
 
 _BEGIN, _END = "{#- Text stays text (e2p). -#}\n", "{#- The template. #}\n"
 # Every tag strips what stands before it, and the last leaves alone what the template begins with.
@@ -34,8 +37,10 @@ _BEGIN, _END = "{#- Text stays text (e2p). -#}\n", "{#- The template. #}\n"
 _PRELUDE = """\
 {%- macro e2p_text(text) -%}
     {%- set e2p = namespace(text=text) -%}
-    {%- for control, plain in CONTROLS if control in text -%}
-        ACTION
+    {%- for begin, pairs in CONTROLS if begin in text -%}
+        {%- for control, plain in pairs if control in text -%}
+            ACTION
+        {%- endfor -%}
     {%- endfor -%}
     {{- e2p.text -}}
 {%- endmacro -%}
@@ -98,7 +103,7 @@ def counted(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> set
     return set(controls.values()) - {tokenizer.unk_token_id}
 
 
-def break_up(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> Pairs:
+def break_up(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> Groups:
     """Finds what to put in place of each control token's text, in this order, tried on the tokenizer.
 
     Raises:
@@ -106,8 +111,8 @@ def break_up(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> Pa
     """
     stubborn = ""
     for between in _BREAKS:
-        pairs = [pair for text in sorted(controls, key=len, reverse=True) for pair in _broken(text, between)]
-        stubborn = _survivor(tokenizer, pairs, controls, controls)
+        groups = _grouped([pair for text in sorted(controls) for pair in _broken(text, between)])
+        stubborn = _survivor(tokenizer, groups, controls, controls)
         if not stubborn:
             break
     else:
@@ -118,41 +123,46 @@ def break_up(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> Pa
     if tokenizer.backend_tokenizer.normalizer is not None:
         added = {token.content: token.normalized for token in tokenizer.added_tokens_decoder.values()}
         variants = {form: text for text in controls if added.get(text) for form in _forms(text)}
-        if form := _survivor(tokenizer, pairs, controls, variants):
+        if form := _survivor(tokenizer, groups, controls, variants):
             raise UserError(
                 f"{tokenizer.name_or_path}: the tokenizer's normaliser makes the control token {variants[form]!r} of "
                 f"other text ({form!r}); set its `normalized` to false in tokenizer.json"
             )
-    return pairs
+    return groups
 
 
-def as_text(text: str, pairs: Pairs) -> str:
+def as_text(text: str, groups: Groups) -> str:
     """Does to a message's text what the Jinja part of a template does."""
-    for control, plain in pairs:
-        text = text.replace(control, plain)
-    return text
+    plain_text = text
+    for begin, pairs in groups:
+        if begin in text:
+            for control, plain in pairs:
+                if control in text:
+                    plain_text = plain_text.replace(control, plain)
+    return plain_text
 
 
-def guard(template: str, pairs: Pairs, policy: str) -> str:
+def guard(template: str, groups: Groups, policy: str) -> str:
     """The template with the part in front that breaks up or refuses control tokens in messages.
 
     Args:
       policy: `break` or `refuse`.
     """
-    listed = "[" + ", ".join(f"[{_literal(control)}, {_literal(plain)}]" for control, plain in pairs) + "]"
-    prelude = _PRELUDE.replace("ACTION", _ACTIONS[policy]).replace("CONTROLS", listed).replace("HELD", _held(pairs))
+    prelude = _PRELUDE.replace("ACTION", _ACTIONS[policy]).replace("CONTROLS", _literal(groups))
+    prelude = prelude.replace("HELD", _held(groups))
     return _BEGIN + prelude + _END + template
 
 
-def _held(pairs: Pairs) -> str:
-    """A condition that holds wherever a message holds a control token's text, which stands as it is where Python writes
-    the messages; but for characters that are written as escapes there, with which every conversation is gone through.
+def _held(groups: Groups) -> str:
+    """A condition that holds wherever a message holds a control token's text, whose first characters stand as they are
+    where Python writes the messages; but for those written as escapes there, with which every conversation is gone
+    through.
     """
-    texts = sorted({control for control, _ in pairs})
-    if not all(text.isprintable() and not {"\\", "'", '"'} & set(text) for text in texts):
+    begins = sorted({control[:3] for _, pairs in groups for control, _ in pairs})
+    if not all(begin.isprintable() and not {"\\", "'", '"'} & set(begin) for begin in begins):
         return "true"
-    # No chain of `or`: Python nests it, and Llama 3 has 256 of them.
-    return f"[{', '.join(map(_literal, texts))}] | select('in', e2p_all) | first is defined"
+    # No chain of `or`: Python nests it.
+    return f"{_literal(begins)} | select('in', e2p_all) | first is defined"
 
 
 def unguarded(template: str) -> str:
@@ -160,8 +170,23 @@ def unguarded(template: str) -> str:
     return template.split(_END, 1)[-1] if template.startswith(_BEGIN) else template
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _literal(value: str | Sequence) -> str:
+    """In Jinja; tuples all the way down, which Python makes once and not at every look."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return f"({''.join(f'{_literal(part)}, ' for part in value)})"
+
+
+def _grouped(pairs: Pairs, length: int = 1) -> Groups:
+    """Pairs, sorted by control token, by what these begin with: `_GROUP` together at the most."""
+    groups: list[tuple[str, Pairs]] = []
+    for begin, members in itertools.groupby(pairs, key=lambda pair: pair[0][:length]):
+        some = list(members)
+        if len(some) <= _GROUP or all(len(control) <= length for control, _ in some):
+            groups.append((begin, some))
+        else:
+            groups.extend(_grouped(some, length + 1))
+    return groups
 
 
 def _broken(text: str, between: str) -> Pairs:
@@ -173,18 +198,15 @@ def _broken(text: str, between: str) -> Pairs:
     return [(text, text[0] + between + text[1:])]
 
 
-def _survivor(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, controls: dict[str, int], texts: Iterable[str]) -> str:
-    """One of the texts that is still read as a control token after the pairs were put in place; empty if none is."""
+def _survivor(
+    tokenizer: PreTrainedTokenizerBase, groups: Groups, controls: dict[str, int], texts: Iterable[str]
+) -> str:
+    """One of the texts that is still read as a control token after it was broken up; empty if none is."""
     forbidden = counted(tokenizer, controls)
-    around = [("{}", "a{}b", " {} ", "{0}{0}")[n % 4].format(text) for text in texts for n in range(4)]
-    # All at once: there may be thousands of either.
-    between = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if all(mark not in text for text in around))
-    broken = as_text(between.join(around), pairs).split(between)
-    encoded = tokenizer.backend_tokenizer.encode_batch(broken, add_special_tokens=False)
-    for number, text in enumerate(texts):
-        if any(forbidden.intersection(encoding.ids) for encoding in encoded[4 * number : 4 * number + 4]):
-            return text
-    return ""
+    around = [as_text(f"{text} {text}{text} a{text}b  {text} ", groups) for text in texts]
+    encoded = tokenizer.backend_tokenizer.encode_batch(around, add_special_tokens=False)
+    held = (text for text, encoding in zip(texts, encoded, strict=True) if not forbidden.isdisjoint(encoding.ids))
+    return next(held, "")
 
 
 def _forms(text: str) -> set[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from e2p_jax.data.control import Pairs, guard
+from e2p_jax.data.control import Groups, guard
 from e2p_jax.data.template import reason
 from e2p_jax.errors import UserError
 
@@ -64,9 +64,9 @@ class Structure:
         self.guarded = template
         self.shape = functools.cache(self._shape)
 
-    def guard(self, pairs: Pairs, policy: str) -> None:
+    def guard(self, groups: Groups, policy: str) -> None:
         """From now on messages are rendered by the template that keeps their text from becoming control tokens."""
-        self.guarded = guard(self.template, pairs, policy)
+        self.guarded = guard(self.template, groups, policy)
 
     def render(self, messages: Messages, *, prompt: bool) -> Rendered:
         """As `apply_chat_template` renders and tokenises it under `guarded`.

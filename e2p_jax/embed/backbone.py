@@ -44,8 +44,8 @@ def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer
         decoder = _first_layers(directory, layer, mesh)
         tokenizer = load_tokenizer(directory, decoder.config.vocab_size)
         limit = min(decoder.config.max_positions, _LONGEST)
-        pairs = control.break_up(tokenizer, control.control_tokens(tokenizer, str(tokenizer.chat_template), (), ()))
-        texts = (control.as_text("\n".join(context), pairs) for context in contexts)
+        groups = control.break_up(tokenizer, control.control_tokens(tokenizer, str(tokenizer.chat_template), (), ()))
+        texts = (control.as_text("\n".join(context), groups) for context in contexts)
         encoded = [tokenizer(text)["input_ids"][:limit] for text in texts]
         for number, tokens in enumerate(encoded):
             if (largest := max(tokens, default=0)) >= decoder.config.vocab_size:

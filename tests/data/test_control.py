@@ -1,6 +1,7 @@
 """Text is text: what messages say never becomes a control token, and what they do not spell out stays as it was."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -180,3 +181,21 @@ def test_tokenizers_have_hundreds_of_control_tokens(make_tokenizer: Make, talk: 
     assert len(encoder.controls) > 1000
     example = encoder.encode(talk("hi<|reserved_999|>", "<|reserved_0|> ok<|reserved_12|>"), "e2p")
     assert max(example.tokens) < 600
+
+
+def test_thousands_of_control_tokens_cost_little(make_tokenizer: Make, talk: Any) -> None:
+    """Gemma 3 has 6,500: text costs about what it costs beside a few, and is broken up all the same."""
+    few, many = make_tokenizer(), make_tokenizer()
+    many.add_tokens([AddedToken(f"<unused{number}>", normalized=False) for number in range(6000)])
+    seconds = []
+    for tokenizer in (few, many):
+        encoder = make_encoder(tokenizer)
+        for text in ("a <b> c", "a <s><unused12><unused5999> c"):
+            record, plain = talk(*[text] * 6), talk(*"abcdef")
+            one, other = (encoder.encode(each, "none").tokens for each in (record, plain))
+            assert counts(tokenizer, one) == counts(tokenizer, other)
+            begun = time.process_time()
+            for _ in range(10):
+                encoder.encode(record, "none")
+            seconds.append(time.process_time() - begun)
+    assert seconds[2] < 5 * seconds[0] and seconds[3] < 30 * seconds[1], seconds
