@@ -1,4 +1,4 @@
-"""What flags and config fields choose by name. To add one, write its file, its line here and its test.
+"""Lists what flags and config fields choose by name. To add one, write its file, its line here and its test.
 
 A line names the place and says what is there; nothing is imported before it is chosen, for `e2p --help` is quick.
 The rows of `e2p compare` have their table in `baselines.py`.

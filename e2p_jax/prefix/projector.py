@@ -18,7 +18,7 @@ class Statistic(nnx.Variable):
 
 
 class Kind(Protocol):
-    """What the module of a kind defines."""
+    """The names that the module of a kind defines."""
 
     TORCH_NAMES: Mapping[str, str]
     """Parameter -> its name in the exported model, where that is another; torch holds the transpose."""

@@ -205,7 +205,7 @@ def _adapters(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> Py
 
 
 def _initialised(make: Callable[[], PyTree], model: Model, part: str, wanted: Callable[[str], bool]) -> PyTree:
-    """What `make` makes of a part of the abstract `model`, in its place; the shapes of what is not wanted."""
+    """Makes a part of the abstract `model` in its place by `make`; the shapes of what is not wanted."""
     shapes = model.params[part]
 
     def chosen(values: PyTree) -> PyTree:
