@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses, one per section.
 
 A config file is Python that defines `config = Config(...)`. Every field can be overridden on the command
-line as `--section.field value`.
+line as `--section.field value`. Each says what it does to a run's result: `result`, `rounding` or `free`.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from e2p_jax.config_checks import fault_of, time_limit
+from e2p_jax.effects import free, result, rounding
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.json_files import parse_object
 from e2p_jax.registry import PROJECTORS, described, one_of
@@ -30,21 +31,22 @@ LOAD_SECONDS = 60  # that a config file may run
 class BackboneConfig:
     """The frozen LLM."""
 
-    path: str = "embedded"
-    """Hugging Face model directory, a hub id (`org/model`), or `embedded`: the small model in the package."""
-    revision: str | None = None
+    path: str = free("embedded")
+    """Hugging Face model directory, a hub id (`org/model`), or `embedded`: the small model in the package. A run knows
+    its backbone by what it holds, wherever it lies."""
+    revision: str | None = free(None)
     """Branch, tag or commit, when `path` is a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = result("auto")
     """Of the frozen weights and the activations; auto: bfloat16 on accelerators, float32 on CPU."""
-    quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    quantization: Literal["none", "int8", "int4", "nf4"] = result("none")
     """Of the layers' matrices, which stay frozen: int8 with a scale a row, int4 and nf4 with one for each 64 inputs."""
-    weights: Literal["pretrained", "random"] = "pretrained"
+    weights: Literal["pretrained", "random"] = result("pretrained")
     """random: only config.json and the tokenizer are read, to train a small backbone from nothing."""
-    remat: bool = False
+    remat: bool = rounding(False)
     """Recompute each layer in the backward pass instead of keeping what its products gave."""
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = rounding("auto")
     """Training's kernel: auto is splash on TPU, XLA elsewhere; cudnn, on NVIDIA, has not been measured yet."""
-    lora_rank: int = 0
+    lora_rank: int = result(0)
     """Rank of low-rank adapters beside every layer matrix, parameters `lora/**`; 0 is none."""
 
 
@@ -52,42 +54,42 @@ class BackboneConfig:
 class DataConfig:
     """Records, user vectors, and how they become rows."""
 
-    path: str = "synthetic"
+    path: str = result("synthetic")
     """A prepared dataset's directory, a JSON Lines file, or `synthetic`: the generated personas."""
-    embeddings: str | None = None
+    embeddings: str | None = result(None)
     """Table of user vectors: a table directory, .npz, .parquet, or .npy with ids beside it."""
-    missing_user: Literal["error", "null"] = "error"
+    missing_user: Literal["error", "null"] = result("error")
     """A user who is not in the table is an error, or the null user (needs `train.null_user_rate`)."""
-    cache: str = "auto"
+    cache: str = free("auto")
     """Directory for tokenised data, so that the next start need not tokenise; auto: a folder of the user's cache; or
     none."""
-    train_split: str = "train"
+    train_split: str = result("train")
     """Split to train on. In a JSON Lines file every record without a `split` key is `train`."""
-    eval_splits: tuple[str, ...] = ("validation",)
+    eval_splits: tuple[str, ...] = result(("validation",))
     """Splits to evaluate, reported apart."""
-    dev_split: str = "auto"
+    dev_split: str = result("auto")
     """Split that picks the best checkpoint and is not reported; auto: one training user in twenty, kept out of
     training, of those whom no reported split has."""
-    seq_len: int = 512
+    seq_len: int = result(512)
     """T: tokens a row, slots included; a multiple of 128."""
-    condition: Condition = "e2p"
+    condition: Condition = result("e2p")
     """What training puts in front of the conversation; `none` when backbone or adapters are trained by themselves."""
-    targets: Literal["assistant", "all"] = "assistant"
+    targets: Literal["assistant", "all"] = result("assistant")
     """assistant: the template's generation spans; all: every token of the conversation."""
-    on_bad_record: OnBadRecord = "error"
+    on_bad_record: OnBadRecord = result("error")
     """The first malformed record of a JSON Lines file is an error, or such records are skipped and counted."""
-    max_bad_share: float = 0.01
+    max_bad_share: float = free(0.01)
     """Skipping more than this share of a file's records is an error."""
-    too_long: Literal["drop_oldest", "refuse"] = "drop_oldest"
+    too_long: Literal["drop_oldest", "refuse"] = result("drop_oldest")
     """A conversation longer than T loses its oldest turns, or is an error."""
-    chat_template: str = "auto"
+    chat_template: str = free("auto")
     """auto: the tokenizer's own, else the plain one; or the path of a Jinja file with generation markers."""
-    control_text: Literal["break", "refuse"] = "break"
+    control_text: Literal["break", "refuse"] = result("break")
     """What a message that spells out a control token (`<|end|>`) is, in training, generation and exports. break: text,
     with the token broken up (`< |end|>`); refuse: an error."""
-    template_date: str = "2024-07-26"
+    template_date: str = result("2024-07-26")
     """What a chat template that asks for today's date is told (ISO 8601), so that no day changes the tokens."""
-    context_prompt: str = "{context}"
+    context_prompt: str = result("{context}")
     """System message of the `text` condition; `{context}` becomes the record's context, one sentence a line."""
 
 
@@ -95,7 +97,7 @@ class DataConfig:
 class PrefixConfig:
     """Where the soft tokens stand."""
 
-    placement: Placement = "before_bos"
+    placement: Placement = result("before_bos")
     """Before or after the beginning-of-sequence token, or inside the first user turn; PEFT knows the first alone."""
 
 
@@ -103,17 +105,17 @@ class PrefixConfig:
 class ProjectorConfig:
     """User vector -> soft tokens."""
 
-    kind: Annotated[str, one_of(PROJECTORS, described(PROJECTORS))] = "mlp"
+    kind: Annotated[str, one_of(PROJECTORS, described(PROJECTORS))] = result("mlp")
     """One of `registry.PROJECTORS`."""
-    num_tokens: int = 1
+    num_tokens: int = result(1)
     """K: soft tokens a user."""
-    hidden_size: int = 512
+    hidden_size: int = result(512)
     """Width of the MLP's hidden layer (unused by `linear`, which has none)."""
-    dropout: float = 0.05
+    dropout: float = result(0.05)
     """Share of the hidden layer's values dropped in training."""
-    noise: float = 0.0
+    noise: float = result(0.0)
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
-    init_scale: float = 1.0
+    init_scale: float = result(1.0)
     """Root mean square of the first soft tokens, in units of the backbone's token embeddings."""
 
 
@@ -121,40 +123,41 @@ class ProjectorConfig:
 class TrainConfig:
     """Optimisation, evaluation during training, and what is kept."""
 
-    trainable: tuple[str, ...] = ("projector/**",)
+    trainable: tuple[str, ...] = result(("projector/**",))
     """Parameter path patterns (`*` inside a name, `**` across): what the optimizer may change."""
-    steps: int = 1000
-    """Updates of the trainable parameters; the learning rate's cosine ends at the last."""
-    rows: int = 8
+    steps: int = result(1000)
+    """Updates of the trainable parameters; the learning rate's cosine ends at the last. It may grow when all are done:
+    the steps to come have the rates of the new length's cosine, those before keep theirs."""
+    rows: int = result(8)
     """B: rows a step, over all devices."""
-    accumulation: int = 1
+    accumulation: int = result(1)
     """Micro-batches a step; divides `rows`. The result is that of one large batch."""
-    learning_rate: float = 1e-3
+    learning_rate: float = result(1e-3)
     """AdamW's, at the end of the warm-up."""
-    warmup_steps: int = 50
+    warmup_steps: int = result(50)
     """Steps of linear warm-up from 0."""
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = result(0.1)
     """Where the cosine ends, as a fraction of `learning_rate`."""
-    weight_decay: float = 0.01
+    weight_decay: float = result(0.01)
     """AdamW decay of matrices; vectors are not decayed."""
-    beta2: float = 0.98
+    beta2: float = result(0.98)
     """AdamW's decay of the second moment."""
-    null_user_rate: float = 0.0
+    null_user_rate: float = result(0.0)
     """Share of training conversations whose user vector gives way to the null user's, a learned vector that then
     stands for users who have none; 0 learns no null user."""
-    clip_norm: float = 1.0
+    clip_norm: float = result(1.0)
     """Global norm of the trainable gradient."""
-    seed: int = 0
+    seed: int = result(0)
     """Of the projector's first weights, the order of rows, dropout and noise."""
-    eval_every: int = 100
+    eval_every: int = result(100)
     """Steps between evaluations of the dev NLL."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = free(100)
     """Steps between checkpoints; every evaluation writes one as well."""
-    keep_last: int = 2
+    keep_last: int = free(2)
     """Newest checkpoints that stay: should the last one be damaged, the run resumes from the one before."""
-    keep_best: int = 1
+    keep_best: int = free(1)
     """Checkpoints of the lowest dev NLL that stay beside them."""
-    log_every: int = 10
+    log_every: int = free(10)
     """Steps between lines of metrics.jsonl and TensorBoard."""
 
 
@@ -162,11 +165,11 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each axis; one may be -1 and takes what is left."""
 
-    data: int = -1
+    data: int = rounding(-1)
     """Groups of devices with rows of their own and a whole copy of the weights."""
-    fsdp: int = 1
+    fsdp: int = rounding(1)
     """Devices that share out rows and weights alike, and gather a layer when they need it."""
-    tensor: int = 1
+    tensor: int = rounding(1)
     """Devices that share out heads, the MLP's width and the vocabulary."""
 
 
@@ -174,18 +177,18 @@ class MeshConfig:
 class EvaluateConfig:
     """What `e2p train` shows when it ends, and `e2p evaluate` by default."""
 
-    conditions: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
+    conditions: tuple[Condition, ...] = free(("none", "shuffled", "e2p", "text"))
     """What stands in front of the conversation, one column each."""
-    measures: tuple[Measures, ...] = ()
+    measures: tuple[Measures, ...] = free(())
     """Beside likelihood. ranking: the true last reply among candidates; users: the true user among others; texts:
     greedy last replies against the true ones."""
-    candidates: int = 20
+    candidates: int = free(20)
     """What is ranked among, the true one included: replies, where records bring none, and users."""
-    max_records: int = 200
+    max_records: int = free(200)
     """Records of a split, evenly spaced, that `measures` take; 0 is all. Likelihood takes all."""
-    bootstrap_samples: int = 2000
+    bootstrap_samples: int = free(2000)
     """Resamples of users behind each 95 % interval."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = free(())
     """Asked of two held-out users after training."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from other_values import another
 
 import e2p_jax
 from e2p_jax import config as config_lib
@@ -21,6 +22,7 @@ from e2p_jax.config import (
     ProjectorConfig,
     TrainConfig,
 )
+from e2p_jax.effects import fields_that
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.parallel.mesh import AXES
 
@@ -30,26 +32,12 @@ SHIPPED = sorted(
 )
 
 
-def _other(value: Any, kind: Any) -> Any:
-    """A value of the field's type that is not its default."""
-    if typing.get_origin(kind) is typing.Annotated:
-        kind = kind.__metadata__[0].constructor_factory()
-    if typing.get_origin(kind) is typing.Literal:
-        return next(choice for choice in typing.get_args(kind) if choice != value)
-    if isinstance(value, tuple):
-        element = typing.get_args(kind)[0]
-        return (*value, "more") if element is str else () if value else typing.get_args(element)[:1]
-    if isinstance(value, bool):
-        return not value
-    return value + 1 if isinstance(value, int | float) else f"{value} other"
-
-
 def _changed() -> Config:
     sections = {}
     for section in dataclasses.fields(Config):
         default = section.default
         kinds = typing.get_type_hints(type(default), include_extras=True)
-        values = {name: _other(getattr(default, name), kind) for name, kind in kinds.items()}
+        values = {name: another(getattr(default, name), kind) for name, kind in kinds.items()}
         sections[section.name] = type(default)(**values)
     return Config(**sections)
 
@@ -257,6 +245,12 @@ def test_every_field_is_read_somewhere(section: str) -> None:
     default = getattr(Config(), section)
     unread = {f.name for f in dataclasses.fields(default)} - _reads(section)
     assert not unread, f"nothing reads {section}.{sorted(unread)}"
+
+
+@pytest.mark.parametrize("section", dataclasses.fields(Config), ids=lambda section: section.name)
+def test_every_field_says_what_it_does_to_the_result(section: dataclasses.Field) -> None:
+    said = [set(fields_that(effect, section.default)) for effect in ("result", "rounding", "free")]
+    assert set().union(*said) == {field.name for field in dataclasses.fields(section.default)}
 
 
 def test_mesh_fields_are_the_axes() -> None:

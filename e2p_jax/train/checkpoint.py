@@ -51,6 +51,13 @@ def _restore_args(tree: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeResto
     return ocp.args.PyTreeRestore(tree, restore_args=args, partial_restore=True)
 
 
+def newest_step(run: epath.Path) -> int | None:
+    """The step of a run's newest checkpoint; None where there is none, or it is damaged."""
+    place = run / "checkpoints"
+    step = max(ocp.utils.checkpoint_steps(place), default=None)
+    return None if step is None or find_damage(place / str(step)) else step
+
+
 class Checkpoints:
     """The `checkpoints/<step>/` of a run."""
 

@@ -1,8 +1,9 @@
 """Names what a run stands on: written into its directory when it is claimed, checked whenever it is opened.
 
 `backbone.json` names the backbone (path, revision, fingerprint of its weights, what of its `config.json` has a say,
-digests of its tokenizer and of the chat template), the width of the user vectors, and the settings that the run was
-begun with. Its last key is a checksum over the others. Earlier versions wrote the first three and the width alone.
+digests of its tokenizer and of the chat template), the width of the user vectors, and those settings that the run was
+begun with which change its result. Its last key is a checksum over the others. Earlier versions wrote the first three
+and the width alone, or all settings.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from e2p_jax.backbone.families import parse_config, significant
 from e2p_jax.config import Config
 from e2p_jax.data.control import unguarded
 from e2p_jax.data.encode import Encoder
+from e2p_jax.effects import fields_that
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
 from e2p_jax.json_files import digest, is_digest, read_object, sealed, unseal
@@ -35,8 +37,6 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 _LATER: dict[str, type] = {"config": dict, "tokenizer": str, "chat_template": str, "settings": dict}
 
-# Neither is what was learned: how a run is looked at, and on which devices.
-_FREE = ("evaluate", "mesh")
 # What decides how a checkpoint's numbers are read: with another value they mean something else.
 _BINDING = ("prefix", "projector")
 
@@ -176,9 +176,12 @@ def _config_json(directory: Path) -> dict[str, Any]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Of a config, what may have a say in a run's numbers, as JSON gives it back."""
-    sections = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: fields for name, fields in sections.items() if name not in _FREE}
+    """Of a config, what changes a run's result, by section, as JSON gives it back."""
+    sections = json.loads(config.to_json())
+    return {
+        section: {name: fields[name] for name in fields_that("result", getattr(config, section))}
+        for section, fields in sections.items()
+    }
 
 
 def _check_template(run: epath.Path, written: str, inputs: Inputs) -> None:

@@ -107,6 +107,12 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
                 f"{run}: its position is one in other training data: records, vectors or plan have changed since step "
                 f"{int(state.step)}; restore them, or choose another --workdir"
             )
+        planned = position.pop("steps", settings.steps)  # earlier versions did not write it
+        if settings.steps != planned != int(state.step):
+            raise UserError(
+                f"{run}: checkpoint {int(state.step)} is on the way to train.steps={planned}, not {settings.steps}: "
+                "set that in config.json again, finish, and let it grow then"
+            )
         iterator.set_state(position)
     first = int(state.step)
 
@@ -155,7 +161,8 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             stop = stop_here(number) and not last
             if evaluated or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()
-                checkpoints.save(state, frozen["projector"], {**iterator.get_state(), "data": digest}, nll)
+                position = {**iterator.get_state(), "data": digest, "steps": settings.steps}
+                checkpoints.save(state, frozen["projector"], position, nll)
             if stop:
                 break
         checkpoints.wait()  # while SIGTERM still asks, and does not end the process

@@ -6,7 +6,6 @@
 
 import contextlib
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -21,34 +20,43 @@ from e2p_jax.files import run_directory, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train import identity
-from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.checkpoint import Checkpoints, newest_step
 from e2p_jax.train.partition import join, split
 from e2p_jax.train.setup import Inputs, Model, Parts, abstract_state, frozen_model, read_inputs
 from e2p_jax.vectors.population import Population
 
 PyTree = Any
 
+_RULES = {("train", "steps"): " (it may grow, and only when all steps are done and the last checkpoint is whole)"}
+
 
 def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None:
     """Process 0 writes what names the run, unless a run is there; then all check that it is this one.
+
+    Of the settings those are compared that change a run's result; `config.json` then holds all that are in force.
 
     Raises:
       UserError: the directory holds a run of another config or backbone, or is not seen by every host.
     """
     path = run / "config.json"
-    if distributed.is_first() and not path.exists():
-        identity.write(run, config, inputs, model)
+    if distributed.is_first():
+        if path.exists():
+            _check_claim(run, config, inputs, model)
+        else:
+            identity.write(run, config, inputs, model)
         write_text(path, config.to_json())  # last: it says that the rest is there
     distributed.wait_for_all("the run directory is claimed")
     if not path.exists():
         raise UserError(f"{run}: is not the directory that process 0 sees; --workdir must be on storage that all share")
-    stored = config_lib.from_json(path.read_bytes(), path)
-    if stored != config and dataclasses.replace(stored, evaluate=config.evaluate) == config:
-        if distributed.is_first():  # how a run is looked at may change
-            write_text(path, config.to_json())
-    elif stored != config:
+    if not distributed.is_first():
+        _check_claim(run, config, inputs, model)
+
+
+def _check_claim(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None:
+    stored = config_lib.from_json((run / "config.json").read_bytes(), run / "config.json")
+    if differences := _differences(run, stored, config):
         raise UserError(
-            f"{run}: holds a run with other settings ({'; '.join(_differences(stored, config))}); "
+            f"{run}: holds a run with other settings ({'; '.join(differences)}); "
             "rerun with those, or choose another --workdir"
         )
     names = identity.read(run)
@@ -56,13 +64,16 @@ def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> 
     identity.check_weights(run, names, model)
 
 
-def _differences(old: Config, new: Config) -> list[str]:
-    a, b = json.loads(old.to_json()), json.loads(new.to_json())
+def _differences(run: epath.Path, stored: Config, config: Config) -> list[str]:
+    """Settings that make it another run, with what they were and are."""
+    then, now = identity.settings(stored), identity.settings(config)
+    if now["train"]["steps"] > then["train"]["steps"] == newest_step(run):
+        del now["train"]["steps"]  # all of them are done: it may grow
     return [
-        f"{section}.{field}: {a[section].get(field)!r} there, {value!r} here"
-        for section, fields in b.items()
-        for field, value in fields.items()
-        if a[section].get(field) != value
+        f"{section}.{name}: {then[section][name]!r} there, {value!r} here{_RULES.get((section, name), '')}"
+        for section, fields in now.items()
+        for name, value in fields.items()
+        if then[section][name] != value
     ]
 
 

@@ -205,10 +205,9 @@ def test_bad_records_are_refused_or_skipped_and_reported(config: Config, tmp_pat
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(tensor=2), MeshConfig(fsdp=2, tensor=2)])
-def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig):
-    plain = numbers(train(config, tmp_path / "data"))
+def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig, reference: list):
     sharded = numbers(train(dataclasses.replace(config, mesh=mesh), tmp_path / "sharded"))
-    for a, b in zip(plain, sharded, strict=True):
+    for a, b in zip(reference, sharded, strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
 
