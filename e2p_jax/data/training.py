@@ -64,9 +64,10 @@ def read_training(config: Config, encoder: Encoder) -> Training:
         return training
     try:
         _save(training, place)
-    except OSError as error:
+    except (OSError, UserError) as error:  # the latter from `replace_directory`, in words that know no `none`
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
         raise UserError(
-            f"data.cache: {place.parent} cannot be written ({error.strerror}); name another directory, or none"
+            f"data.cache: {place.parent} cannot be written ({reason}); name another directory, or none"
         ) from error
     return training
 
