@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from e2p_jax.baselines import Compared
 from e2p_jax.config import Config, load_config
 from e2p_jax.datasets import synthetic
 from e2p_jax.evaluate.compare import compare_seeds, pool
@@ -22,7 +21,7 @@ from e2p_jax.evaluate.measures import difference
 from e2p_jax.evaluate.table import Evaluation
 from e2p_jax.files import write_text
 
-CONDITIONS: tuple[Compared, ...] = ("none", "shuffled", "e2p")
+CONDITIONS = ("none", "shuffled", "e2p")
 Change = Callable[[Config, Path], Config]
 
 

@@ -6,11 +6,10 @@ projector's.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from e2p_jax.config import Condition, Config
 
-Trained = Literal["e2p", "e2p+text", "static", "lora", "full"]
 LORA_RANK = 8
 
 
@@ -59,7 +58,7 @@ def full(config: Config) -> Config:
     return _change(config, data={"condition": "none"}, train={"trainable": ("backbone/**",), "learning_rate": rate})
 
 
-BASELINES: dict[Trained, Callable[[Config], Config]] = {
+BASELINES: dict[str, Callable[[Config], Config]] = {
     "e2p": e2p,
     "e2p+text": e2p_text,
     "static": static,
@@ -67,11 +66,9 @@ BASELINES: dict[Trained, Callable[[Config], Config]] = {
     "full": full,
 }
 
-Compared = Literal["none", "e2p", "text", "e2p+text", "static", "lora", "full", "shuffled", "mean", "zero", "noise"]
-
 # What is compared -> the run it is asked of, and what stands in front of that run's conversations. `none` and `text`
 # need no training: the backbone of the `e2p` run is the frozen one.
-ARMS: dict[Compared, tuple[Trained, Condition]] = {
+ARMS: dict[str, tuple[str, Condition]] = {
     "none": ("e2p", "none"),
     "e2p": ("e2p", "e2p"),
     "text": ("e2p", "text"),

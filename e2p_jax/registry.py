@@ -4,22 +4,37 @@ A line names the place and says what is there; nothing is imported before it is 
 The rows of `e2p compare` have their table in `baselines.py`.
 """
 
+import dataclasses
 import pkgutil
-from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 import tyro
 
 
-class Choice(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Choice:
     """Something with a name."""
 
-    place: str  # `module`, or `module:attribute`
-    what: str  # one line, which --help shows
+    place: str
+    """`module`, or `module:attribute`."""
+    what: str
+    """One line, which --help shows."""
 
     def load(self) -> Any:
         """Imports it."""
         return pkgutil.resolve_name(self.place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export(Choice):
+    """A format of `e2p export`: a function of a run and of those flags that it has a parameter for.
+
+    One with a parameter `out` writes it. Another returns values: lines of JSON in --out, or on stdout.
+    """
+
+    backbone: Literal["none", "embedding", "all"] = "none"
+    """How much of the LLM it reads; see `open_run`."""
 
 
 # Modules that define what `prefix/projector.py` calls a Kind.
@@ -38,24 +53,24 @@ DATASETS = {
         "who consumed what: films, music, podcasts",
     ),
 }
-# Functions of a run and of those flags of `e2p export` that they have a parameter for. One that takes `out` writes it;
-# another returns values, each of which becomes a line of JSON in --out, or on stdout.
 _ENGINES = "e2p_jax.export.engines:export_engine"
 EXPORTS = {
-    "transformers": Choice(
+    "transformers": Export(
         "e2p_jax.export.transformers:export_transformers", "a model directory for AutoModelForCausalLM"
     ),
-    "peft": Choice("e2p_jax.export.peft:export_peft", "a prompt-tuning adapter a user"),
-    "vllm": Choice(_ENGINES, "a line of JSON a user, the body of a request to /v1/completions"),
-    "vllm-chat": Choice(_ENGINES, "the same for /v1/chat/completions"),
-    "sglang": Choice(_ENGINES, "the same for /generate"),
-    "backbone": Choice(
-        "e2p_jax.export.backbone:export_backbone", "a model directory of the backbone alone, for a run that trained it"
+    "peft": Export("e2p_jax.export.peft:export_peft", "a prompt-tuning adapter a user"),
+    "vllm": Export(_ENGINES, "a line of JSON a user, the body of a request to /v1/completions", "embedding"),
+    "vllm-chat": Export(_ENGINES, "the same for /v1/chat/completions", "embedding"),
+    "sglang": Export(_ENGINES, "the same for /generate", "embedding"),
+    "backbone": Export(
+        "e2p_jax.export.backbone:export_backbone",
+        "a model directory of the backbone alone, for a run that trained it",
+        "all",
     ),
 }
 
 
-def described(table: dict[str, Choice]) -> str:
+def described(table: Mapping[str, Choice]) -> str:
     """`name: what; name: what.`"""
     return "; ".join(f"{name}: {choice.what}" for name, choice in table.items()) + "."
 

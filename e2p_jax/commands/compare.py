@@ -6,23 +6,26 @@ from typing import Annotated, Any
 
 import tyro
 
-from e2p_jax.baselines import Compared
+from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.commands.common import DETECTED, RunPath, print_tables
 from e2p_jax.config import Config
 from e2p_jax.errors import UsageError
 from e2p_jax.options import Processes
+from e2p_jax.registry import one_of
 from e2p_jax.terminal import say
 
-ALL: tuple[Compared, ...] = ("none", "shuffled", "mean", "static", "e2p", "text", "e2p+text", "lora")
+ALL = ("none", "shuffled", "mean", "static", "e2p", "text", "e2p+text", "lora")
 
 
 def compare_command(name: str, defaults: Config) -> Callable[..., None]:
     """`compare` with the named config's values as the defaults of its flags."""
+    trained, asked = ", ".join(BASELINES), ", ".join(name for name in ARMS if name not in BASELINES)
+    rows = f"Rows of the table. Trained each in a run of its own: {trained}. Asked of one of those: {asked}."
 
     def command(
         config: tyro.conf.Positional[str],
         /,
-        conditions: tuple[Compared, ...] = ALL,
+        conditions: Annotated[tuple[Annotated[str, one_of(ARMS)], ...], tyro.conf.arg(help=rows)] = ALL,
         workdir: RunPath | None = None,
         seeds: tuple[int, ...] = (),
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -33,8 +36,7 @@ def compare_command(name: str, defaults: Config) -> Callable[..., None]:
 
         Args:
           config: Name of a shipped config (quickstart, persona_chat, ...) or path of a Python file.
-          conditions: Rows of the table. Trained each in a run of its own: e2p, e2p+text, static (prompt tuning), lora,
-            full (fine-tuning). Asked of the e2p run: none, text, shuffled, mean, zero, noise.
+          conditions: Rows of the table: `baselines.ARMS`.
           workdir: Directory of the runs and the report. Default: runs/compare-CONFIG.
           seeds: Values of `train.seed`, each compared in WORKDIR/seed-N; the table is of their mean. Default: the
             config's one, in WORKDIR itself.

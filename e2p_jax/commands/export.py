@@ -1,21 +1,24 @@
 """`e2p export`."""
 
+import inspect
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from e2p_jax.commands.common import RunPath
 from e2p_jax.errors import UserError
-from e2p_jax.terminal import say
+from e2p_jax.registry import EXPORTS, described, one_of
+
+_NEEDED = {"out": "--out DIR", "users": "--user", "prompt": "--prompt"}  # by formats that take them
 
 
 def export(
     run: tyro.conf.Positional[RunPath],
     /,
     out: Path | None = None,
-    format: Literal["transformers", "peft", "vllm", "vllm-chat", "sglang", "backbone"] = "transformers",
+    format: Annotated[str, one_of(EXPORTS, described(EXPORTS))] = "transformers",
     include_backbone: bool = False,
     user: tuple[str, ...] = (),
     prompt: str | None = None,
@@ -28,9 +31,7 @@ def export(
     Args:
       run: Run directory.
       out: Directory to write; with vllm, vllm-chat and sglang a file. Default for those: stdout.
-      format: transformers: a model directory for AutoModelForCausalLM; peft: a prompt-tuning adapter a user; vllm,
-        vllm-chat, sglang: a line of JSON a user, the body of a request to /v1/completions, /v1/chat/completions,
-        /generate; backbone: a model directory of the backbone alone, for a run that trained it.
+      format: One of `registry.EXPORTS`.
       include_backbone: With transformers: copy the backbone's tensors too; else they are named and
         fingerprinted, but for the embedded backbone, which always comes along.
       user: With peft and the engines: user ids, or @vector.npy (@@alice is the user @alice).
@@ -39,33 +40,23 @@ def export(
       dtype: With backbone: of the written tensors.
       checkpoint: best, last, or a step.
     """
-    from e2p_jax.export.backbone import export_backbone
-    from e2p_jax.export.engines import export_engine
-    from e2p_jax.export.peft import CAVEAT, export_peft
-    from e2p_jax.export.transformers import export_transformers
     from e2p_jax.files import explain_refusal, write_text
     from e2p_jax.train.run import open_run
 
-    if format in ("vllm", "vllm-chat", "sglang"):
-        if not user or prompt is None:
-            raise UserError(f"--format {format}: give --user and --prompt")
-        bodies = export_engine(open_run(run, checkpoint, embeddings, backbone="embedding"), format, user, prompt)
-        lines = "".join(json.dumps(body) + "\n" for body in bodies)
+    chosen = EXPORTS[format]
+    function = chosen.load()
+    given: dict[str, Any] = {"out": out, "users": user, "prompt": prompt}
+    given |= {"format": format, "include_backbone": include_backbone, "dtype": dtype}
+    flags = {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
+    if any(flags.get(name, True) in (None, ()) for name in _NEEDED):
+        needed = " and ".join(text for name, text in _NEEDED.items() if name in flags)
+        raise UserError(f"--format {format}: give {needed}")
+    made = function(open_run(run, checkpoint, embeddings, backbone=chosen.backbone), **flags)
+    if "out" not in flags:
+        lines = "".join(json.dumps(value) + "\n" for value in made)
         if out is None:
             print(lines, end="")
             return
         with explain_refusal(out):
             write_text(out, lines)
-        print(out)
-        return
-    if out is None:
-        raise UserError(f"--format {format}: give --out DIR")
-    opened = open_run(run, checkpoint, embeddings, backbone="all" if format == "backbone" else "none")
-    if format == "transformers":
-        export_transformers(opened, out, include_backbone)
-    elif format == "peft":
-        export_peft(opened, out, user)
-        say(f"{CAVEAT}; whose directory is which stands in {out / 'users.json'}")
-    else:
-        export_backbone(opened, out, dtype)
     print(out)

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 import e2p_jax
-from e2p_jax.baselines import ARMS, BASELINES, Compared, Trained
+from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.conditions import FRONTS
 from e2p_jax.datasets.records import Record
@@ -32,7 +32,7 @@ from e2p_jax.train.score import Scores
 _LAYOUT = 2  # of a file of scores
 
 
-def train_all(config: Config, directory: epath.Path, compared: Sequence[Compared]) -> dict[Trained, epath.Path]:
+def train_all(config: Config, directory: epath.Path, compared: Sequence[str]) -> dict[str, epath.Path]:
     """Trains, or finishes, the runs that the conditions need; finished ones are left as they are.
 
     Returns:
@@ -42,7 +42,7 @@ def train_all(config: Config, directory: epath.Path, compared: Sequence[Compared
     return {name: train(BASELINES[name](config).resolved(), directory / name) for name in needed}
 
 
-def compare(config: Config, directory: epath.Path, compared: Sequence[Compared]) -> list[Evaluation]:
+def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> list[Evaluation]:
     """Trains what is needed and evaluates all conditions on the same records and targets.
 
     Args:
@@ -56,7 +56,7 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[Compared])
     runs = train_all(config, directory, compared)
     splits = read_splits(config.data, config.data.eval_splits)
     fronts = list(dict.fromkeys(ARMS[name][1] for name in compared))
-    found: dict[str, dict[Compared, Scores]] = {name: {} for name in splits}
+    found: dict[str, dict[str, Scores]] = {name: {} for name in splits}
     for trained, place in runs.items():
         arms = {name: ARMS[name][1] for name in compared if ARMS[name][0] == trained}
         run = open_run(place)
@@ -80,7 +80,7 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[Compared])
 
 
 def compare_seeds(
-    config: Config, directory: epath.Path, compared: Sequence[Compared], seeds: Sequence[int]
+    config: Config, directory: epath.Path, compared: Sequence[str], seeds: Sequence[int]
 ) -> dict[int, list[Evaluation]]:
     """`compare` with each `train.seed`, in `directory/seed-N`: the data, the other users of `shuffled` and the
     candidates are the same for all.

@@ -16,6 +16,7 @@ from e2p_jax.evaluate.generate import asked_for
 from e2p_jax.export.checks import refuse_foreign, refuse_not_finite
 from e2p_jax.export.payloads import soft_tokens
 from e2p_jax.files import replace_directory
+from e2p_jax.terminal import say
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
@@ -109,6 +110,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
             own = user.startswith("@") and not user.startswith("@@")
             listed.append({"user": f"@{Path(user).name}" if own else user, "directory": place.name})
         (temporary / _USERS).write_text(json.dumps(listed, indent=2) + "\n")
+    say(f"{CAVEAT}; whose directory is which stands in {out / _USERS}")
 
 
 def _is_ours(out: Path) -> bool:

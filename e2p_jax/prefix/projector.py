@@ -26,7 +26,10 @@ class Kind(Protocol):
     """Source that puts a class in PROJECTORS at the end of the exported modeling_e2p.py, with its two methods."""
 
     def parameters(self, rows: int, columns: int, hidden_size: int, matrix: Matrix) -> dict[str, nnx.Param]:
-        """Fresh parameters by name, for `rows` = E and `columns` = K*D, with an output of unit variance."""
+        """Fresh parameters by name, for `rows` = E and `columns` = K*D, with an output of unit variance.
+
+        Weight decay reaches those of two axes or more.
+        """
 
     def project(self, projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """Standardised vectors [..., E] -> [..., K*D]; the parameters are attributes of the projector."""

@@ -9,24 +9,25 @@ import optax
 from e2p_jax.config import TrainConfig
 from e2p_jax.train.partition import path_name
 
-# What a parameter is for, by the last part of its path. Its shape does not tell: a norm, stacked over layers, has two
-# axes.
+# What a parameter of the backbone or of adapters is for, by the last part of its path. Its shape does not tell: a norm,
+# stacked over layers, has two axes.
 _ROLES = {
-    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*", "skip", "*_lora_in", "*_lora_out"),
+    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*", "*_lora_in", "*_lora_out"),
     "embedding": ("embedding", "position_embedding", "head"),
     "norm": ("*norm",),
     "bias": ("bias", "*_bias"),
-    "user": ("null_user",),
 }
 _DECAYING = ("matrix", "embedding")
 
 
-def decays(path: str) -> bool:
+def decays(path: str, axes: int) -> bool:
     """Tells whether weight decay reaches a parameter: what multiplies is drawn to zero, what shifts or scales is not.
 
     Raises:
       ValueError: the table of roles does not say what it is.
     """
+    if path.startswith("projector/"):
+        return axes > 1
     name = path.rpartition("/")[2]
     roles = [role for role, patterns in _ROLES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if len(roles) != 1:
@@ -55,7 +56,9 @@ def make_optimizer(config: TrainConfig, mask: Any) -> optax.GradientTransformati
             schedule(config),
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: decays(path_name(path)), params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, leaf: decays(path_name(path), leaf.ndim), params
+            ),
         ),
     )
     return optax.masked(inner, mask)
