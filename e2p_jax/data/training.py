@@ -86,17 +86,17 @@ def _read(config: Config, encoder: Encoder) -> Training:
     bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
     reported = load_splits(config.data.path, config.data.eval_splits, bad)
     learned, dev = load_training(config.data, reported, bad)
-    dropped = 0
+    dropped, records = 0, []
 
     def fitted() -> Iterator[Any]:
         nonlocal dropped
         for record in learned:
             fit = encoder.fit(record, [condition])
             dropped += fit.dropped_messages
+            records.append(Record(record.user_id, (), (), source=record.source))
             yield fit.examples[condition]
 
     examples = Examples.of(fitted())
-    records = [Record(record.user_id, (), (), source=record.source) for record in learned]
     budget = choose_budget(examples, encoder.max_length)
     return Training(examples, budget, plan_rows(examples, budget), records, dev, reported, dropped, bad.report())
 

@@ -5,7 +5,7 @@ TensorFlow Datasets is slow to import, so it is imported only where a prepared d
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,12 @@ class AbsentSplit(UserError):
 
 
 def load_records(path: str, split: str, bad: BadRecords | None = None) -> list[Record]:
-    """Reads one split of `data.path`, in the order it was written.
+    """Reads one split of `data.path` as `stream_records` does, and holds all of it."""
+    return list(stream_records(path, split, bad))
+
+
+def stream_records(path: str, split: str, bad: BadRecords | None = None) -> Iterator[Record]:
+    """Reads one split of `data.path` record by record, in the order it was written.
 
     Args:
       path: `synthetic`, a prepared dataset's directory, or a JSON Lines file.
@@ -41,16 +46,19 @@ def load_records(path: str, split: str, bad: BadRecords | None = None) -> list[R
     """
     place = Path(path).expanduser()
     if path == "synthetic":
-        records = synthetic.records(split)
+        records: Iterable[Record] = synthetic.records(split)
     elif place.is_dir():
         records = _read_prepared(place, split)
     elif place.is_file():
         records = read_jsonl(place, split, bad)
     else:
         raise UserError(f"data.path: {place} does not exist; give a prepared dataset's directory or a JSON Lines file")
-    if not records:
+    empty = True
+    for record in records:
+        empty = False
+        yield record
+    if empty:
         raise AbsentSplit(f"{path}: split {split!r} holds no records")
-    return records
 
 
 def load_table(path: str, missing: Literal["error", "null"] = "error") -> UserTable:
@@ -96,7 +104,7 @@ def load_splits(path: str, names: Sequence[str], bad: BadRecords | None = None) 
 
 def load_training(
     data: DataConfig, reported: dict[str, list[Record]], bad: BadRecords | None = None
-) -> tuple[list[Record], list[Record]]:
+) -> tuple[Iterator[Record], list[Record]]:
     """Reads the records that are trained on, and those that pick the best checkpoint.
 
     Args:
@@ -106,17 +114,22 @@ def load_training(
       bad: The policy for malformed records.
 
     Returns:
-      Two lists of records of different users; the second is empty where there are too few users to spare.
+      Records of different users, the former read as they are asked for; the latter are none where there are too few
+      users to spare.
 
     Raises:
       UserError: a split is not there, or a record is malformed.
     """
-    records = load_records(data.path, data.train_split, bad)
+
+    def records() -> Iterator[Record]:
+        return stream_records(data.path, data.train_split, bad)
+
     if data.dev_split != "auto":
-        return records, load_records(data.path, data.dev_split, bad)
+        return records(), load_records(data.path, data.dev_split, bad)
     shown = {record.user_id for others in reported.values() for record in others}
-    dev = held_out_users({record.user_id for record in records} - shown)
-    return [r for r in records if r.user_id not in dev], [r for r in records if r.user_id in dev]
+    dev = held_out_users({record.user_id for record in records()} - shown)
+    held = [record for record in records() if record.user_id in dev] if dev else []
+    return (record for record in records() if record.user_id not in dev), held
 
 
 def _open_prepared(place: Path) -> "tfds.core.DatasetBuilder":
@@ -133,14 +146,14 @@ def _open_prepared(place: Path) -> "tfds.core.DatasetBuilder":
     return builder
 
 
-def _read_prepared(place: Path, split: str) -> list[Record]:
+def _read_prepared(place: Path, split: str) -> Iterator[Record]:
     builder = _open_prepared(place)
     if split not in builder.info.splits:
         raise AbsentSplit(f"{place}: no split {split!r}; there are {', '.join(builder.info.splits)}")
     if builder.info.splits[split].num_examples == 0:
-        return []
-    rows = builder.as_data_source(split)
-    return [_from_example(values, f"{place} {split}[{row}]") for row, values in enumerate(rows)]
+        return
+    for row, values in enumerate(builder.as_data_source(split)):
+        yield _from_example(values, f"{place} {split}[{row}]")
 
 
 def _from_example(values: dict[str, Any], source: str) -> Record:

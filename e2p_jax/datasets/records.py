@@ -15,7 +15,7 @@ from e2p_jax.text_files import Line, decode_json, read_lines, shortened
 ROLES = ("system", "user", "assistant")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """One conversation of one user; assistant turns are what the user said, clicked or played."""
 
@@ -62,8 +62,8 @@ def from_json(values: Any, source: str) -> Record:
     return check(_parse(values, source))
 
 
-def read_jsonl(path: Path, split: str, bad: BadRecords | None = None) -> list[Record]:
-    """Reads the records of one split from JSON Lines.
+def read_jsonl(path: Path, split: str, bad: BadRecords | None = None) -> Iterator[Record]:
+    """Reads the records of one split from JSON Lines, one by one: they need not be there all at once.
 
     A record says its split in the key `split` (`train` without one). Where no record does, one user in twenty, two
     at least, is `validation`, chosen by a hash of the user id, and the others are `train`. `all` is every record.
@@ -71,17 +71,23 @@ def read_jsonl(path: Path, split: str, bad: BadRecords | None = None) -> list[Re
     Raises:
       UserError: a malformed line, named by its number, unless `bad` skips it; or too many of them.
     """
-    splits: list[str | None] = []
-    records = []
-    for record, name in (bad or BadRecords()).parse(_lines(path), _record_and_split, path):
-        records.append(record)
-        splits.append(name)
-    if split == "all":
-        return records
-    if any(splits):
-        return [record for record, name in zip(records, splits, strict=True) if (name or "train") == split]
-    held_out = held_out_users({record.user_id for record in records})
-    return [record for record in records if split == ("validation" if record.user_id in held_out else "train")]
+    bad = bad or BadRecords()
+
+    def parsed() -> Iterator[tuple[Record, str | None]]:
+        return bad.parse(_lines(path), _record_and_split, path)
+
+    users: set[str] = set()
+    named = split == "all"
+    for record, name in () if named else parsed():
+        users.add(record.user_id)
+        if named := name is not None:
+            break
+    held_out = set() if named else held_out_users(users)
+    del users
+    for record, name in parsed():
+        own = (name or "train") if named else ("validation" if record.user_id in held_out else "train")
+        if split in ("all", own):
+            yield record
 
 
 def held_out_users(users: set[str]) -> set[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.training import Training, read_training
 from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.prepared import load_training
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
 
@@ -80,6 +82,27 @@ def test_second_start_reads_the_cache(
     # What has no say in the tokens shares them.
     data = dataclasses.replace(config.data, embeddings="synthetic", missing_user="null")
     assert_same(read(dataclasses.replace(config, data=data), tokenizer), first)
+
+
+@pytest.mark.parametrize("dev", ["auto", "selection"])
+def test_training_records_are_read_one_by_one(tmp_path: Path, dev: str) -> None:
+    """Whatever says which split a line is of, and whoever picks the checkpoint."""
+    lines = [{"user_id": f"u{n}", "prompt": "hi", "response": f"{n} " * 20_000} for n in range(300)]
+    if dev != "auto":
+        lines = [line | {"split": "selection" if n < 3 else "train"} for n, line in enumerate(lines)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = DataConfig(path=str(tmp_path / "r.jsonl"), dev_split=dev)
+    tracemalloc.start()
+    try:
+        learned, held = load_training(data, {})
+        users = [record.user_id for record in learned]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(len(json.dumps(line)) for line in lines) > 20e6 and peak < 5e6
+    others = [record.user_id for record in held]
+    left = 300 - len(others) if dev != "auto" else 300 - 15 - len(others)  # 15 are of `validation`
+    assert len(others) >= 3 and len(users) == left and not set(users) & set(others)
 
 
 CHANGES: dict[str, dict[str, Any]] = {

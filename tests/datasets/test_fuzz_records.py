@@ -112,7 +112,7 @@ def test_a_damaged_file_gives_correct_records_or_says_where(tmp_path, monkeypatc
 def test_damaged_json_lines(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.jsonl"
     path.write_bytes(content)
-    for read in (lambda: read_jsonl(path, "all"), lambda: read_prompts(path)):
+    for read in (lambda: list(read_jsonl(path, "all")), lambda: read_prompts(path)):
         try:
             made = read()
         except UserError as error:
@@ -121,6 +121,6 @@ def test_damaged_json_lines(tmp_path_factory, content):
             for record in made:
                 for message in record.messages:
                     message["content"].encode("utf-8")
-    kept = read_jsonl(path, "all", BadRecords("skip", 1.0))
+    kept = list(read_jsonl(path, "all", BadRecords("skip", 1.0)))
     for record in kept:
         assert_correct(Record(record.user_id, record.context, record.messages))

@@ -16,6 +16,10 @@ REPLY = {"role": "assistant", "content": "a dog and a cat."}
 GOOD = {"user_id": "ann", "messages": [USER, REPLY]}
 
 
+def read_jsonl(*arguments: Any) -> list[records.Record]:
+    return list(records.read_jsonl(*arguments))
+
+
 def write(path: Path, *lines: Any) -> Path:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return path
@@ -30,7 +34,7 @@ def test_reads_every_key(tmp_path: Path) -> None:
         "references": ["two."],
     }
     path = write(tmp_path / "r.jsonl", line)
-    assert records.read_jsonl(path, "all") == [
+    assert read_jsonl(path, "all") == [
         Record(
             user_id="ann",
             context=("i have a dog.", "and a cat."),
@@ -44,7 +48,7 @@ def test_reads_every_key(tmp_path: Path) -> None:
 
 def test_shorthand_is_one_exchange(tmp_path: Path) -> None:
     line = {"user_id": "ann", "prompt": "any pets?", "response": "a dog and a cat.", "context": ["i have a dog."]}
-    (record,) = records.read_jsonl(write(tmp_path / "r.jsonl", line), "all")
+    (record,) = read_jsonl(write(tmp_path / "r.jsonl", line), "all")
     assert record.messages == (USER, REPLY)
     assert record.context == ("i have a dog.",)
 
@@ -58,17 +62,17 @@ def test_splits_and_blank_lines(tmp_path: Path) -> None:
         {**GOOD, "split": "train"},
     ]
     path = write(tmp_path / "r.jsonl", *lines)
-    train, test = records.read_jsonl(path, "train"), records.read_jsonl(path, "test")
+    train, test = read_jsonl(path, "train"), read_jsonl(path, "test")
     assert [(r.user_id, r.source) for r in train] == [("a", f"{path}:1"), ("ann", f"{path}:5")]
     assert [(r.user_id, r.source) for r in test] == [("b", f"{path}:3")]
-    assert records.read_jsonl(path, "validation") == []
-    assert [r.user_id for r in records.read_jsonl(path, "all")] == ["a", "b", "ann"]
+    assert read_jsonl(path, "validation") == []
+    assert [r.user_id for r in read_jsonl(path, "all")] == ["a", "b", "ann"]
 
 
 def test_without_splits_one_user_in_twenty_is_held_out(tmp_path: Path) -> None:
     def split_of(users: list[str]) -> tuple[list[str], list[str]]:
         path = write(tmp_path / "r.jsonl", *({**GOOD, "user_id": user} for user in users))
-        train, validation = (records.read_jsonl(path, split) for split in ("train", "validation"))
+        train, validation = (read_jsonl(path, split) for split in ("train", "validation"))
         return [r.user_id for r in train], [r.user_id for r in validation]
 
     users = [f"user-{n // 3}" for n in range(300)]
@@ -87,11 +91,11 @@ def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_ignored(tmp_path:
     line = json.dumps({"user_id": "ann", "prompt": "hi", "response": content}, ensure_ascii=False)
     path = tmp_path / "r.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n" + line.encode() + b"\r\n")
-    assert [r.messages[1]["content"] for r in records.read_jsonl(path, "train")] == [content, content]
+    assert [r.messages[1]["content"] for r in read_jsonl(path, "train")] == [content, content]
 
 
 def test_whole_numbers_become_text_ids(tmp_path: Path) -> None:
-    (record,) = records.read_jsonl(write(tmp_path / "r.jsonl", {**GOOD, "user_id": 17}), "all")
+    (record,) = read_jsonl(write(tmp_path / "r.jsonl", {**GOOD, "user_id": 17}), "all")
     assert record.user_id == "17"
 
 
@@ -135,7 +139,7 @@ MALFORMED = {
 def test_malformed_line_is_named(tmp_path: Path, message: str) -> None:
     path = write(tmp_path / "r.jsonl", GOOD, "", MALFORMED[message])
     with pytest.raises(UserError) as caught:
-        records.read_jsonl(path, "train")
+        read_jsonl(path, "train")
     text = str(caught.value)
     assert text.startswith(f"{path}:3: ") and message in text
     assert "\n" not in text
@@ -145,7 +149,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"user_id": "Zo\xeb"}\n')
     with pytest.raises(UserError, match=r"r\.jsonl:2: column 16: not utf-8 \(byte 0xeb\)"):
-        records.read_jsonl(path, "train")
+        read_jsonl(path, "train")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_what_no_file_should_hold_is_named(tmp_path: Path, line: bytes, message:
     path = tmp_path / "r.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(UserError, match=message):
-        records.read_jsonl(path, "train")
+        read_jsonl(path, "train")
 
 
 def test_bad_lines_are_skipped_and_counted_once(tmp_path: Path) -> None:
@@ -169,11 +173,11 @@ def test_bad_lines_are_skipped_and_counted_once(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", *good[:7], "{", *good[7:], {"user_id": "x"})
     bad = BadRecords("skip", max_share=0.1)
     for split, users in (("train", range(1, 18, 2)), ("test", range(0, 18, 2))):
-        assert [r.user_id for r in records.read_jsonl(path, split, bad)] == [f"u{n}" for n in users]
+        assert [r.user_id for r in read_jsonl(path, split, bad)] == [f"u{n}" for n in users]
     assert bad.report() == f"skipped 2 of 20 records as bad; the first: {bad.first}"
     assert bad.first.startswith(f"{path}:8: malformed JSON")
     with pytest.raises(UserError, match=r"r.jsonl: 2 of 20 records are bad, more than max_bad_share=0.09; .*:8: mal"):
-        records.read_jsonl(path, "train", BadRecords("skip", max_share=0.09))
+        read_jsonl(path, "train", BadRecords("skip", max_share=0.09))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
@@ -188,7 +192,7 @@ def test_written_records_read_back(tmp_path: Path) -> None:
         Record("bob", (), ({"role": "system", "content": "two\nlines"}, USER, REPLY)),
     ]
     records.write_jsonl(written, tmp_path / "new" / "r.jsonl")
-    read = records.read_jsonl(tmp_path / "new" / "r.jsonl", "all")
+    read = read_jsonl(tmp_path / "new" / "r.jsonl", "all")
     assert [(r.user_id, r.context, r.messages, r.candidates, r.references) for r in read] == [
         (r.user_id, r.context, r.messages, r.candidates, r.references) for r in written
     ]
@@ -250,7 +254,7 @@ def test_missing_prompt_file_names_the_flag(tmp_path: Path) -> None:
 )
 def test_hostile_line_is_one_line(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "p.jsonl", {"user_id": "a", "prompt": "b"}, line)
-    for read in (records.read_prompts, lambda path: records.read_jsonl(path, "all")):
+    for read in (records.read_prompts, lambda path: read_jsonl(path, "all")):
         with pytest.raises(UserError) as caught:
             read(path)
         said = str(caught.value)

@@ -176,7 +176,7 @@ def test_damaged_records_are_what_stands_there_or_one_line(tmp_path: Path) -> No
     for _ in range(4 * TIMES):
         content = mutated(whole, rng)
         path.write_bytes(content)
-        for reader in (lambda: read_jsonl(path, "all"), lambda: read_prompts(path)):
+        for reader in (lambda: list(read_jsonl(path, "all")), lambda: read_prompts(path)):
             try:
                 records = reader()
             except UserError as error:
