@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -497,3 +498,18 @@ def test_a_damaged_program_is_compiled_anew_once(
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.mark.filterwarnings("always:Error reading persistent")
+def test_compiled_programs_without_a_place_are_told_of_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a home that is not there, or can only be read: nothing was damaged, and nothing is kept."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "absent"))
+    with damaged_programs_removed():
+        for name in ("jit_a", "jit_b"):
+            warnings.warn(
+                f"Error reading persistent compilation cache entry for '{name}': PermissionError", stacklevel=1
+            )
+    said = capsys.readouterr().err
+    assert said.count("cannot be written; set JAX_COMPILATION_CACHE_DIR") == 1 and "damaged" not in said

@@ -22,6 +22,7 @@ _DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '([
 def damaged_programs_removed() -> Iterator[None]:
     """Within the block, a damaged program's file makes way for the one that is compiled in its place."""
     show = warnings.showwarning
+    said: set[str] = set()  # a place that cannot be written is one for every program
 
     def show_or_remove(
         message: Warning | str,
@@ -35,9 +36,17 @@ def damaged_programs_removed() -> Iterator[None]:
             show(message, category, filename, lineno, file, line)
             return
         cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
-        for path in cache.glob(f"{glob.escape(found[1])}-*-cache"):
-            path.unlink(missing_ok=True)
-        say(f"{cache}: the compiled program {found[1]} was damaged; it is compiled and kept anew")
+        programs, refused = list(cache.glob(f"{glob.escape(found[1])}-*-cache")), not os.access(cache, os.W_OK)
+        with contextlib.suppress(OSError):
+            for path in programs:
+                path.unlink(missing_ok=True)
+        if refused or any(path.exists() for path in programs):
+            told = f"{cache}: cannot be written; set JAX_COMPILATION_CACHE_DIR to a place that keeps what is compiled"
+        else:
+            told = f"{cache}: the compiled program {found[1]} was damaged; it is compiled and kept anew"
+        if told not in said:
+            say(told)
+        said.add(told)
 
     warnings.showwarning = show_or_remove
     try:
