@@ -141,3 +141,13 @@ def test_serving_examples(run: Run, server: str, capsys: pytest.CaptureFixture[s
     asked = Record("user-3", (), ({"role": "user", "content": "do you have any pets?"},))
     vectors = vectors_for(run, ["user-3"], [""], "e2p")
     assert capsys.readouterr().out.strip() == generate(run, [asked], vectors, "e2p", Sampling(max_new_tokens=12))[0]
+
+
+def test_the_page_of_faults_names_tests_that_are_there() -> None:
+    tests, missing, path = Path(__file__).parents[1], [], ""
+    for name in re.findall(r"`([\w/.]*::\w+)`", (tests.parent / "docs" / "faults.md").read_text(encoding="utf-8")):
+        file, _, test = name.partition("::")
+        path = file or path
+        if not re.search(rf"^def {test}\(", (tests / path).read_text(encoding="utf-8"), re.MULTILINE):
+            missing.append(name)
+    assert path and not missing
