@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from e2p_jax.backbone.checkpoint import Checkpoint
 from e2p_jax.cli import commands_of, main, set_environment
 from e2p_jax.commands.compiled import damaged_programs_removed
 from e2p_jax.datasets import synthetic
@@ -46,8 +47,11 @@ def train_arguments(place: Path, backbone: Path, workdir: Path, *more: str) -> l
 @pytest.fixture(scope="module")
 def run(place: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One's own data in place of a shipped config's."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    assert main(train_arguments(place, tiny_backbone, workdir)) == 0
+    workdir, read, reader = tmp_path_factory.mktemp("runs") / "run", [], Checkpoint.pieces
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "pieces", lambda self, path, *more: read.append(path) or reader(self, path, *more))
+        assert main(train_arguments(place, tiny_backbone, workdir)) == 0
+    assert read.count("embedding") == 1  # what was trained in front of is evaluated in front of
     return workdir
 
 

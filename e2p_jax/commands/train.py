@@ -43,18 +43,16 @@ def _train(config: Config, name: str, workdir: str | None) -> None:
     from e2p_jax.evaluate.showcase import show_answers
     from e2p_jax.evaluate.table import evaluate_splits, save
     from e2p_jax.parallel.distributed import is_first
-    from e2p_jax.train.loop import train as run_training
-    from e2p_jax.train.run import open_run
+    from e2p_jax.train.loop import train_model
 
-    directory = run_training(config.resolved(), workdir or f"runs/{name}")
+    run = train_model(config.resolved(), workdir or f"runs/{name}")
     if is_first():
-        say(f"loss curve: {draw_loss(directory)}")
+        say(f"loss curve: {draw_loss(run.directory)}")
     if config.evaluate.conditions or config.evaluate.prompts:
-        run = open_run(directory)
         evaluations = evaluate_splits(run, config.data.eval_splits, config.evaluate.conditions)
         if is_first():
             save(run, evaluations)
             print_tables(evaluations)
         show_answers(run, Console(quiet=not is_first()))
     if is_first():
-        say(f"run directory: {directory}")
+        say(f"run directory: {run.directory}")

@@ -25,21 +25,29 @@ from e2p_jax.files import write_bytes
 from e2p_jax.json_files import digest
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train import identity, manifest
-from e2p_jax.train.loop import train
+from e2p_jax.train.loop import train_model
 from e2p_jax.train.run import Run, open_run
 from e2p_jax.train.score import Scores
+from e2p_jax.train.setup import Shared
 
 _LAYOUT = 2  # of a file of scores
 
 
-def train_all(config: Config, directory: epath.Path, compared: Sequence[str]) -> dict[str, epath.Path]:
+def train_all(
+    config: Config, directory: epath.Path, compared: Sequence[str], shared: Shared | None = None
+) -> dict[str, epath.Path]:
     """Trains, or finishes, the runs that the conditions need; finished ones are left as they are.
+
+    Args:
+      shared: the backbone of runs that leave it frozen, which is loaded once.
 
     Returns:
       Run directories.
     """
     needed = dict.fromkeys(ARMS[name][0] for name in compared)
-    return {name: train(BASELINES[name](config).resolved(), directory / name) for name in needed}
+    return {
+        name: train_model(BASELINES[name](config).resolved(), directory / name, shared).directory for name in needed
+    }
 
 
 def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> list[Evaluation]:
@@ -53,13 +61,14 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> l
     Returns:
       One evaluation for each split that there is.
     """
-    runs = train_all(config, directory, compared)
+    shared = Shared()
+    runs = train_all(config, directory, compared, shared)
     splits = read_splits(config.data, config.data.eval_splits)
     fronts = list(dict.fromkeys(ARMS[name][1] for name in compared))
     found: dict[str, dict[str, Scores]] = {name: {} for name in splits}
     for trained, place in runs.items():
         arms = {name: ARMS[name][1] for name in compared if ARMS[name][0] == trained}
-        run = open_run(place)
+        run = open_run(place, shared=shared)
         # A record that is too long with one condition in front loses the same turns in all runs.
         fitted = {name: [run.inputs.encoder.fit(r, fronts).record for r in records] for name, records in splits.items()}
         for name, scores in _scores(run, directory / "scores" / f"{trained}.npz", fitted, list(arms.values())).items():

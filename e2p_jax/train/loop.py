@@ -23,10 +23,20 @@ from e2p_jax.prefix.model import Batch
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.lock import lock_run
 from e2p_jax.train.metrics import Recorder
-from e2p_jax.train.partition import describe
-from e2p_jax.train.run import claim_run
+from e2p_jax.train.partition import describe, join, split
+from e2p_jax.train.run import Run, claim_run, restore_parameters
 from e2p_jax.train.score import pack_conditions, score, some
-from e2p_jax.train.setup import Inputs, Model, build_model, initial_state, jit_eval_step, jit_train_step, read_inputs
+from e2p_jax.train.setup import (
+    Inputs,
+    Model,
+    Shared,
+    abstract_state,
+    build_model,
+    initial_state,
+    jit_eval_step,
+    jit_train_step,
+    read_inputs,
+)
 from e2p_jax.vectors.population import Population, training_population
 
 
@@ -74,7 +84,18 @@ def _population(inputs: Inputs, records: Sequence[Record]) -> tuple[Population, 
 
 
 def train(config: Config, run: epath.PathLike) -> epath.Path:
+    """Trains as `train_model` does; returns the run directory."""
+    return train_model(config, run).directory
+
+
+def train_model(config: Config, run: epath.PathLike, shared: Shared | None = None) -> Run:
     """Trains until `train.steps`, resuming whatever `run` already holds. Every process of a run calls it.
+
+    Args:
+      shared: the backbone is taken from there, if it is the same one, or left there.
+
+    Returns:
+      The run with the parameters of its best checkpoint, in front of the backbone that was trained in front of.
 
     Raises:
       UserError: before any compilation, whatever is wrong with the config, data, vectors or backbone; another command
@@ -86,21 +107,27 @@ def train(config: Config, run: epath.PathLike) -> epath.Path:
     inputs = read_inputs(config)
     data = read_data(inputs)
     distributed.check_same("training data", data.train.digest)
-    model = build_model(inputs, data.population)
+    model = build_model(inputs, data.population, shared)
     with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
         with contextlib.closing(Checkpoints(run, config.train)) as checkpoints:  # waits for what is being written
-            _train(config, run, data, model, checkpoints)
-    return run
+            model = _train(config, run, data, model, checkpoints)
+            step, model = restore_parameters(checkpoints, "best", model, config.train)
+    return Run(run, step, inputs, model)
 
 
-def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoints: Checkpoints) -> None:
+def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoints: Checkpoints) -> Model:
+    """The model as it is after the last step."""
     settings, mesh = config.train, model.mesh
-    state, frozen = initial_state(model, settings)
     digest = data.train.digest().hex()
     iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
-    if checkpoints.latest_step is not None:  # resume, else start at step 0
-        state, statistics, position = checkpoints.restore(checkpoints.latest_step, state, frozen["projector"])
+    if checkpoints.latest_step is None:
+        state, frozen = initial_state(model, settings)
+    else:
+        _, frozen = split(model.params, model.mask)
+        state, statistics, position = checkpoints.restore(
+            checkpoints.latest_step, abstract_state(model, settings), frozen["projector"]
+        )
         frozen = {**frozen, "projector": statistics}
         if position.pop("data", digest) != digest:  # an imported run has not met its data yet
             raise UserError(
@@ -168,6 +195,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
         checkpoints.wait()  # while SIGTERM still asks, and does not end the process
     if stop:
         raise Preempted(f"told to stop; saved at step {number}, rerun the same command to resume")
+    return dataclasses.replace(model, params=join(state.trainable, frozen, model.mask))
 
 
 def _evaluate(

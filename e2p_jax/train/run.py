@@ -22,7 +22,7 @@ from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train import identity
 from e2p_jax.train.checkpoint import Checkpoints, newest_step
 from e2p_jax.train.partition import join, split
-from e2p_jax.train.setup import Inputs, Model, Parts, abstract_state, frozen_model, read_inputs
+from e2p_jax.train.setup import Inputs, Model, Parts, Shared, abstract_state, frozen_model, read_inputs
 from e2p_jax.vectors.population import Population
 
 PyTree = Any
@@ -107,7 +107,11 @@ def _on_this_machine(config: Config) -> Config:
 
 
 def open_run(
-    directory: epath.PathLike, checkpoint: str = "best", embeddings: str | None = None, backbone: Parts = "all"
+    directory: epath.PathLike,
+    checkpoint: str = "best",
+    embeddings: str | None = None,
+    backbone: Parts = "all",
+    shared: Shared | None = None,
 ) -> Run:
     """Loads the backbone that the run names and the parameters of a checkpoint, without the optimizer's moments.
 
@@ -116,6 +120,7 @@ def open_run(
       embeddings: a table of user vectors to use in place of the run's own.
       backbone: what of it is loaded: all, or, where only the projector is asked, the token embeddings or nothing. The
         model then has shapes in place of its other parameters. That it is the same backbone is checked all the same.
+      shared: all of a backbone is taken from there, if it is the same one, or left there.
 
     Raises:
       UserError: not a run, a damaged one, no checkpoint, another backbone, or vectors of another width.
@@ -135,27 +140,29 @@ def open_run(
         raise UserError(
             f"{inputs.table.source}: vectors have width {inputs.table.width}, but the run's projector takes {width}"
         )
-    model = frozen_model(inputs, width, backbone)
+    model = frozen_model(inputs, width, backbone, shared)
     identity.check_weights(directory, names, model)
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
-        step = checkpoints.step_of(checkpoint)
-        checkpoints.check(step)
-        model = restore_parameters(checkpoints, step, model, config.train, "" if backbone == "all" else "projector/")
+        part = "" if backbone == "all" else "projector/"
+        step, model = restore_parameters(checkpoints, checkpoint, model, config.train, part)
     return Run(directory, step, inputs, model)
 
 
 def restore_parameters(
-    checkpoints: Checkpoints, step: int, model: Model, settings: TrainConfig, part: str = ""
-) -> Model:
-    """The model with a checkpoint's parameters: those whose path begins with `part`, and the projector's statistics.
+    checkpoints: Checkpoints, checkpoint: str, model: Model, settings: TrainConfig, part: str = ""
+) -> tuple[int, Model]:
+    """A checkpoint's step, and the model with its parameters: those whose path begins with `part`, and the
+    projector's statistics.
 
     Raises:
-      UserError: as `Checkpoints.restore` does.
+      UserError: there is no such checkpoint, it is damaged, or it does not fit.
     """
+    step = checkpoints.step_of(checkpoint)
+    checkpoints.check(step)
     _, frozen = split(model.params, model.mask)
     state = abstract_state(model, settings)
     state, statistics, _ = checkpoints.restore(
         step, state, frozen["projector"], lambda path: path.startswith(f"trainable/{part}")
     )
     params = join(state.trainable, {**frozen, "projector": statistics}, model.mask)
-    return dataclasses.replace(model, params=params)
+    return step, dataclasses.replace(model, params=params)

@@ -145,18 +145,26 @@ def _lora(config: Config, decoder: DecoderConfig) -> Lora:
     return Lora(decoder, config.backbone.lora_rank, rngs=nnx.Rngs(Purpose.LORA.key(config.train.seed)))
 
 
-def build_model(inputs: Inputs, population: Population) -> Model:
+class Shared:
+    """Keeps the frozen backbone that was loaded last, for the next model in this process that stands on the same."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Any, PyTree, str] | None = None  # what tells it from others, parameters, fingerprint
+
+
+def build_model(inputs: Inputs, population: Population, shared: Shared | None = None) -> Model:
     """Abstract init, shardings, weights straight into place, one jitted init of the projector.
 
     Args:
       population: of the training users; it sets the projector's statistics.
+      shared: the backbone is taken from there, if it is the same one, or left there.
 
     Raises:
       UserError: the backbone's weights cannot be read or `train.trainable` does not fit.
     """
     config, width = inputs.config, len(population.mean)
     model = abstract_model(config, inputs.decoder, width, make_mesh(config.mesh))
-    backbone, fingerprint = _backbone(inputs, model, lambda path: True)
+    backbone, fingerprint = _backbone(inputs, model, lambda path: True, shared)
 
     def initialise(embedding: jax.Array, mean: jax.Array, std: jax.Array) -> PyTree:
         projector = _projector(config, inputs.decoder, width)
@@ -175,11 +183,12 @@ def build_model(inputs: Inputs, population: Population) -> Model:
 Parts = Literal["none", "embedding", "all"]  # of a frozen backbone
 
 
-def frozen_model(inputs: Inputs, embedding_width: int, parts: Parts) -> Model:
+def frozen_model(inputs: Inputs, embedding_width: int, parts: Parts, shared: Shared | None = None) -> Model:
     """The model with what its run's checkpoints do not hold: the frozen parameters of the backbone and of adapters.
 
     Args:
       parts: what of them is there: nothing, the token embeddings alone, or all. In place of the rest are the shapes.
+      shared: as `build_model` has it; with all parts.
 
     Raises:
       UserError: the backbone's weights cannot be read or `train.trainable` does not fit.
@@ -190,7 +199,7 @@ def frozen_model(inputs: Inputs, embedding_width: int, parts: Parts) -> Model:
     def wanted(path: str) -> bool:
         return path not in trained and (parts == "all" or (parts == "embedding" and path == "backbone/embedding"))
 
-    backbone, fingerprint = _backbone(inputs, model, wanted)
+    backbone, fingerprint = _backbone(inputs, model, wanted, shared)
     params = model.params | {"backbone": backbone}
     if inputs.config.backbone.lora_rank:
         params["lora"] = _adapters(inputs, model, wanted)
@@ -218,8 +227,26 @@ def _initialised(make: Callable[[], PyTree], model: Model, part: str, wanted: Ca
     return jax.tree.map(lambda shape, value: shape if value is None else value, shapes, made)
 
 
-def _backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> tuple[PyTree, str]:
-    """Its wanted parameters in the places that the abstract `model` names, shapes for the rest; their fingerprint."""
+def _backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool], shared: Shared | None) -> tuple[PyTree, str]:
+    """Its wanted parameters in the places that the abstract `model` names, shapes for the rest; the fingerprint."""
+    if shared is None:
+        return _load_backbone(inputs, model, wanted)
+    if inputs.config.backbone.weights == "random" or any(jax.tree.leaves(model.mask["backbone"])):
+        shared.kept = None  # room for one that trains
+        return _load_backbone(inputs, model, wanted)
+    leaves, tree = jax.tree.flatten(model.params["backbone"])
+    key = inputs.directory, inputs.decoder, tree, [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves]
+    if shared.kept is not None and shared.kept[0] == key:
+        _, params, fingerprint = shared.kept
+        if weights.open_checkpoint(inputs.directory).fingerprint() == fingerprint:
+            return params, fingerprint
+    shared.kept = None
+    params, fingerprint = _load_backbone(inputs, model, wanted)
+    shared.kept = key, params, fingerprint
+    return params, fingerprint
+
+
+def _load_backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> tuple[PyTree, str]:
     config = inputs.config.backbone
     dtype = weights.choose_dtype(config.dtype, model.mesh.devices.flat[0].platform)
     if config.weights == "pretrained":

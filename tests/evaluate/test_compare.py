@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from e2p_jax.backbone.checkpoint import Checkpoint
 from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
@@ -50,7 +51,12 @@ def test_the_whole_table_and_its_parts_again(
     path = tmp_path / "config.json"
     path.write_text(config.to_json())
     command = ["compare", str(path), "--workdir", str(tmp_path / "compared"), "--json", "--conditions"]
+    read: list[str] = []
+    reader = Checkpoint.pieces
+    monkeypatch.setattr(Checkpoint, "pieces", lambda self, path, *more: read.append(path) or reader(self, path, *more))
     assert main([*command, *ARMS]) == 0
+    # The four that leave it frozen share one; `full` trains its own, and is opened without what it trained from.
+    assert read.count("embedding") == 3
     table = json.loads(capsys.readouterr().out)["splits"][0]
     rows = table["conditions"]
     assert list(rows) == list(ARMS)

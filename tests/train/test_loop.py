@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.table import evaluate
 from e2p_jax.train.checkpoint import Checkpoints
-from e2p_jax.train.loop import read_data, train
+from e2p_jax.train.loop import read_data, train, train_model
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import open_run
 from e2p_jax.train.setup import build_model, read_inputs
@@ -178,13 +179,16 @@ def test_best_checkpoint_is_kept(config: Config, tmp_path: Path):
     """A learning rate that ruins the model: the best checkpoint is an early one, and is still there at the end."""
     ruinous = {"trainable": ("projector/**", "backbone/**"), "learning_rate": 1.0, "warmup_steps": 11}
     settings = dataclasses.replace(config.train, steps=12, eval_every=1, **ruinous)
-    run = train(dataclasses.replace(config, train=settings), tmp_path / "run")
+    trained = train_model(dataclasses.replace(config, train=settings), tmp_path / "run")
+    run = trained.directory
     nll = {line["step"]: line["eval/dev/nll"] for line in numbers(run) if "eval/dev/nll" in line}
     checkpoints = Checkpoints(run)
     best = checkpoints.step_of("best")
     assert best == min(nll, key=nll.get) < 12
     assert checkpoints.step_of("last") == 12
     checkpoints.close()
+    assert trained.step == best  # what training hands on is what opening the run gives
+    chex.assert_trees_all_equal(trained.model.params, open_run(run).model.params)
 
 
 def test_bad_records_are_refused_or_skipped_and_reported(config: Config, tmp_path: Path):
