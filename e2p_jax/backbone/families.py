@@ -534,6 +534,8 @@ def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
 
 
 def significant(values: dict[str, Any]) -> dict[str, Any]:
-    """Picks what of a readable `config.json` has a say in the forward pass."""
-    inert = (_INERT | FAMILIES[values["model_type"]].inert) - {"model_type"}
-    return {key: value for key, value in values.items() if key not in inert and value is not None}
+    """Picks what of a readable `config.json` has a say in the forward pass, or is read to find that out: the result is
+    readable again. Null stays, which is not the same as absent.
+    """
+    inert = _INERT - {"model_type"}
+    return {key: value for key, value in values.items() if key not in inert}

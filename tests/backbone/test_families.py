@@ -24,7 +24,7 @@ from helpers import (
 )
 from safetensors.numpy import load_file
 
-from e2p_jax.backbone.families import FAMILIES, parse_config, read_config
+from e2p_jax.backbone.families import FAMILIES, parse_config, read_config, significant
 from e2p_jax.backbone.layout import DecoderConfig, tensor_names
 from e2p_jax.backbone.weights import abstract
 from e2p_jax.errors import UserError
@@ -386,6 +386,15 @@ def test_a_key_without_default_is_asked_for(key: str) -> None:
     del values[key]
     with pytest.raises(UserError, match=rf"some/config\.json: key '{key}' is missing"):
         parse_config(values, SOURCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_significant_is_readable_and_means_the_same(family: str) -> None:
+    """What a run keeps of its backbone's config.json; nulls that stand for something else than a default, too."""
+    values = config_json(family)
+    kept = json.loads(json.dumps(significant(values)))
+    assert parse_config(kept, Path("backbone.json")) == parse_config(values, Path("config.json"))
+    assert "transformers_version" not in kept
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
