@@ -2,6 +2,9 @@
 
 XLA's own `cost_analysis` counts the body of a loop once, and the layers are a loop: it reports one layer. Here every
 instruction counts as often as its computation runs.
+
+The text is parsed here because nothing that is installed with jax reads the program: jaxlib ships no schema of the HLO
+proto, and what libtpu writes of device groups is newer than the published one.
 """
 
 import dataclasses
