@@ -1,8 +1,8 @@
 """Times what `e2p prefixes` and `e2p export --format peft` take in front of a Llama of 100 million random parameters.
 
-    python benchmarks/opening.py [FOLDER]
+    python benchmarks/opening.py
 
-The run is made once in FOLDER; each command then has a process of its own. Prints seconds, peak memory, and bytes
+The run is made once; each command then has a process of its own. Prints seconds, peak memory, and bytes
 copied out of the backbone's files. PYTHONPATH says whose code is measured.
 """
 
@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import tyro
 
 COMMANDS = {"prefixes": ["prefixes"], "peft": ["export", "--format", "peft", "--user", "user-3"]}
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "head_dim": 64}
@@ -80,12 +82,21 @@ def measure(folder: Path, command: str) -> None:
     print(f"{command}: {seconds:.1f} s, {peak:,.0f} MiB at most, {copied[0] / 2**20:,.1f} MiB of the backbone read")
 
 
+def main(folder: Path | None = None, command: str | None = None) -> None:
+    """
+    Args:
+      folder: Where the run is made, once, and opened. Default: a temporary directory.
+      command: Only measure this one, `prefixes` or `peft`, in this process.
+    """
+    if folder and command:
+        measure(folder, command)
+        return
+    place = folder or Path(tempfile.mkdtemp())
+    if not (place / "run").exists():
+        make(place)
+    for each in COMMANDS:
+        subprocess.run([sys.executable, __file__, "--folder", str(place), "--command", each], check=True)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        measure(Path(sys.argv[1]), sys.argv[2])
-    else:
-        place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
-        if not (place / "run").exists():
-            make(place)
-        for each in COMMANDS:
-            subprocess.run([sys.executable, __file__, str(place), each], check=True)
+    tyro.cli(main)
