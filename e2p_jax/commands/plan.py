@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
+import rich.table
 import tyro
 
 from e2p_jax.config import Config
@@ -11,8 +12,6 @@ from e2p_jax.errors import UsageError, UserError
 from e2p_jax.terminal import Console, say
 
 if TYPE_CHECKING:
-    import rich.table
-
     from e2p_jax.plan.plan import Plan, RowShape
 
 
@@ -101,7 +100,7 @@ def _mesh(plan: "Plan") -> str:
     return " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
 
 
-def _table(plan: "Plan") -> "rich.table.Table":
+def _table(plan: "Plan") -> rich.table.Table:
     chip = plan.topology.chip
     table = rich.table.Table()
     table.add_column("a device, a step")

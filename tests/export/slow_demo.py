@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from e2p_jax.config import BackboneConfig, Config
-from e2p_jax.export import demo, guard
+from e2p_jax.export import demo, demo_access
 
 port, people, made = int(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
 
@@ -24,7 +24,7 @@ def slow(_: Any, users: list[str], prompt: str, sampling: Any) -> Iterator[list[
 
 
 demo.answers = slow
-demo.SECONDS, guard.BODY_SECONDS = 8, 1
+demo.SECONDS, demo_access.BODY_SECONDS = 8, 1
 config = Config(backbone=BackboneConfig(path=max(people, key=len)))
 page = demo.build(SimpleNamespace(inputs=SimpleNamespace(config=config), step=3), people)  # type: ignore[arg-type]
 demo.launch(page, port)

@@ -18,7 +18,7 @@ import pytest
 if importlib.util.find_spec("gradio") is None:
     pytest.skip("Gradio is absent: pip install 'e2p-jax[demo]'", allow_module_level=True)
 
-from e2p_jax.export import demo, guard
+from e2p_jax.export import demo, demo_access
 
 ACTIVE = '<img src=x onerror="window.owned=1"><script>window.owned=1</script>"\'>\x1b[2J\u202e=HYPERLINK("x")'
 PEOPLE = {"a": ("I live in Rome.",), "b": (), f"{ACTIVE} id": (f"{ACTIVE} context",), "long": ("x" * 20_000,)}
@@ -110,7 +110,7 @@ def test_only_the_pages_own_requests_are_served(
 
 
 def test_bodies_are_bounded(served: Served):
-    assert served.join([["a", "b"], "x" * guard.LARGEST_BODY, 0, 32, 0], "s").status_code == 413
+    assert served.join([["a", "b"], "x" * demo_access.LARGEST_BODY, 0, 32, 0], "s").status_code == 413
 
     def pieces() -> Iterator[bytes]:
         for _ in range(30):
