@@ -1,5 +1,6 @@
 """Small models and batches that the tests of the backbone, the prefix and the train step share."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,3 +197,9 @@ def random_batch(seed: int = 0, *, rows: int = 4, length: int = 128, targets: in
     rng = np.random.default_rng(seed)
     packed = [[random_segment(rng, int(n)) for n in rng.integers(10, 38, 3)] for _ in range(rows)]
     return make_batch(packed, length=length, targets=targets, segments=3)
+
+
+def fill(directory: Path, left: int) -> None:
+    """Leaves so many bytes free on the disk that a directory is on."""
+    free = os.statvfs(directory)
+    (directory / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import fill
 
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.prepared import load_table
@@ -221,23 +222,6 @@ sys.exit(main(sys.argv[1:]))
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     said = f"45 users in 6 shards: 1 projected, 5 kept; damaged or missing, and written again: {shards[3]}\n"
     assert done.stderr.endswith(said)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """Four megabytes, apart from all others."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small disk needs root, and a machine that allows mounts")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(disk: Path, left: int) -> None:
-    free = os.statvfs(disk)
-    (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
 
 
 def test_a_full_disk_leaves_the_table_that_was_there(make_run: Callable, disk: Path):

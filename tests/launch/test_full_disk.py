@@ -3,12 +3,11 @@
 import dataclasses
 import errno
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import fill
 
 from e2p_jax.config import Config
 from e2p_jax.errors import UserError
@@ -18,23 +17,6 @@ from e2p_jax.train import loop
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.loop import train
 from e2p_jax.train.metrics import read_metrics
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """Four megabytes, apart from all others."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small disk needs root, and a machine that allows mounts")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(directory: Path, left: int) -> None:
-    free = os.statvfs(directory)
-    (directory / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
 
 
 # Of a save that failed, tensorstore's threads still report to an event loop that Orbax has closed.
