@@ -17,8 +17,8 @@ import tyro
 from e2p_jax.config import Config, load_config
 from e2p_jax.datasets import synthetic
 from e2p_jax.evaluate.compare import compare_seeds, pool
+from e2p_jax.evaluate.evaluation import Evaluation
 from e2p_jax.evaluate.measures import difference
-from e2p_jax.evaluate.table import Evaluation
 from e2p_jax.files import write_text
 
 CONDITIONS = ("none", "shuffled", "e2p")

@@ -44,8 +44,8 @@ while True:
 
 def make_checkpoint(directory: Path, layers: int) -> int:
     """Writes config.json and shards of random bits; returns the bytes of the largest tensor."""
-    from e2p_jax.backbone.checkpoint import parts
     from e2p_jax.backbone.families import read_config
+    from e2p_jax.backbone.tensor_files import parts
     from e2p_jax.backbone.weights import abstract, parameters
     from e2p_jax.tensors import write_tensors
 
@@ -101,7 +101,7 @@ def main(workdir: Path, layers: int = 22, devices: int = 4, repeats: int = 3) ->
     import jax
     import jax.numpy as jnp
 
-    from e2p_jax.backbone.checkpoint import Checkpoint, fingerprint
+    from e2p_jax.backbone.tensor_files import Checkpoint, fingerprint
     from e2p_jax.backbone.weights import load, parameters
     from e2p_jax.config import MeshConfig
     from e2p_jax.parallel.mesh import make_mesh, param_sharding

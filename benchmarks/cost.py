@@ -11,7 +11,7 @@ import tyro
 
 from e2p_jax.config import Condition
 from e2p_jax.evaluate.cost import bytes_per_user, serving_cost, training_cost
-from e2p_jax.evaluate.table import read_splits
+from e2p_jax.evaluate.evaluation import read_splits
 from e2p_jax.train.run import open_run
 
 CONDITIONS: tuple[Condition, ...] = ("none", "e2p", "text", "e2p+text")

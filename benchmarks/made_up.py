@@ -76,7 +76,7 @@ class Step:
             self.compiled = jit_train_step(model, settings).lower(self.state, self.frozen, self.batch).compile()
 
     def __call__(self) -> float:
-        """Returns the loss, nats a target, when the step is done."""
+        """Returns the loss, nats per target, when the step is done."""
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
         return float(metrics.loss)

@@ -63,17 +63,17 @@ def make(folder: Path) -> None:
 
 
 def measure(folder: Path, command: str) -> None:
-    from e2p_jax.backbone import checkpoint
+    from e2p_jax.backbone import tensor_files
     from e2p_jax.cli import main
 
-    copied, reader = [0], checkpoint._slice
+    copied, reader = [0], tensor_files._slice
 
     def counted(*args):  # type: ignore[no-untyped-def]
         piece = reader(*args)
         copied[0] += piece.nbytes
         return piece
 
-    checkpoint._slice = counted
+    tensor_files._slice = counted
     name, *options = COMMANDS[command]
     shutil.rmtree(folder / "out", ignore_errors=True)
     start = time.perf_counter()

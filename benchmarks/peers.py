@@ -27,7 +27,7 @@ class Peer:
     """A contender: its loss on the conversations of the first row, and its step on its own batch."""
 
     name: str
-    nats: Callable[[], float]  # a target
+    nats: Callable[[], float]  # per target
     step: Callable[[], float]  # returns the loss when the step is done
     targets: float  # of a step
     prompt: torch.Tensor | None = None  # [D], where all users have this soft token

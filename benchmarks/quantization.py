@@ -18,7 +18,7 @@ KINDS = ("none", "int8", "int4", "nf4")
 
 
 def nll(kind: Any, users: int) -> dict[str, float]:
-    """Nats a target of the embedded backbone, by condition."""
+    """Nats per target of the embedded backbone, by condition."""
     import jax
 
     from e2p_jax.config import BackboneConfig, Config, DataConfig

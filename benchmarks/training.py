@@ -67,7 +67,7 @@ def ours(model: setup.Model, config: Config, batch: dict[str, np.ndarray]) -> tu
 
 
 def our_nats(model: setup.Model, row: dict[str, np.ndarray], prompt: torch.Tensor | None) -> float:
-    """Mean nats a target of one row, with `prompt` [D] as every user's soft token where it is given."""
+    """Mean nats per target of one row, with `prompt` [D] as every user's soft token where it is given."""
     params = model.params
     if prompt is not None:
         still = jax.tree.map(jnp.zeros_like, params["projector"])
@@ -79,13 +79,13 @@ def our_nats(model: setup.Model, row: dict[str, np.ndarray], prompt: torch.Tenso
 
 
 def compare(peer: Peer, model: setup.Model, stage: Stage) -> tuple[float, float]:
-    """(our mean nats a target, the peer's) on the conversations of one row.
+    """(our mean nats per target, the peer's) on the conversations of one row.
 
     Raises:
       SystemExit: they differ.
     """
     reference, theirs = our_nats(model, stage.work.first_row, peer.prompt), peer.nats()
-    print(f"{peer.name}: {theirs:.6f} nats a target where ours is {reference:.6f}")
+    print(f"{peer.name}: {theirs:.6f} nats per target where ours is {reference:.6f}")
     if abs(theirs - reference) > (1e-4 if stage.dtype == torch.float32 else 2e-2) * reference:
         raise SystemExit(f"{peer.name} computes something else")
     return reference, theirs

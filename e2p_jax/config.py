@@ -71,7 +71,7 @@ class DataConfig:
     """Split that picks the best checkpoint and is not reported; auto: one training user in twenty, kept out of
     training, of those whom no reported split has."""
     seq_len: int = result(512)
-    """T: tokens a row, slots included; a multiple of 128."""
+    """T: tokens per row, slots included; a multiple of 128."""
     condition: Condition = result("e2p")
     """What training puts in front of the conversation; `none` when backbone or adapters are trained by themselves."""
     targets: Literal["assistant", "all"] = result("assistant")
@@ -108,7 +108,7 @@ class ProjectorConfig:
     kind: Annotated[str, one_of(PROJECTORS, described(PROJECTORS))] = result("mlp")
     """One of `registry.PROJECTORS`."""
     num_tokens: int = result(1)
-    """K: soft tokens a user."""
+    """K: soft tokens per user."""
     hidden_size: int = result(512)
     """Width of the MLP's hidden layer (unused by `linear`, which has none)."""
     dropout: float = result(0.05)
@@ -129,9 +129,9 @@ class TrainConfig:
     """Updates of the trainable parameters; the learning rate's cosine ends at the last. It may grow when all are done:
     the steps to come have the rates of the new length's cosine, those before keep theirs."""
     rows: int = result(8)
-    """B: rows a step, over all devices."""
+    """B: rows per step, over all devices."""
     accumulation: int = result(1)
-    """Micro-batches a step; divides `rows`. The result is that of one large batch."""
+    """Micro-batches per step; divides `rows`. The result is that of one large batch."""
     learning_rate: float = result(1e-3)
     """AdamW's, at the end of the warm-up."""
     warmup_steps: int = result(50)

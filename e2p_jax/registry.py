@@ -58,12 +58,12 @@ EXPORTS = {
     "transformers": Export(
         "e2p_jax.export.transformers:export_transformers", "a model directory for AutoModelForCausalLM"
     ),
-    "peft": Export("e2p_jax.export.peft:export_peft", "a prompt-tuning adapter a user"),
-    "vllm": Export(_ENGINES, "a line of JSON a user, the body of a request to /v1/completions", "embedding"),
+    "peft": Export("e2p_jax.export.peft:export_peft", "a prompt-tuning adapter per user"),
+    "vllm": Export(_ENGINES, "a line of JSON per user, the body of a request to /v1/completions", "embedding"),
     "vllm-chat": Export(_ENGINES, "the same for /v1/chat/completions", "embedding"),
     "sglang": Export(_ENGINES, "the same for /generate", "embedding"),
     "backbone": Export(
-        "e2p_jax.export.backbone:export_backbone",
+        "e2p_jax.export.weights:export_backbone",
         "a model directory of the backbone alone, for a run that trained it",
         "all",
     ),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from e2p_jax.backbone.checkpoint import Checkpoint
+from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.cli import commands_of, main, set_environment
 from e2p_jax.commands.compiled import damaged_programs_removed
 from e2p_jax.datasets import synthetic

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import e2p_jax
-from e2p_jax.backbone.checkpoint import Checkpoint
+from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import resolve
 from e2p_jax.config import config_directory, load_config
 print(e2p_jax.__file__)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from e2p_jax.datasets import synthetic
-from e2p_jax.datasets.pens.files import CLICKS, NEWS, REWRITES
+from e2p_jax.datasets.pens.release import CLICKS, NEWS, REWRITES
 from e2p_jax.files import replace_directory
 
 TOPICS = sorted(synthetic.TOPICS)

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from e2p_jax.backbone import flax_checkpoint
-from e2p_jax.backbone.checkpoint import Checkpoint
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
+from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import copy_companions, load, named_tensors, open_checkpoint, parameters
 from e2p_jax.config import MeshConfig
 from e2p_jax.errors import UserError

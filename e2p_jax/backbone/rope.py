@@ -19,7 +19,7 @@ class Rope:
     """The rotation of queries and keys in a layer."""
 
     frequencies: tuple[float, ...]
-    """Radians a position, one for each rotated pair; zeros in a layer without positions (NoPE, arXiv 2305.19466)."""
+    """Radians per position, one for each rotated pair; zeros in a layer without positions (NoPE, arXiv 2305.19466)."""
     scale: float = 1.0
     """Factor on the rotated queries and keys alike: yarn's and longrope's `attention_factor`."""
 

@@ -16,12 +16,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from e2p_jax.backbone import flax_checkpoint
-from e2p_jax.backbone.checkpoint import Checkpoint, Part, left_out, parts
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import read_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
+from e2p_jax.backbone.tensor_files import Checkpoint, Part, left_out, parts
 from e2p_jax.config import config_directory
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory

@@ -12,7 +12,7 @@ from e2p_jax.options import Processes
 from e2p_jax.terminal import Console
 
 if TYPE_CHECKING:
-    from e2p_jax.evaluate.table import Evaluation
+    from e2p_jax.evaluate.evaluation import Evaluation
 
 DETECTED = Processes()
 RunPath = Annotated[str, tyro.conf.arg(metavar="PATH|gs://BUCKET/NAME")]
@@ -62,7 +62,7 @@ def print_tables(
       evaluations: one a split.
       by_seed: what they are the mean of, if they are one: shown below.
     """
-    from e2p_jax.evaluate.table import render, render_seeds
+    from e2p_jax.evaluate.evaluation import render, render_seeds
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for place, evaluation in enumerate(evaluations):

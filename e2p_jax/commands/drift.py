@@ -34,8 +34,8 @@ def drift(
     """
     from e2p_jax.datasets.prepared import load_table
     from e2p_jax.evaluate.drift import drift as compare
+    from e2p_jax.evaluate.evaluation import read_splits
     from e2p_jax.evaluate.measures import p_text
-    from e2p_jax.evaluate.table import read_splits
     from e2p_jax.train.run import open_run
 
     if not 0 < keep <= 1:
@@ -52,7 +52,7 @@ def drift(
     print(f"cosine, old to new vector: {found.cosine:.3f}, after the best rotation: {found.aligned_cosine:.3f}")
     print(f"change of the soft tokens, in units of how users' tokens differ: {found.token_change:.3f}")
     print(
-        f"NLL a target, new minus old: {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}], "
+        f"NLL per target, new minus old: {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}], "
         f"p {p_text(change.p, change.p_least)}"
     )
     gains = ", ".join(

@@ -40,7 +40,7 @@ def evaluate(
       as_json: Print JSON to stdout in place of the table.
       processes: Which process this is, where several score together.
     """
-    from e2p_jax.evaluate.table import evaluate_splits
+    from e2p_jax.evaluate.evaluation import evaluate_splits
     from e2p_jax.files import write_text
     from e2p_jax.parallel.distributed import is_first, session
     from e2p_jax.train.run import open_run

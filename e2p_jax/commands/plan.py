@@ -35,8 +35,8 @@ def plan_command(_: str, defaults: Config) -> Callable[..., None]:
           config: Name of a shipped config or path of a Python file. Of its backbone, config.json is enough.
           topology: v5e:4x4, v5p:2x4x4, v6e:8x8, or cpu:N.
           embedding_width: E, of the user vectors; this and the next two a run learns from its data.
-          targets: M, targets a row. Default: half of data.seq_len.
-          segments: S, conversations a row.
+          targets: M, targets per row. Default: half of data.seq_len.
+          segments: S, conversations per row.
           suggest: Compile for more rows and other meshes too: about a minute for each.
           as_json: Print JSON to stdout in place of the table.
           overrides: Any field of the config.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from e2p_jax.datasets.interactions.table import Interactions
+from e2p_jax.datasets.interactions.log import Interactions
 from e2p_jax.errors import UserError
 from e2p_jax.vectors.table import UserTable
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from e2p_jax.datasets.interactions.table import INTERACTIONS, load_interactions
+from e2p_jax.datasets.interactions.log import INTERACTIONS, load_interactions
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.embed.contexts import first_contexts
 from e2p_jax.errors import UserError, shown
@@ -109,7 +109,7 @@ def _make(data: str, encoder: str, settings: EncoderSettings) -> tuple[Sequence[
 def _encode(texts: Sequence[tuple[str, ...]], encoder: str, settings: EncoderSettings) -> np.ndarray:
     if encoder == "backbone":
         from e2p_jax.backbone.weights import resolve
-        from e2p_jax.embed.backbone import backbone_vectors
+        from e2p_jax.embed.hidden_states import backbone_vectors
 
         return backbone_vectors(texts, resolve(settings.backbone, None), settings.layer)
     from e2p_jax.embed.text import text_vectors

@@ -20,7 +20,7 @@ from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.conditions import FRONTS
 from e2p_jax.datasets.records import Record
-from e2p_jax.evaluate.table import Evaluation, evaluate, rank_without, read_splits
+from e2p_jax.evaluate.evaluation import Evaluation, evaluate, rank_without, read_splits
 from e2p_jax.files import write_bytes
 from e2p_jax.json_files import digest
 from e2p_jax.parallel.distributed import is_first

@@ -23,7 +23,7 @@ def draw_loss(run: epath.Path) -> epath.Path:
         label = name.removesuffix("/nll").removeprefix("eval/") if held_out else "training"
         style = {"marker": "o", "markersize": 3} if held_out else {"alpha": 0.5, "linewidth": 1}
         axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="step", ylabel="NLL (nats a target)", title=run.name)
+    axes.set(xlabel="step", ylabel="NLL per target (nats)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

@@ -47,7 +47,7 @@ class Drift:
         if self.kept is None:
             value, low, high = (f"{number:+.4f}" for number in self.gain_old)
             return (
-                f"no verdict: with the old table a user's own vector is worth {value} [{low}, {high}] nats a target, "
+                f"no verdict: with the old table a user's own vector is worth {value} [{low}, {high}] nats per target, "
                 "not told from nothing; take more users, or a checkpoint that uses them"
             )
         share, low, high = (f"{100 * number:.0f} %" for number in self.kept)

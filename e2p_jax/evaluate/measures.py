@@ -45,8 +45,8 @@ def bleu(sums: np.ndarray) -> np.ndarray:
 
 
 MEASURES: dict[str, Measure] = {
-    "nll_per_target": Measure("NLL/target", _ratio, False, 4),
-    "word_perplexity": Measure("PPL/word", lambda sums: np.exp(_ratio(sums)), False, 2),
+    "nll_per_target": Measure("NLL per target", _ratio, False, 4),
+    "word_perplexity": Measure("PPL per word", lambda sums: np.exp(_ratio(sums)), False, 2),
     "bits_per_byte": Measure("bits/byte", lambda sums: _ratio(sums) / np.log(2), False, 4),
     "hits@1": Measure("Hits@1 %", _percent, True, 1),
     "hits@5": Measure("Hits@5 %", _percent, True, 1),

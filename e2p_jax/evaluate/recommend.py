@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from e2p_jax.datasets.interactions.table import INTERACTIONS, Interactions, load_interactions
+from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.rank import ranks
 from e2p_jax.vectors.table import UserTable

@@ -54,7 +54,7 @@ DISTURBANCES: dict[str, tuple[str, Disturbance, tuple[float, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """NLL a target at one level of one disturbance, with its 95 % interval."""
+    """NLL per target at one level of one disturbance, with its 95 % interval."""
 
     disturbance: str
     level: float

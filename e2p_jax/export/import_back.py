@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from e2p_jax.backbone.checkpoint import Checkpoint
+from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import copy_companions
 from e2p_jax.config import Config, MeshConfig, from_json
 from e2p_jax.data.examples import Examples

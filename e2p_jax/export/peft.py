@@ -72,7 +72,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
     config, decoder = run.inputs.config, run.inputs.decoder
     refuse_trained_backbone(run.model.mask)
     if not users:
-        raise UserError("--format peft writes one adapter a user: name them with --user")
+        raise UserError("--format peft writes one adapter per user: name them with --user")
     if config.prefix.placement != "before_bos":
         raise UserError(
             f"PEFT puts a prompt's soft tokens before BOS, this run's stand {config.prefix.placement}; "

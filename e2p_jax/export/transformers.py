@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from e2p_jax.backbone.checkpoint import left_out
 from e2p_jax.backbone.convert import hugging_face_tensors
+from e2p_jax.backbone.tensor_files import left_out
 from e2p_jax.backbone.weights import open_checkpoint
 from e2p_jax.export.checks import refuse_foreign, refuse_not_finite, settings_of
 from e2p_jax.export.model_card import model_card

@@ -36,9 +36,9 @@ class Chip:
     flops: float = 0.0
     """A second, in bfloat16."""
     bandwidth: float = 0.0
-    """Bytes a second from memory."""
+    """Bytes per second from memory."""
     interconnect: float = 0.0
-    """Bytes a second from its neighbours."""
+    """Bytes per second from its neighbours."""
 
 
 _ROW_TRIALS = 4

@@ -10,8 +10,8 @@ from etils import epath
 from e2p_jax.config import Condition, from_json
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.cost import Cost, Training, bytes_per_user, serving_cost, training_cost
+from e2p_jax.evaluate.evaluation import read_splits
 from e2p_jax.evaluate.robustness import Point, robustness
-from e2p_jax.evaluate.table import read_splits
 from e2p_jax.evaluate.users import UserMap, ask, map_users
 from e2p_jax.files import run_directory
 from e2p_jax.train.metrics import read_metrics

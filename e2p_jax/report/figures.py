@@ -75,7 +75,7 @@ class Figures:
         axes.set_yticks(range(len(rows)), [_plain(condition, 20) for condition, *_ in rows])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"NLL a target minus {baseline} (left is better)")
+        axes.set_xlabel(f"NLL per target (nats) minus {baseline} (left is better)")
         self._save(figure, name)
 
     def learning(self, curves: Curves, training: Curves) -> None:
@@ -86,7 +86,7 @@ class Figures:
             axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[number % 8], markersize=3, label=_plain(name))
         for number, points in enumerate(training.values()):
             axes.plot(*zip(*points, strict=True), color=COLOURS[number % 8], alpha=0.25, linewidth=1, zorder=0)
-        axes.set(xlabel="step", ylabel="NLL a target")
+        axes.set(xlabel="step", ylabel="NLL per target (nats)")
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         self._save(figure, "learning")
 
@@ -102,8 +102,8 @@ class Figures:
             axes.axhline(fixed["none"].nll, color=COLOURS[4], linestyle="--", linewidth=1.2, label="no prefix")
             axes.axhline(fixed["cold start"].nll, color=COLOURS[1], linestyle=":", linewidth=1.6, label="cold start")
             axes.set_xlabel(label, fontsize=9)
-        grid[0, 0].set_ylabel("NLL a target")
-        grid[1, 0].set_ylabel("NLL a target")
+        grid[0, 0].set_ylabel("NLL per target (nats)")
+        grid[1, 0].set_ylabel("NLL per target (nats)")
         grid[0, 0].legend(fontsize=8, frameon=False, labelcolor=INK)
         self._save(figure, "robustness")
 
@@ -113,7 +113,7 @@ class Figures:
         panels = [
             ("prompt tokens", [c.prompt_tokens for c in costs], "{:.0f}"),
             ("first token, ms", [c.first_token_ms for c in costs], "{:.1f}"),
-            ("tokens a second", [c.tokens_per_second for c in costs], "{:.0f}"),
+            ("tokens per second", [c.tokens_per_second for c in costs], "{:.0f}"),
         ]
         for axes, (label, values, form) in zip(grid.flat, panels, strict=True):
             bars = axes.barh(range(len(costs)), values, color=[COLOURS[n % 8] for n in range(len(costs))], height=0.6)

@@ -11,8 +11,8 @@ import jinja2
 import markupsafe
 from etils import epath
 
+from e2p_jax.evaluate.evaluation import BASELINES
 from e2p_jax.evaluate.measures import MEASURES, p_text
-from e2p_jax.evaluate.table import BASELINES
 from e2p_jax.files import replace_directory
 from e2p_jax.report.collect import Collected, collect
 from e2p_jax.report.figures import Figures
@@ -88,7 +88,10 @@ def _tiles(found: Collected) -> list[tuple[str, str, str]]:
     """Picks the few numbers that matter most: value, what it is, and its interval or what it is compared with."""
     tiles = []
     rows = found.sources[0].splits[0]["conditions"]
-    texts = {"none": "nats a target, saved by the soft token", "shuffled": "nats a target, better than another user's"}
+    texts = {
+        "none": "nats per target, saved by the soft token",
+        "shuffled": "nats per target, better than another user's",
+    }
     for baseline, text in texts.items():
         apart = rows.get("e2p", {}).get(f"minus_{baseline}")
         if apart:
@@ -98,9 +101,9 @@ def _tiles(found: Collected) -> list[tuple[str, str, str]]:
     tokens = {cost.condition: cost.prompt_tokens for cost in found.costs}
     spent = tokens["e2p"] - tokens["none"]
     spelled = tokens["text"] - tokens["none"]
-    tiles.append((f"{spent:.0f}", "prompt tokens a user", f"{spelled:.0f} with the context as text"))
-    size = found.bytes["soft tokens"]
-    tiles.append((f"{size:,.0f}", "bytes a user, as soft tokens", f"{found.trained[found.run].trainable:,} parameters"))
+    tiles.append((f"{spent:.0f}", "prompt tokens per user", f"{spelled:.0f} with the context as text"))
+    size, parameters = found.bytes["soft tokens"], found.trained[found.run].trainable
+    tiles.append((f"{size:,.0f}", "bytes per user, as soft tokens", f"{parameters:,} parameters"))
     return tiles
 
 

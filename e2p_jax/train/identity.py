@@ -15,8 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from e2p_jax.backbone.checkpoint import kept, stamp
 from e2p_jax.backbone.families import parse_config, significant
+from e2p_jax.backbone.tensor_files import kept, stamp
 from e2p_jax.config import Config
 from e2p_jax.data.control import unguarded
 from e2p_jax.data.encode import Encoder

@@ -144,7 +144,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
     first = int(state.step)
 
     train_step = jit_train_step(model, settings, max_traces=1)
-    eval_step = jit_eval_step(model, max_traces=len(data.held_out))  # splits differ in their targets a row
+    eval_step = jit_eval_step(model, max_traces=len(data.held_out))  # splits differ in their targets per row
     recorder = Recorder(
         run,
         steps=settings.steps,

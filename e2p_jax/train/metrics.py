@@ -72,7 +72,7 @@ def read_metrics(path: epath.Path) -> list[dict[str, float]]:
 
 
 class Progress:
-    """A rich bar with loss, tokens a second and ETA on a terminal; plain lines elsewhere. On stderr."""
+    """A rich bar with loss, tokens per second and ETA on a terminal; plain lines elsewhere. On stderr."""
 
     def __init__(self, steps: int, done: int, label: str):
         self.console = Console(stderr=True, quiet=not is_first())
@@ -182,7 +182,7 @@ class Recorder:
         self.progress.update(number, f"loss {values['train/loss']:.4f}  {speed:,.0f} tok/s", show=True)
 
     def evaluation(self, number: int, nll: dict[str, float]) -> None:
-        """NLL a target by split, after step `number`; the time it took does not count as training."""
+        """NLL per target by split, after step `number`; the time it took does not count as training."""
         self.flush()
         if self._log:
             self._log.write(number, {f"eval/{name}/nll": value for name, value in nll.items()})

@@ -12,9 +12,9 @@ import torch
 from helpers import hf_config, hf_model, load_backbone, mesh_of
 from safetensors.torch import load_file, save_file
 
-from e2p_jax.backbone.checkpoint import Checkpoint
 from e2p_jax.backbone.convert import convert
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
+from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import parameters
 from e2p_jax.cli import main
 from e2p_jax.errors import UserError

@@ -259,7 +259,7 @@ def test_prefill_and_decoding_one_by_one(pairs: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", SLOTS)
 def test_slots_are_the_given_input_embeddings(pairs: Any, name: str) -> None:
-    """Two soft tokens a user, two users in a row: transformers sees the same vectors as `inputs_embeds`."""
+    """Two soft tokens per user, two users in a row: transformers sees the same vectors as `inputs_embeds`."""
     theirs, ours = pairs(name)
     projector = Projector(
         embedding_width=USER_WIDTH,

@@ -33,9 +33,9 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from e2p_jax.backbone import checkpoint
-from e2p_jax.backbone.checkpoint import Checkpoint
+from e2p_jax.backbone import tensor_files
 from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import load, resolve, save
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
@@ -104,7 +104,7 @@ def test_fingerprint_is_kept_while_files_stay(directory: Path, tmp_path: Path, m
     (kept,) = (tmp_path / "cache" / "e2p_jax" / "fingerprints").iterdir()
     assert kept.read_text().startswith(found)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "fingerprint", lambda _: "read again")
+        patched.setattr(tensor_files, "fingerprint", lambda _: "read again")
         assert Checkpoint(directory).fingerprint() == found
     path = directory / "model.safetensors"
     before = path.stat()
@@ -411,7 +411,7 @@ def test_hub_cache(model: torch.nn.Module, directory: Path, tmp_path: Path) -> N
             shutil.copyfile(file, place / "blobs" / blob)
             (place / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob}")
     script = (
-        "import sys\nfrom pathlib import Path\nfrom e2p_jax.backbone.checkpoint import Checkpoint\n"
+        "import sys\nfrom pathlib import Path\nfrom e2p_jax.backbone.tensor_files import Checkpoint\n"
         "from e2p_jax.backbone.weights import resolve\n"
         "for revision in (None, 'v2', sys.argv[1]):\n"
         "    directory = resolve('org/model', revision)\n"

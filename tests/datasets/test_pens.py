@@ -6,7 +6,7 @@ import pytest
 import releases
 
 from e2p_jax.datasets.bad_records import BadRecords
-from e2p_jax.datasets.pens.files import read_news, read_rewrites
+from e2p_jax.datasets.pens.release import read_news, read_rewrites
 from e2p_jax.datasets.prepare import prepare
 from e2p_jax.datasets.prepared import load_records
 from e2p_jax.errors import UserError

@@ -13,11 +13,11 @@ import transformers
 from e2p_jax.cli import main
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.bad_records import BadRecords
-from e2p_jax.datasets.interactions.table import SPLITS, Interactions, save_interactions
+from e2p_jax.datasets.interactions.log import SPLITS, Interactions, save_interactions
 from e2p_jax.datasets.persona_chat import parlai
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.datasets.records import Record, write_jsonl
-from e2p_jax.embed.backbone import backbone_vectors
+from e2p_jax.embed.hidden_states import backbone_vectors
 from e2p_jax.embed.make import EncoderSettings, make_table
 from e2p_jax.errors import UserError
 from e2p_jax.vectors.table import save_table

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from e2p_jax.backbone.checkpoint import Checkpoint
+from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig

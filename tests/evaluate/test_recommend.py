@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2p_jax.datasets.interactions.table import SPLITS, Interactions, load_interactions, save_interactions
+from e2p_jax.datasets.interactions.log import SPLITS, Interactions, load_interactions, save_interactions
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.recommend import is_interactions, neighbour_scores, recommender_ranks
 from e2p_jax.vectors.table import UserTable

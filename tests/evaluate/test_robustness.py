@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from e2p_jax.datasets import synthetic
+from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.evaluate.robustness import DISTURBANCES, dimensions, noise, robustness, rotation, staleness
-from e2p_jax.evaluate.table import evaluate
 from e2p_jax.train.run import open_run
 
 

@@ -20,8 +20,8 @@ from e2p_jax.backbone.families import FAMILIES
 from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig, TrainConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import Record
+from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
-from e2p_jax.evaluate.table import evaluate
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run, open_run

@@ -15,8 +15,8 @@ import transformers
 from e2p_jax.cli import main
 from e2p_jax.datasets.prepared import load_records
 from e2p_jax.errors import UserError
+from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.evaluate.generate import vectors_for
-from e2p_jax.evaluate.table import evaluate
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run, open_run

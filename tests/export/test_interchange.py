@@ -15,11 +15,11 @@ from helpers import load_backbone
 from e2p_jax.backbone.convert import convert
 from e2p_jax.backbone.quantize import full
 from e2p_jax.datasets.prepared import load_records
-from e2p_jax.evaluate.table import evaluate
-from e2p_jax.export.backbone import export_backbone
+from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.peft import export_peft
 from e2p_jax.export.transformers import export_transformers
+from e2p_jax.export.weights import export_backbone
 from e2p_jax.train.run import Run, open_run
 
 

@@ -11,9 +11,9 @@ import pytest
 from test_export_families import untrained_run
 
 from e2p_jax.errors import UserError
-from e2p_jax.export.backbone import export_backbone
 from e2p_jax.export.peft import export_peft
 from e2p_jax.export.transformers import export_transformers
+from e2p_jax.export.weights import export_backbone
 from e2p_jax.train.run import Run
 
 

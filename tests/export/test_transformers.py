@@ -22,8 +22,8 @@ from e2p_jax.config import Config
 from e2p_jax.datasets.prepared import load_records
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.evaluate.evaluation import evaluate, save
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
-from e2p_jax.evaluate.table import evaluate, save
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run
 

@@ -36,8 +36,8 @@ FEW = ("prepare", "import", "data")  # the others take more than a second of pro
 TEN_YEARS = 315e6  # seconds
 PREPARED = "prepared/interactions/leave_last_out/1.0.0"
 MODULES = """cli datasets.prepare datasets.interactions.interactions_dataset_builder
-embed.make embed.collaborative embed.backbone train.loop evaluate.compare export.transformers export.peft
-export.engines export.backbone export.prefix_table backbone.convert report.report""".split()  # noqa: SIM905 (as one would type them)
+embed.make embed.collaborative embed.hidden_states train.loop evaluate.compare export.transformers export.peft
+export.engines export.weights export.prefix_table backbone.convert report.report""".split()  # noqa: SIM905 (as one would type them)
 
 
 class Ended(NamedTuple):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from e2p_jax.backbone.checkpoint import Checkpoint
 from e2p_jax.backbone.convert import convert
+from e2p_jax.backbone.tensor_files import Checkpoint
 
 
 def test_two_processes_save_what_they_loaded(

@@ -11,7 +11,7 @@ import pytest
 
 from e2p_jax.cli import main
 from e2p_jax.config import Condition
-from e2p_jax.evaluate.table import evaluate_splits, save
+from e2p_jax.evaluate.evaluation import evaluate_splits, save
 from e2p_jax.report import report as report_lib
 from e2p_jax.report.collect import Collected, collect
 from e2p_jax.terminal import printable

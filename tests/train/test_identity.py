@@ -13,8 +13,8 @@ import pytest
 from etils import epath
 from other_values import another
 
-from e2p_jax.backbone.checkpoint import fingerprint
 from e2p_jax.backbone.families import read_config
+from e2p_jax.backbone.tensor_files import fingerprint
 from e2p_jax.config import BackboneConfig, Config, DataConfig, from_json
 from e2p_jax.data.control import unguarded
 from e2p_jax.effects import fields_that

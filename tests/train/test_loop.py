@@ -22,7 +22,7 @@ from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, M
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.table import evaluate
+from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.loop import read_data, train, train_model
 from e2p_jax.train.metrics import read_metrics

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from e2p_jax.backbone import checkpoint as files
+from e2p_jax.backbone import tensor_files as files
 from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig
 from e2p_jax.errors import UserError

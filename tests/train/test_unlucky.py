@@ -19,7 +19,7 @@ from e2p_jax.data.pipeline import train_iterator
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import Preempted, UserError
-from e2p_jax.evaluate.table import evaluate
+from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train import loop, score
 from e2p_jax.train.loop import read_data, train

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from e2p_jax.datasets.interactions.log import SPLITS, Interactions
 from e2p_jax.datasets.interactions.split import Options
-from e2p_jax.datasets.interactions.table import SPLITS, Interactions
 from e2p_jax.datasets.records import Record
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from e2p_jax.datasets.interactions.layouts import Log
-from e2p_jax.datasets.interactions.table import SPLITS, Interactions
+from e2p_jax.datasets.interactions.log import SPLITS, Interactions
 from e2p_jax.errors import UserError
 
 HISTORY, TRAIN, VALIDATION, TEST, UNUSED = range(len(SPLITS))
@@ -25,7 +25,7 @@ class Options:
     """Titles to rank, the true one included; no wrong one is an item that the user has anywhere in the log."""
     seed: int = 0
     train_targets: int = 5
-    """Titles asked for in training, a user; they are no part of the user's history."""
+    """Titles asked for in training, per user; they are no part of the user's history."""
     min_history: int = 3
     """Users with fewer items for their vector to stand for are left out."""
     min_weight: float = 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from e2p_jax.datasets.builder import RecordBuilder, RecordConfig
-from e2p_jax.datasets.pens.files import NAMES, Article, read_impressions, read_news, read_rewrites
+from e2p_jax.datasets.pens.release import NAMES, Article, read_impressions, read_news, read_rewrites
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 

@@ -13,7 +13,7 @@ class E2PConfig(PretrainedConfig):
       placement: where the soft tokens stand: `before_bos`, `after_bos`, or `in_chat`.
       user_turn: how a user's turn opens (`in_chat` stands after the first that does): `ids`; `tail`, ids that follow
         them as far as they were not joined to the text; `opening`, whether only the beginning of a prompt counts.
-      num_soft_tokens: soft tokens a user.
+      num_soft_tokens: soft tokens per user.
       embedding_size: width of a user vector.
       projector_kind: a key of `PROJECTORS` in modeling_e2p.py.
       projector_hidden_size: width of its hidden layer, where it has one.

@@ -219,10 +219,11 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
     size = f"{values['records']} conversations of {values['users']} users, {values['targets']:,} targets"
     table = rich.table.Table(title=f"{evaluation.split}: {size}", title_justify="left", caption_justify="left")
     table.caption = (
-        "differences in nats a target, below zero is better; 95 % paired bootstrap over users, paired permutation test"
+        "differences in nats per target, below zero is better; "
+        "95 % paired bootstrap over users, paired permutation test"
     )
     table.add_column("condition")
-    for column in ("NLL/target", "PPL/word", "minus none", "p", "minus shuffled", "p"):
+    for column in ("NLL per target", "PPL per word", "minus none", "p", "minus shuffled", "p"):
         table.add_column(column, justify="right")
 
     for name, row in values["conditions"].items():
@@ -234,7 +235,7 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
 def render_seeds(by_seed: Mapping[int, Evaluation]) -> rich.table.Table:
     """One split's NLL per target, and its difference to `shuffled`, seed by seed."""
     split = next(iter(by_seed.values())).split
-    table = rich.table.Table(title=f"{split}: NLL/target, minus shuffled, by seed", title_justify="left")
+    table = rich.table.Table(title=f"{split}: NLL per target (nats), minus shuffled, by seed", title_justify="left")
     table.add_column("condition")
     rows: dict[str, list[str]] = {}
     for seed, evaluation in by_seed.items():
