@@ -1,0 +1,136 @@
+"""What keys of `config.json` mean: sizes, activations, biases, experts, factors. A family names those it has."""
+
+from typing import Any
+
+from e2p_jax.backbone.config_reader import Reader
+from e2p_jax.errors import UserError
+
+# Far beyond any model: what is more is a slip or damage, and is refused before anything is built of that size.
+MOST_LAYERS, MOST_EXPERTS, MOST_HEAD_DIM = 1000, 4096, 1 << 14
+
+
+def sizes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """The keys that every family but GPT-2 shares."""
+    heads = reader.size("num_attention_heads")
+    hidden = reader.size("hidden_size")
+    head_dim = reader.size("head_dim", hidden // heads, most=MOST_HEAD_DIM)
+    if reader.values.get("head_dim") is None and hidden % heads:
+        reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size, {hidden}, where there is no head_dim")
+    reader.require("attention_dropout", (0, 0.0), 0.0)
+    return {
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": reader.size("intermediate_size"),
+        "num_layers": reader.size("num_hidden_layers", most=MOST_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": reader.size("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "max_positions": reader.size("max_position_embeddings"),
+        "norm_epsilon": reader.number("rms_norm_eps"),
+        "attention_scale": head_dim**-0.5,
+        "tie_head": reader.flag("tie_word_embeddings", False),
+    }
+
+
+def gpt2_sizes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    hidden, heads = reader.size("n_embd"), reader.size("n_head")
+    positions = reader.size("n_positions")
+    reader.require("n_ctx", (positions,), positions)
+    scaled = reader.flag("scale_attn_weights", True)
+    return {
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": reader.size("n_inner", 4 * hidden),
+        "num_layers": reader.size("n_layer", most=MOST_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "max_positions": positions,
+        "norm_epsilon": reader.number("layer_norm_epsilon"),
+        "attention_scale": (hidden // heads) ** -0.5 if scaled else 1.0,
+        "tie_head": reader.flag("tie_word_embeddings", True),
+        "activation": reader.activation("activation_function"),
+    }
+
+
+def hidden_act(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"activation": reader.activation("hidden_act")}
+
+
+def gemma_act(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """The first releases say `gelu` and mean its tanh form, as `hidden_activation` came to say."""
+    reader.require("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    activation = reader.activation("hidden_act")
+    return {"activation": "gelu_tanh" if activation == "gelu" else activation}
+
+
+def hidden_activation(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Published configs repeat it as `hidden_act`, which transformers does not read here."""
+    named = reader.take("hidden_activation")
+    reader.require("hidden_act", (named,), named)
+    return {"activation": reader.activation("hidden_activation")}
+
+
+def attention_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    bias = reader.flag("attention_bias", False)
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def mlp_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"mlp_bias": reader.flag("mlp_bias", False)}
+
+
+def phi3_off(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what no published model has, though some name it."""
+    for key in ("resid_pdrop", "embd_pdrop"):
+        reader.require(key, (0, 0.0), 0.0)
+    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        reader.require(key, (False,), False)
+    return {}
+
+
+def experts(reader: Reader, count: int, normalise: bool) -> dict[str, Any]:
+    chosen = reader.size("num_experts_per_tok", least=0)
+    if not 1 <= chosen <= count:
+        raise UserError(f"{reader.source}: num_experts_per_tok={chosen} of {count} experts (num_local_experts)")
+    return {"num_experts": count, "experts_per_token": chosen, "normalise_topk": normalise}
+
+
+def mixtral_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    reader.require("router_jitter_noise", (0, 0.0), 0.0)
+    return experts(reader, reader.size("num_local_experts", most=MOST_EXPERTS), normalise=True)
+
+
+def qwen_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """In every layer. Published configs say `num_experts`, transformers 5 writes `num_local_experts`."""
+    step, dense = reader.size("decoder_sparse_step"), reader.each("mlp_only_layers", [], int)
+    if step != 1 or dense:
+        raise UserError(
+            f"{reader.source}: decoder_sparse_step={step} and mlp_only_layers={dense} put dense layers among those "
+            "with experts; the decoder, one scan over like layers, needs 1 and []"
+        )
+    count = reader.size("num_local_experts", reader.take("num_experts", 128), most=MOST_EXPERTS)
+    reader.require("num_experts", (count,), count)
+    read = experts(reader, count, reader.flag("norm_topk_prob", False))
+    return read | {"intermediate_size": reader.size("moe_intermediate_size")}
+
+
+def query_scalar(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_scale": reader.number("query_pre_attn_scalar") ** -0.5}
+
+
+def gemma_embedding(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"embedding_scale": fields["hidden_size"] ** 0.5}
+
+
+def gemma2_caps(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_cap": reader.number("attn_logit_softcapping", 0.0, zero=True),
+        "logit_cap": reader.number("final_logit_softcapping", 0.0, zero=True),
+    }
+
+
+def gemma3_cap(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """The key for attention scores exists here as well, but transformers caps nothing by it."""
+    reader.require("attn_logit_softcapping", (None,), None)
+    return {"logit_cap": reader.number("final_logit_softcapping", 0.0, zero=True)}
