@@ -6,10 +6,8 @@ nothing is appended or renamed, and gcsfs does the work behind `epath.Path`, whi
 
 import contextlib
 import errno
-import fcntl
 import importlib.util
 import io
-import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from e2p_jax.errors import UserError, shown
+from e2p_jax.locks import locked
 
 
 def user_cache() -> Path:
@@ -98,42 +97,16 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields a temporary file that takes the place of `path` when the block ends without an error.
 
-    It waits for other processes that write `path`.
+    It waits for other processes that write `path`. What a killed one left goes: its name is always the same.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with _locked(temporary):
+    with locked(temporary):
         try:
             yield temporary
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Makes a file, and its folder, that one process has at a time, and renames or removes before the block ends.
-
-    What a killed process left of it is there within the block; so its name is always the same, and nothing heaps up.
-    """
-    for attempt in itertools.count():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("ab")
-        except FileNotFoundError:  # the process before has just removed the folder
-            if attempt == 1000:  # or the system says so of a folder that takes no files, as /proc
-                raise
-            continue
-        with file:
-            with contextlib.suppress(OSError):  # storage without locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # the system takes it back when this process ends
-            try:
-                mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                mine = False
-            if mine:  # else the process before has renamed or removed it
-                yield
-                return
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -194,7 +167,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
             raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
         work = path.with_name(f".{path.name}.writing")
         lock, new, old = work / "lock", work / "new", work / "old"
-        held.enter_context(_locked(lock))
+        held.enter_context(locked(lock))
         held.callback(_leave, work, path)
         _clear(new, old, path)
         new.mkdir()

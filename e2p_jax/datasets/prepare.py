@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shutil
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.errors import UserError
+from e2p_jax.locks import locked
 from e2p_jax.registry import DATASETS
 from e2p_jax.terminal import say
 
@@ -53,8 +53,10 @@ def prepare(
     directory = Path(builder.data_dir)
     sources = {path.name: _digest(path) for path in builder.sources(manual_dir)}
     if not directory.exists():
-        with _alone(directory):
+        with locked(directory.parent / ".lock"):
             if not directory.exists():  # else another command has just written it
+                for unfinished in directory.parent.glob(f"incomplete.*_{directory.name}"):  # by one that was killed
+                    shutil.rmtree(unfinished)
                 _write(builder, manual_dir, sources)
                 return directory
         builder = builder_class(config=builder.builder_config, data_dir=data_dir)
@@ -66,17 +68,6 @@ def prepare(
         )
     bad.check(builder.info.metadata.get("bad_records", {}), directory)
     return directory
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Waits for other commands that write `directory`, and clears away what a killed one left unfinished."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it back when this process ends
-        for unfinished in directory.parent.glob(f"incomplete.*_{directory.name}"):
-            shutil.rmtree(unfinished)
-        yield
 
 
 def _write(builder: "RecordBuilder", manual_dir: Path, sources: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The lock of a run in a bucket, where no system takes it back from a process that was killed.
+"""The lock of a run in a bucket, where `locks.py` is of no use: no system takes it back from a process that was killed.
 
 The object `.lock` names its holder; an empty one is nobody's. Its generation, a number that the server gives, changes
 with every writing, and the server writes only in place of the generation that the writer names. The holder writes it

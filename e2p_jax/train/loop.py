@@ -21,10 +21,9 @@ from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.checkpoint import Checkpoints
-from e2p_jax.train.lock import lock_run
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.partition import describe, join, split
-from e2p_jax.train.run import Run, claim_run, restore_parameters
+from e2p_jax.train.run import Run, claim_run, lock_run, restore_parameters
 from e2p_jax.train.score import pack_conditions, score, some
 from e2p_jax.train.setup import (
     Inputs,

@@ -1,4 +1,4 @@
-"""A run directory: claimed once, opened again to evaluate, generate or export.
+"""A run directory: claimed once, trained in by one command at a time, opened again to evaluate, generate or export.
 
 `config.json` (resolved), `backbone.json` and `chat_template.jinja` (see `identity.py`), `metrics.jsonl`,
 `tensorboard/`, `checkpoints/<step>/`, `report/`.
@@ -6,6 +6,10 @@
 
 import contextlib
 import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +20,8 @@ from e2p_jax import config as config_lib
 from e2p_jax.backbone.attention import runs_on
 from e2p_jax.config import Config, MeshConfig, TrainConfig
 from e2p_jax.errors import UserError
-from e2p_jax.files import run_directory, write_text
+from e2p_jax.files import in_bucket, run_directory, write_text
+from e2p_jax.locks import locked
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.train import identity
@@ -28,6 +33,31 @@ from e2p_jax.vectors.population import Population
 PyTree = Any
 
 _RULES = {("train", "steps"): " (it may grow, and only when all steps are done and the last checkpoint is whole)"}
+
+
+@contextlib.contextmanager
+def lock_run(run: epath.Path) -> Iterator[None]:
+    """Keeps other commands from training in `run`.
+
+    Raises:
+      UserError: another command is training there, or the bucket cannot be written.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    me = f"process {os.getpid()} on host {socket.gethostname()}"
+    with contextlib.ExitStack() as stack:
+        try:
+            if in_bucket(run):
+                from e2p_jax.train.lease import lease
+
+                stack.enter_context(lease(run, me))
+            else:
+                stack.enter_context(locked(Path(run / ".lock"), me))
+        except BlockingIOError as error:
+            holder = str(error) or "another command"
+            raise UserError(f"{run}: {holder} is training there; stop it, or choose another --workdir") from error
+        yield
 
 
 def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None:

