@@ -40,6 +40,8 @@ class BackboneConfig:
     """Of the frozen weights and the activations; auto: bfloat16 on accelerators, float32 on CPU."""
     quantization: Literal["none", "int8", "int4", "nf4"] = result("none")
     """Of the layers' matrices, which stay frozen: int8 with a scale a row, int4 and nf4 with one for each 64 inputs."""
+    ignored_keys: tuple[str, ...] = free(())
+    """Keys of the backbone's config.json that are unknown here and refused, but that you know to change nothing."""
     weights: Literal["pretrained", "random"] = result("pretrained")
     """random: only config.json and the tokenizer are read, to train a small backbone from nothing."""
     remat: bool = rounding(False)

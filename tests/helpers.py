@@ -84,10 +84,10 @@ def hf_logits(model: torch.nn.Module, **inputs: Any) -> np.ndarray:
     return out.logits.float().numpy()
 
 
-def load_backbone(directory: Path, mesh: Mesh | None = None) -> Decoder:
+def load_backbone(directory: Path, mesh: Mesh | None = None, **options: Any) -> Decoder:
     """Reads a model directory in float32, onto one device unless a mesh is given."""
     mesh = mesh or mesh_of()
-    return load(directory, dtype=jnp.dtype("float32"), sharding=lambda p, s: param_sharding(mesh, p, s))
+    return load(directory, dtype=jnp.dtype("float32"), sharding=lambda p, s: param_sharding(mesh, p, s), **options)
 
 
 def mesh_of(**axes: int) -> Mesh:

@@ -1,23 +1,40 @@
 """Reads a Hugging Face `config.json` key by key: what is asked for is checked, what nobody asked for is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from e2p_jax.errors import UserError
 from e2p_jax.json_files import is_number
 
-# Keys that change nothing in the forward pass: bookkeeping, initialisation, generation, tensor-parallel hints.
+# Keys that change nothing in the forward pass. A table, and not what the installed transformers happens to define: what
+# a model means must not depend on that. A test holds it against what transformers' own base config defines or drops.
 INERT = frozenset(
-    """architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache initializer_range
-    pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id return_dict output_hidden_states
-    output_attentions torchscript id2label label2id problem_type task_specific_params
-    chunk_size_feed_forward finetuning_task tokenizer_class prefix auto_map attn_implementation
-    _attn_implementation_autoset base_model_tp_plan is_llama_config tie_encoder_decoder
-    transformers.js_config cross_attention_hidden_size cache_implementation
-    _num_labels output_past suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
-""".split()  # noqa: SIM905 (forty names read better as prose)
+    """
+    architectures model_type torch_dtype dtype transformers_version _name_or_path _model_name_or_path name_or_path
+    _commit_hash _from_model_config internal_version auto_map tokenizer_class prefix transformers.js_config
+    is_llama_config base_model_tp_plan output_hidden_states output_attentions return_dict use_return_dict
+    torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder cross_attention_hidden_size chunk_size_feed_forward
+    attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _flash_attn_2_enabled use_flash_attn experts_implementation _experts_implementation_internal
+    pretraining_tp gradient_checkpointing
+
+    initializer_range initializer_factor neftune_noise_alpha problem_type finetuning_task task_specific_params
+    id2label label2id num_labels _num_labels classifier_dropout
+
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    use_cache cache_implementation output_past output_scores return_dict_in_generate num_return_sequences
+    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups
+    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff penalty_alpha
+    repetition_penalty encoder_repetition_penalty length_penalty diversity_penalty exponential_decay_length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id
+    suppress_tokens begin_suppress_tokens remove_invalid_values
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
+    target_lookbehind
+    """.split()  # noqa: SIM905 (a hundred names read better as prose)
 )
+# Keys of a kind, by how they begin: written by those who publish a model again.
+_INERT_STARTS = ("unsloth_",)
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -90,12 +107,33 @@ class Reader:
         self.require(key, tuple(ACTIVATIONS), "silu")
         return ACTIVATIONS[self.values.get(key) or "silu"]
 
-    def finish(self) -> None:
-        unread = sorted(key for key, value in self.values.items() if key not in self.read and value is not None)
-        if unread:
+    def finish(self, own: dict[str, Any], ignored: Collection[str]) -> None:
+        """Holds what nobody has read against what the family does anyway.
+
+        Args:
+          own: key -> the value that says it.
+          ignored: keys that whoever runs this answers for.
+
+        Raises:
+          UserError: another value, or an unknown key.
+        """
+        unread = {
+            key: value
+            for key, value in self.values.items()
+            if key not in self.read and value is not None and not key.startswith(_INERT_STARTS)
+        }
+        for key in unread.keys() & own.keys():
+            if unread[key] != own[key]:
+                raise UserError(
+                    f"{self.source}: {key}={short(unread[key])} is not supported; supported here: {short(own[key])}"
+                )
+        unknown = sorted(unread.keys() - own.keys())
+        if idle := sorted(set(ignored) - set(unknown)):
+            raise UserError(f"backbone.ignored_keys: {self.source} has no unknown keys {idle}; take them out")
+        if refused := [key for key in unknown if key not in ignored]:
             raise UserError(
-                f"{self.source}: unknown keys {unread}; the decoder would ignore them, so the model is refused. "
-                "Remove them if they are inert"
+                f"{self.source}: unknown keys {refused}; the decoder would ignore them, so the model is refused. "
+                "Where you know that they change nothing, name them as backbone.ignored_keys, or take them out"
             )
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from e2p_jax.backbone.config_reader import Reader
+from e2p_jax.backbone.config_reader import ACTIVATIONS, Reader
+from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.errors import UserError
 
 # Far beyond any model: what is more is a slip or damage, and is refused before anything is built of that size.
@@ -16,7 +17,6 @@ def sizes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     head_dim = reader.size("head_dim", hidden // heads, most=MOST_HEAD_DIM)
     if reader.values.get("head_dim") is None and hidden % heads:
         reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size, {hidden}, where there is no head_dim")
-    reader.require("attention_dropout", (0, 0.0), 0.0)
     return {
         "vocab_size": reader.size("vocab_size"),
         "hidden_size": hidden,
@@ -80,15 +80,6 @@ def mlp_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"mlp_bias": reader.flag("mlp_bias", False)}
 
 
-def phi3_off(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    """Refuses what no published model has, though some name it."""
-    for key in ("resid_pdrop", "embd_pdrop"):
-        reader.require(key, (0, 0.0), 0.0)
-    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
-        reader.require(key, (False,), False)
-    return {}
-
-
 def experts(reader: Reader, count: int, normalise: bool) -> dict[str, Any]:
     chosen = reader.size("num_experts_per_tok", least=0)
     if not 1 <= chosen <= count:
@@ -97,7 +88,6 @@ def experts(reader: Reader, count: int, normalise: bool) -> dict[str, Any]:
 
 
 def mixtral_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    reader.require("router_jitter_noise", (0, 0.0), 0.0)
     return experts(reader, reader.size("num_local_experts", most=MOST_EXPERTS), normalise=True)
 
 
@@ -134,3 +124,38 @@ def gemma3_cap(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """The key for attention scores exists here as well, but transformers caps nothing by it."""
     reader.require("attn_logit_softcapping", (None,), None)
     return {"logit_cap": reader.number("final_logit_softcapping", 0.0, zero=True)}
+
+
+def own_values(config: DecoderConfig) -> dict[str, Any]:
+    """Gives what keys may say that the family does not read: what it does anyway. Null says it too."""
+    c = config
+    (window, *others) = sorted({*c.windows} - {0}) or [0]
+    kinds = ["sliding_attention" if window else "full_attention" for window in c.windows]
+    off = (
+        *("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope", "lm_head_bias"),
+        *("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "router_jitter_noise"),
+        *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        *("shared_expert_intermediate_size", "n_shared_experts"),
+    )
+    return dict.fromkeys(off, False) | {
+        "pruned_heads": {},
+        "layer_types": kinds,
+        "sliding_window": None if others else window,
+        "sliding_window_size": None if others else window,
+        "use_sliding_window": bool(window),
+        "qkv_bias": c.qkv_bias,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": c.mlp_bias,
+        "use_qk_norm": c.qk_norm != "none",
+        "qk_layernorm": c.qk_norm != "none",
+        "head_dim": c.head_dim,
+        "num_key_value_heads": c.num_kv_heads,
+        "num_experts": c.num_experts,
+        "num_local_experts": c.num_experts,
+        "num_experts_per_tok": c.experts_per_token,
+        "partial_rotary_factor": 2 * len(c.ropes[0].frequencies) / c.head_dim if c.ropes else None,
+        "attn_logit_softcapping": c.attention_cap,
+        "final_logit_softcapping": c.logit_cap,
+        "tie_word_embeddings": c.tie_head,
+        "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == c.activation),
+    }

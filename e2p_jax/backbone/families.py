@@ -1,13 +1,14 @@
 """Hugging Face model families as data: `config.json` -> `DecoderConfig`.
 
-Every key of a `config.json` is either read here, checked to hold a value that the decoder implements, or listed
-as inert. Any other key is an error: a rope setting that nobody reads is the field's classic silent failure.
+Every key of a `config.json` is either read here, checked to say what the decoder does anyway, or listed as inert. Any
+other key is an error: a rope setting that nobody reads is the field's classic silent failure.
 A family is an entry of `FAMILIES`: what its keys are read by, and the flags of the decoder that they leave open.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,6 @@ from e2p_jax.backbone.config_reader import INERT, Read, Reader, short
 from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
 from e2p_jax.errors import UserError
 from e2p_jax.json_files import read_object
-
-# Switches of other architectures, which published configs of these families carry turned off.
-_OFF = (
-    *("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope"),
-    *("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx"),
-)
 
 _MOST_PARAMETERS = 10**15  # far beyond any model
 
@@ -62,7 +57,7 @@ FAMILIES: dict[str, Family] = {
         (*_USUAL, layers.late_windows, rules.attention_bias), {"qk_norm": "head"}, _QWEN_ABSENT | {"head_dim": 128}
     ),
     "phi3": Family(
-        (*_SIZES, layers.phi3_rope, layers.one_window, rules.phi3_off),
+        (*_SIZES, layers.phi3_rope, layers.one_window),
         {"naming": "fused"},
         {"original_max_position_embeddings": 4096},
         frozenset({"full_attn_mod", "interpolate_factor"}),  # of Phi-4-mini; its own code does not read them either
@@ -130,8 +125,8 @@ _REFUSED = {
 }
 
 
-def read_config(directory: Path) -> DecoderConfig:
-    """Reads `directory/config.json`.
+def read_config(directory: Path, ignored: Collection[str] = ()) -> DecoderConfig:
+    """Reads `directory/config.json`; `ignored` as in `parse_config`.
 
     Raises:
       UserError: the file is missing or malformed, the architecture is unknown, or a key is unread.
@@ -139,11 +134,17 @@ def read_config(directory: Path) -> DecoderConfig:
     source = Path(directory) / "config.json"
     if not source.is_file():
         raise UserError(f"{source}: not found; backbone.path must be a Hugging Face model directory")
-    return parse_config(read_object(source, _REMEDY), source)
+    return parse_config(read_object(source, _REMEDY), source, ignored)
 
 
-def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
-    """`config.json` as a dict -> `DecoderConfig`; `source` names the file in errors."""
+def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] = ()) -> DecoderConfig:
+    """`config.json` as a dict -> `DecoderConfig`.
+
+    Args:
+      values: of the file.
+      source: names it in errors.
+      ignored: unknown keys that are not refused: `backbone.ignored_keys`.
+    """
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         reason = f" ({_REFUSED[name]})" if isinstance(name, str) and name in _REFUSED else ""
@@ -153,10 +154,8 @@ def parse_config(values: dict[str, Any], source: Path) -> DecoderConfig:
     fields: dict[str, Any] = {}
     for read in family.readers:
         fields |= read(reader, fields)
-    for switch in _OFF:
-        reader.require(switch, (False,), False)
-    reader.finish()
     config = DecoderConfig(**fields | family.flags)
+    reader.finish(rules.own_values(config), ignored)
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
     held = config.num_layers * sum(math.prod(shape) for shape in layer_shapes(config).values())

@@ -39,6 +39,12 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "attention_factor"),
     ),
 }
+# Settings without effect: notes on training, and how places in an image share the pairs, all the same in text.
+_INERT = ("finetuned", "mrope_section", "mrope_interleaved")
+# Settings that say what is done anyway. transformers reads no `attn_factor`.
+_NEUTRAL: dict[str, dict[str, Any]] = {kind: {"attn_factor": 1.0} for kind in _SETTINGS}
+_NEUTRAL["default"]["factor"] = 1.0
+_UNUSED = {"default": ("original_max_position_embeddings",), "linear": ("original_max_position_embeddings",)}
 
 
 def parse_rope(
@@ -59,6 +65,8 @@ def parse_rope(
     settings = {key: value for key, value in settings.items() if value is not None}
     legacy = settings.pop("type", "default")
     kind = settings.pop("rope_type", legacy)
+    if kind == "mrope":
+        kind = "default"
     if not isinstance(kind, str) or kind not in _SETTINGS:
         raise UserError(f"{source}: rope kind {kind!r} is not supported; supported: {', '.join(_SETTINGS)}")
     for key, value in settings.items():
@@ -66,6 +74,9 @@ def parse_rope(
             raise UserError(
                 f"{source}: rope kind {kind!r} has {key}={str(value)[:60]}; it must be {_WANTED.get(key, _NUMBER)}"
             )
+    for key, value in list(settings.items()):
+        if key in (*_INERT, *_UNUSED.get(kind, ())) or (key in _NEUTRAL[kind] and value == _NEUTRAL[kind][key]):
+            del settings[key]
     rotated = settings.pop("partial_rotary_factor", 1.0)
     if rotated != 1.0 and not partial:
         raise UserError(f"{source}: rope kind {kind!r} has partial_rotary_factor={rotated}, which the family has not")

@@ -120,6 +120,7 @@ def load(
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
     quantization: Quantization = "none",
     wanted: Callable[[str], bool] = lambda path: True,
+    ignored_keys: Collection[str] = (),
 ) -> Decoder:
     """Reads a backbone straight onto its devices; each host reads only the slices that its devices hold.
 
@@ -132,11 +133,12 @@ def load(
       sharding: parameter path under `backbone/` and stacked shape -> sharding.
       quantization: of the layers' matrices.
       wanted: parameter path -> whether it is read; of the others the decoder holds the shapes.
+      ignored_keys: of config.json, as `backbone.ignored_keys`.
 
     Raises:
       UserError: unreadable or mismatched files.
     """
-    config = read_config(directory)
+    config = read_config(directory, ignored_keys)
     decoder = abstract(config, dtype=dtype or jnp.dtype("float32"))
     checkpoint = open_checkpoint(directory)
     flat = parameters(decoder)

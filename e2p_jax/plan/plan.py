@@ -187,7 +187,8 @@ def read_backbone(config: Config) -> DecoderConfig:
       UserError: no such backbone, or its config.json is refused.
     """
     config.validate()
-    return read_config(weights.find_config(config.backbone.path, config.backbone.revision))
+    backbone = config.backbone
+    return read_config(weights.find_config(backbone.path, backbone.revision), backbone.ignored_keys)
 
 
 def abstract_batch(config: Config, shape: RowShape, mesh: Mesh) -> Batch:

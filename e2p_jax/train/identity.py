@@ -105,7 +105,7 @@ def check_inputs(run: epath.Path, names: dict[str, Any], config: Config, inputs:
         return
     place = inputs.directory
     try:
-        same = parse_config(names["config"], run / NAME) == inputs.decoder
+        same = parse_config(names["config"], run / NAME, config.backbone.ignored_keys) == inputs.decoder
     except UserError:  # it says less than this version asks for
         same = False
     if not same:

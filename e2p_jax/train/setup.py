@@ -61,7 +61,8 @@ def read_inputs(config: Config) -> Inputs:
     """
     config.validate()
     directory = weights.resolve(config.backbone.path, config.backbone.revision)
-    decoder = read_config(directory)
+    ignored = config.backbone.ignored_keys
+    decoder = read_config(directory, ignored)
     if config.data.seq_len > decoder.max_positions:
         raise UserError(
             f"data.seq_len={config.data.seq_len} is beyond the backbone's {decoder.max_positions} positions; lower it"
@@ -69,7 +70,8 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(directory, decoder.vocab_size)
     encoder = Encoder.from_config(config, tokenizer, decoder.vocab_size, named_stops(directory))
     if distributed.is_first():
-        for warning in encoder.warnings:
+        said = [f"{directory / 'config.json'}: {key} is ignored, as backbone.ignored_keys says" for key in ignored]
+        for warning in (*said, *encoder.warnings):
             print(f"warning: {warning}", file=sys.stderr)
     table = load_table(config.data.embeddings, config.data.missing_user) if config.data.embeddings else None
     return Inputs(config, directory, decoder, encoder, table)
@@ -257,6 +259,7 @@ def _load_backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) 
             sharding=sharding,
             quantization=config.quantization,
             wanted=lambda path: wanted(f"backbone/{path}"),
+            ignored_keys=config.ignored_keys,
         )
         loaded = jax.tree.map(
             lambda shape, value: value if isinstance(value, jax.Array) else shape,
