@@ -56,9 +56,10 @@ class BackboneConfig:
 class DataConfig:
     """Records, user vectors, and how they become rows."""
 
-    path: str = result("synthetic")
-    """A prepared dataset's directory, a JSON Lines file, or `synthetic`: the generated personas."""
-    embeddings: str | None = result(None)
+    path: str = free("synthetic")
+    """A prepared dataset's directory, a JSON Lines file, or `synthetic`: the generated personas. A run knows its data
+    and vectors by what they hold, wherever they lie."""
+    embeddings: str | None = free(None)
     """Table of user vectors: a table directory, .npz, .parquet, or .npy with ids beside it."""
     missing_user: Literal["error", "null"] = result("error")
     """A user who is not in the table is an error, or the null user (needs `train.null_user_rate`)."""

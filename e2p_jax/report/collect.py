@@ -99,12 +99,7 @@ def collect(paths: Sequence[epath.PathLike]) -> Collected:
     main = next((name for name, path in runs.items() if _has_users(path)), None)
     if main is None:
         raise UserError(f"{paths[0]}: no run here was trained on users' vectors; name one that was")
-    trained = {}
-    for name, path in runs.items():
-        opened = open_run(path)
-        trained[name] = training_cost(opened)
-        if name == main:
-            run = opened
+    run, trained = _open(runs, main)
     data, settings = run.inputs.config.data, run.inputs.config.evaluate
     split = data.eval_splits[0]
     records = read_splits(data, [split])[split]
@@ -133,6 +128,14 @@ def collect(paths: Sequence[epath.PathLike]) -> Collected:
 def _has_users(path: epath.Path) -> bool:
     config = from_json((path / "config.json").read_text(encoding="utf-8"), path / "config.json")
     return config.data.condition == "e2p"
+
+
+def _open(runs: dict[str, epath.Path], main: str) -> tuple[Run, dict[str, Training]]:
+    """The main run, and what each cost to train, of which the others need no weights."""
+    run = open_run(runs[main])
+    return run, {
+        name: training_cost(run if name == main else open_run(path, backbone="none")) for name, path in runs.items()
+    }
 
 
 def _curves(runs: dict[str, epath.Path]) -> tuple[Curves, Curves]:

@@ -93,8 +93,11 @@ def check_inputs(run: epath.Path, names: dict[str, Any], config: Config, inputs:
 
     Raises:
       UserError: the backbone's config.json, tokenizer or chat template, or a setting that the projector depends on,
-        is another one.
+        is another one; or vectors have another width.
     """
+    width, table = names["embedding_width"], inputs.table
+    if table is not None and table.width != width:
+        raise UserError(f"{table.source}: vectors have width {table.width}, but the run's projector takes {width}")
     if "config" not in names:
         _say(
             f"{run / NAME}: written by an earlier version, which did not note config.json, tokenizer and chat template "

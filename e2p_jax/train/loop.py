@@ -16,7 +16,7 @@ from e2p_jax.data.pipeline import PackedDataset, rows_at, to_devices, train_iter
 from e2p_jax.data.training import read_training
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import Preempted, UserError
-from e2p_jax.files import explain_full_disk, run_directory
+from e2p_jax.files import explain_full_disk, run_directory, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
 from e2p_jax.prefix.model import Batch
@@ -118,7 +118,9 @@ def train_model(config: Config, run: epath.PathLike, shared: Shared | None = Non
 def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoints: Checkpoints) -> Model:
     """The model as it is after the last step."""
     settings, mesh = config.train, model.mesh
-    digest = data.train.digest().hex()
+    held = {"data": data.train.digest().hex()}
+    if "dev" in data.held_out:
+        held["dev"] = data.held_out["dev"][0].digest().hex()
     iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
     if checkpoints.latest_step is None:
         state, frozen = initial_state(model, settings)
@@ -128,11 +130,13 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             checkpoints.latest_step, abstract_state(model, settings), frozen["projector"]
         )
         frozen = {**frozen, "projector": statistics}
-        if position.pop("data", digest) != digest:  # an imported run has not met its data yet
-            raise UserError(
-                f"{run}: its position is one in other training data: records, vectors or plan have changed since step "
-                f"{int(state.step)}; restore them, or choose another --workdir"
-            )
+        for name, what in ("data", "training data"), ("dev", "dev data"):
+            # An imported run has not met its data yet, and earlier versions did not write down what dev held.
+            if position.pop(name, held.get(name)) != held.get(name):
+                raise UserError(
+                    f"{run}: its position is one in other {what}: records, vectors or plan have changed since step "
+                    f"{int(state.step)}; restore them, or choose another --workdir"
+                )
         planned = position.pop("steps", settings.steps)  # earlier versions did not write it
         if settings.steps != planned != int(state.step):
             raise UserError(
@@ -141,6 +145,8 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             )
         iterator.set_state(position)
     first = int(state.step)
+    if distributed.is_first():
+        write_text(run / "config.json", config.to_json())  # the settings in force
 
     train_step = jit_train_step(model, settings, max_traces=1)
     eval_step = jit_eval_step(model, max_traces=len(data.held_out))  # splits differ in their targets per row
@@ -187,7 +193,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             stop = stop_here(number) and not last
             if evaluated or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()
-                position = {**iterator.get_state(), "data": digest, "steps": settings.steps}
+                position = {**iterator.get_state(), **held, "steps": settings.steps}
                 checkpoints.save(state, frozen["projector"], position, nll)
             if stop:
                 break

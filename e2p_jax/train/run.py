@@ -63,7 +63,8 @@ def lock_run(run: epath.Path) -> Iterator[None]:
 def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None:
     """Process 0 writes what names the run, unless a run is there; then all check that it is this one.
 
-    Of the settings those are compared that change a run's result; `config.json` then holds all that are in force.
+    Of the settings those are compared that change a run's result. What its data and vectors hold is compared with its
+    checkpoint, when that is restored.
 
     Raises:
       UserError: the directory holds a run of another config or backbone, or is not seen by every host.
@@ -74,7 +75,7 @@ def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> 
             _check_claim(run, config, inputs, model)
         else:
             identity.write(run, config, inputs, model)
-        write_text(path, config.to_json())  # last: it says that the rest is there
+            write_text(path, config.to_json())  # last: it says that the rest is there
     distributed.wait_for_all("the run directory is claimed")
     if not path.exists():
         raise UserError(f"{run}: is not the directory that process 0 sees; --workdir must be on storage that all share")
@@ -165,12 +166,7 @@ def open_run(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, embeddings=embeddings))
     inputs = read_inputs(_on_this_machine(config))
     identity.check_inputs(directory, names, begun, inputs)
-    width = names["embedding_width"]
-    if inputs.table is not None and inputs.table.width != width:
-        raise UserError(
-            f"{inputs.table.source}: vectors have width {inputs.table.width}, but the run's projector takes {width}"
-        )
-    model = frozen_model(inputs, width, backbone, shared)
+    model = frozen_model(inputs, names["embedding_width"], backbone, shared)
     identity.check_weights(directory, names, model)
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
         part = "" if backbone == "all" else "projector/"

@@ -82,7 +82,7 @@ def says(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_killed_damaged_and_resumed_it_ends_as_in_a_directory(
+def test_killed_damaged_resumed_and_grown_it_ends_as_in_a_directory(
     config: Config, bucket: str, impatient: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = dataclasses.replace(config.train, steps=60, eval_every=30, checkpoint_every=10)
@@ -115,10 +115,14 @@ def test_killed_damaged_and_resumed_it_ends_as_in_a_directory(
     exported, alike = ({p.name: p.read_bytes() for p in tmp_path.glob(f"export {here}/*")} for here in (True, False))
     assert exported == alike and "model.safetensors" in exported
 
+    grown = dataclasses.replace(config, train=dataclasses.replace(settings, steps=62))
+    train(grown, here)
+    (tmp_path / "config.json").write_text(grown.to_json())
     evaluated = json.loads(says(capsys, "evaluate", str(here), "--conditions", "none", "e2p", "--json"))["splits"]
     compare = ["compare", command[1], "--conditions", "none", "e2p", "--json", "--workdir", f"{bucket}/comparison"]
     for _ in ("scored", "read again"):
         assert json.loads(says(capsys, *compare))["splits"] == evaluated
+    assert numbers(there) == numbers(here) and steps(there)[-1] == 62
     source = find_source(f"{bucket}/comparison")
     assert source.runs == {"comparison/e2p": there} and source.splits == evaluated
 

@@ -1,6 +1,5 @@
-"""A run goes on in another number of processes: no row of the epoch is lost, and none comes twice."""
+"""A run goes on in another number of processes, and grows: no row of the epoch is lost, and none comes twice."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +14,6 @@ import until
 from e2p_jax.config import Config
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
-from e2p_jax.parallel.distributed import Preempted
 from e2p_jax.train.loop import read_data
 from e2p_jax.train.setup import read_inputs
 from e2p_jax.vectors.table import save_table
@@ -49,14 +47,14 @@ def rows_seen(files: list[Path]) -> list[dict[str, str]]:
 
 
 def test_one_then_two_then_one_process(longer: Config, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two processes make it longer than the one that began it."""
     run = tmp_path / "run"
     (tmp_path / "config.json").write_text(longer.to_json())
 
     def logs() -> set[Path]:
         return set(tmp_path.glob("run.*.jsonl"))
 
-    with contextlib.suppress(Preempted):
-        until.train_until(longer, run, 5)
+    until.train_until(dataclasses.replace(longer, train=dataclasses.replace(longer.train, steps=5)), run, 5)
     alone = logs()
     seen = rows_seen(sorted(alone))
     for path in alone:
@@ -67,7 +65,7 @@ def test_one_then_two_then_one_process(longer: Config, environment: pytest.Monke
     assert done.returncode == 0, done.stderr
     assert "2 process(es) on" in done.stderr and "resumed at step 5" in done.stderr, done.stderr
     together = logs()
-    assert len(together) == 2
+    assert len(together) == 2 and json.loads((run / "config.json").read_text())["train"]["steps"] == STEPS
     seen += rows_seen(sorted(together))
     for path in together:
         path.unlink()

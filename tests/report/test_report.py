@@ -7,15 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from etils import epath
 
 from e2p_jax.cli import main
 from e2p_jax.config import Condition
+from e2p_jax.evaluate.cost import Training, training_cost
 from e2p_jax.evaluate.evaluation import evaluate_splits, save
+from e2p_jax.report import collect as collect_lib
 from e2p_jax.report import report as report_lib
-from e2p_jax.report.collect import Collected, collect
+from e2p_jax.report.collect import Collected, _open, collect
 from e2p_jax.terminal import printable
-from e2p_jax.train.run import open_run
+from e2p_jax.train.run import Run, open_run
 
 CONDITIONS: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
 
@@ -63,6 +67,21 @@ def test_numbers_are_those_of_the_run(report: Path, learned_run: Path):
     assert len(answers) == 5 and len({row["user_id"] for row in answers}) == 5  # four users, and without a prefix
     assert len({row["answer"] for row in answers}) > 1  # users learned by heart answer differently
     assert [float(row["step"]) for row in rows(report / "learning.csv")] == [50, 100, 150]
+
+
+def test_of_several_runs_one_backbone_is_loaded(
+    learned_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[bool] = []
+
+    def noted(run: Run) -> Training:
+        loaded.append(any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(run.model.params["backbone"])))
+        return training_cost(run)
+
+    monkeypatch.setattr(collect_lib, "training_cost", noted)
+    shutil.copytree(learned_run, tmp_path / "copy")
+    run, trained = _open({"run": epath.Path(learned_run), "copy": epath.Path(tmp_path / "copy")}, "run")
+    assert loaded == [True, False] and trained["copy"] == trained["run"] == training_cost(run)
 
 
 def test_page_is_whole_by_itself(report: Path):

@@ -18,7 +18,16 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, MeshConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ProjectorConfig,
+    TrainConfig,
+    from_json,
+)
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
@@ -368,21 +377,40 @@ def test_attention_of_another_device_is_refused(config: Config, tmp_path: Path):
         train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["records", "vectors"])
-def test_resuming_on_other_data_is_refused(config: Config, tmp_path: Path, what: str):
-    """A position means nothing in another order of rows."""
-    shutil.copyfile(config.data.path, tmp_path / "records.jsonl")
-    data = dataclasses.replace(config.data, path=str(tmp_path / "records.jsonl"), embeddings=str(tmp_path / "table"))
+@pytest.mark.parametrize("what", ["records", "vectors", "dev"])
+def test_resuming_knows_the_data_by_what_it_holds(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    """Wherever it lies, and by whatever path; a position means nothing in other records or another order of rows."""
     vectors = np.stack([synthetic.vector(user) for user in USERS])
     names = [f"user-{user}" for user in USERS]
-    save_table(tmp_path / "table", names, vectors, name="synthetic", version="1")
-    config = dataclasses.replace(config, data=data)
-    run = train(config, tmp_path / "run")
-    train(config, run)  # nothing has changed
-    if what == "vectors":
-        save_table(tmp_path / "table", names, vectors[::-1], name="synthetic", version="2")
-    else:
-        text = (tmp_path / "records.jsonl").read_text()
-        (tmp_path / "records.jsonl").write_text(text.replace("good", "bad"))
-    with pytest.raises(UserError, match=r"run: its position is one in other training data: .* since step 6; restore"):
-        train(config, run)
+    text = Path(config.data.path).read_text()
+
+    def lie(folder: Path, text: str, vectors: np.ndarray, path: str) -> Config:
+        folder.mkdir()
+        (folder / "records.jsonl").write_text(text)
+        save_table(folder / "table", names, vectors, name="synthetic", version="1")
+        data = dataclasses.replace(config.data, path=f"{path}/records.jsonl", embeddings=f"{path}/table")
+        return dataclasses.replace(config, data=data)
+
+    begun = lie(tmp_path / "begun", text, vectors, str(tmp_path / "begun"))
+    run = train(begun, tmp_path / "run")
+    shutil.rmtree(tmp_path / "begun")
+    monkeypatch.chdir(tmp_path)
+    moved = lie(tmp_path / "moved", text, vectors, "moved")
+    train(moved, run)
+    assert from_json((run / "config.json").read_bytes(), run / "config.json") == moved
+    dev = {record.user_id for record in read_data(read_inputs(moved)).held_out["dev"][1]}
+    assert 0 < len(dev) < 4
+    edits = {"records": lambda user: user not in dev, "dev": lambda user: user in dev, "vectors": lambda user: False}
+    lines = [
+        line.replace("good", "bad") if edits[what](json.loads(line)["user_id"]) else line
+        for line in text.splitlines(keepends=True)
+    ]
+    edited = "".join(lines)
+    assert (edited == text) == (what == "vectors")
+    other = lie(tmp_path / "other", edited, vectors[::-1] if what == "vectors" else vectors, str(tmp_path / "other"))
+    said = "dev" if what == "dev" else "training"
+    with pytest.raises(UserError, match=rf"run: its position is one in other {said} data: .* since step 6; restore"):
+        train(other, run)
+    assert from_json((run / "config.json").read_bytes(), run / "config.json") == moved
