@@ -5,6 +5,7 @@ The rows of `e2p compare` have their table in `baselines.py`.
 """
 
 import dataclasses
+import inspect
 import pkgutil
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -24,6 +25,10 @@ class Choice:
     def load(self) -> Any:
         """Imports it."""
         return pkgutil.resolve_name(self.place)
+
+    def of(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a command's flags that it has a parameter for."""
+        return {name: value for name, value in flags.items() if name in inspect.signature(self.load()).parameters}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,18 @@ DATASETS = {
         "who consumed what: films, music, podcasts",
     ),
 }
+# Functions of `data.path` and of those flags of `e2p embed` that they have a parameter for: ids of all users, and
+# vectors [U, E], NaN for users who have none.
+ENCODERS = {
+    "backbone": Choice("e2p_jax.embed.hidden_states:embed", "mean hidden state of a frozen backbone over the context"),
+    "als": Choice("e2p_jax.embed.collaborative:factors", "factors of who consumed what, of prepared interactions"),
+    "svd": Choice("e2p_jax.embed.collaborative:factors", "the same by singular values"),
+    "item-mean": Choice(
+        "e2p_jax.embed.collaborative:item_means", "mean of the vectors of the items in the context or history"
+    ),
+    "import": Choice("e2p_jax.embed.make:imported", "the vectors that are in the file"),
+}
+TEXT_ENCODER = Choice("e2p_jax.embed.text:embed", "directory or hub id of a text encoder")  # any other name
 _ENGINES = "e2p_jax.export.engines:export_engine"
 EXPORTS = {
     "transformers": Export(

@@ -6,14 +6,16 @@ from typing import Annotated
 import tyro
 
 from e2p_jax.options import EncoderSettings
+from e2p_jax.registry import ENCODERS, TEXT_ENCODER, described
 from e2p_jax.terminal import say
 
+ENCODER = described(ENCODERS | {"anything else": TEXT_ENCODER})
 DEFAULTS = EncoderSettings()
 
 
 def embed(
     data: str,
-    encoder: str,
+    encoder: Annotated[str, tyro.conf.arg(help=ENCODER)],
     out: Path,
     settings: Annotated[EncoderSettings, tyro.conf.arg(name="")] = DEFAULTS,
 ) -> None:
@@ -22,9 +24,7 @@ def embed(
     Args:
       data: What `data.path` takes: a prepared dataset's directory, a JSON Lines file, or synthetic. With import: a
         table in any form.
-      encoder: backbone: mean hidden state of a frozen backbone over the context; als, svd: factors of who consumed
-        what, of a prepared interactions dataset; item-mean: mean of the vectors of the items in the context or history;
-        import: the vectors that are in the file; anything else: directory or hub id of a text encoder.
+      encoder: One of `registry.ENCODERS`, or a text encoder.
       out: Directory to write.
       settings: What some encoders need.
     """

@@ -1,6 +1,5 @@
 """`e2p export`."""
 
-import inspect
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,14 +43,13 @@ def export(
     from e2p_jax.train.run import open_run
 
     chosen = EXPORTS[format]
-    function = chosen.load()
     given: dict[str, Any] = {"out": out, "users": user, "prompt": prompt}
     given |= {"format": format, "include_backbone": include_backbone, "dtype": dtype}
-    flags = {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
+    flags = chosen.of(given)
     if any(flags.get(name, True) in (None, ()) for name in _NEEDED):
         needed = " and ".join(text for name, text in _NEEDED.items() if name in flags)
         raise UserError(f"--format {format}: give {needed}")
-    made = function(open_run(run, checkpoint, embeddings, backbone=chosen.backbone), **flags)
+    made = chosen.load()(open_run(run, checkpoint, embeddings, backbone=chosen.backbone), **flags)
     if "out" not in flags:
         lines = "".join(json.dumps(value) + "\n" for value in made)
         if out is None:

@@ -1,32 +1,35 @@
 """User vectors from who consumed what. Only a user's history is read: nothing that a record of any split asks for."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from e2p_jax.datasets.interactions.log import Interactions
+from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
+from e2p_jax.datasets.prepared import load_table
+from e2p_jax.embed.contexts import first_contexts
 from e2p_jax.errors import UserError
-from e2p_jax.vectors.table import UserTable
 
 
-def factor_vectors(interactions: Interactions, kind: str, width: int, seed: int) -> np.ndarray:
+def factors(data: str, encoder: str, width: int, seed: int) -> tuple[Sequence[str], np.ndarray]:
     """Factorises the users' histories, weights w as 1 + log(1 + w).
 
     Args:
-      interactions: of a prepared dataset.
-      kind: als: implicit-feedback alternating least squares (Hu, Koren and Volinsky, 2008), by the package `implicit`;
-        svd: truncated singular value decomposition, by SciPy; a user's vector is the row of U times the singular
-        values.
+      data: directory of a prepared dataset of interactions.
+      encoder: als: implicit-feedback alternating least squares (Hu, Koren and Volinsky, 2008), by the package
+        `implicit`; svd: truncated singular value decomposition, by SciPy; a user's vector is the row of U times the
+        singular values.
 
     Returns:
-      [U, width] float32.
+      U user ids, and [U, width] float32.
 
     Raises:
       UserError: `implicit` is not installed, or the width is beyond what so many users and items have.
     """
     import scipy.sparse
 
+    interactions = load_interactions(Path(data))
     history = interactions.of("history")
     # Items that only a held-out interaction has must not even be counted.
     items, columns = np.unique(np.array(interactions.item_ids)[history.items], return_inverse=True)
@@ -35,8 +38,8 @@ def factor_vectors(interactions: Interactions, kind: str, width: int, seed: int)
     if width >= min(shape):
         raise UserError(f"--width {width}: must be below {min(shape)}, the number of users and of items; lower it")
     matrix = scipy.sparse.csr_matrix((weights, (history.users, columns)), shape)
-    factorise = {"als": _als, "svd": _svd}[kind]
-    return factorise(matrix, width, seed)
+    factorise = {"als": _als, "svd": _svd}[encoder]
+    return interactions.user_ids, factorise(matrix, width, seed)
 
 
 def _als(matrix, width: int, seed: int) -> np.ndarray:  # type: ignore[no-untyped-def]  # SciPy has no types
@@ -64,29 +67,40 @@ def _svd(matrix, width: int, seed: int) -> np.ndarray:  # type: ignore[no-untype
     return (left * np.sign(largest) * values).astype(np.float32)  # a direction's sign is anybody's choice
 
 
-def item_means(lists: Sequence[Sequence[str]], items: UserTable) -> np.ndarray:
-    """[N, E] float32: means of the items' vectors; items without a vector do not count, NaN where no item has one.
+def item_means(data: str, items: str | None) -> tuple[Sequence[str], np.ndarray]:
+    """U user ids, and [U, E] float32: means of the vectors of the items in a user's history or, where the data is not
+    of interactions, context; items without a vector do not count, NaN where no item has one.
 
     Args:
-      lists: N lists of item ids.
-      items: vectors by item id, with `missing="null"`.
+      items: table of vectors by item id.
+
+    Raises:
+      UserError: no table is given.
     """
-    every = list(dict.fromkeys(item for mine in lists for item in mine))
-    vectors = items.lookup(every, ["--items"] * len(every))
+    if items is None:
+        raise UserError("--encoder item-mean: give --items, a table of item vectors")
+    lists: Mapping[str, Sequence[str]]
+    if (Path(data) / INTERACTIONS).is_file():
+        lists = _histories(load_interactions(Path(data)))
+    else:
+        lists = first_contexts(data)
+    table = load_table(items, "null")
+    every = list(dict.fromkeys(item for mine in lists.values() for item in mine))
+    vectors = table.lookup(every, ["--items"] * len(every))
     place = {item: row for row, item in enumerate(every)}
-    means = np.full((len(lists), items.width), np.nan, np.float32)
-    for number, mine in enumerate(lists):
+    means = np.full((len(lists), table.width), np.nan, np.float32)
+    for number, mine in enumerate(lists.values()):
         known = vectors[[place[item] for item in mine]]
         known = known[~np.isnan(known[:, 0])]
         if len(known):
             means[number] = known.mean(axis=0, dtype=np.float64)
-    return means
+    return list(lists), means
 
 
-def histories(interactions: Interactions) -> list[list[str]]:
+def _histories(interactions: Interactions) -> Mapping[str, Sequence[str]]:
     """The item ids of each user's history."""
     history = interactions.of("history")
     mine: list[list[str]] = [[] for _ in interactions.user_ids]
     for user, item in zip(history.users.tolist(), history.items.tolist(), strict=True):
         mine[user].append(interactions.item_ids[item])
-    return mine
+    return dict(zip(interactions.user_ids, mine, strict=True))

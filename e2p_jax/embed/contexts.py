@@ -1,5 +1,9 @@
 """Reads what users' vectors are made of, out of any data."""
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
 from e2p_jax.datasets.prepared import load_records, split_names
 
 
@@ -22,3 +26,19 @@ def first_contexts(path: str) -> dict[str, tuple[str, ...]]:
         for record in load_records(path, split):
             found.setdefault(record.user_id, tuple(text for text in record.context if text.strip()))
     return found
+
+
+def vectors_of_contexts(
+    data: str, encode: Callable[[Sequence[tuple[str, ...]]], np.ndarray]
+) -> tuple[Sequence[str], np.ndarray]:
+    """What an encoder of texts makes: ids of all users, and vectors [U, E] float32, NaN for users without a context.
+
+    Args:
+      encode: N contexts of one text or more -> [N, E] float32.
+    """
+    contexts = first_contexts(data)
+    texts = [context for context in contexts.values() if context]
+    made = encode(texts) if texts else np.zeros((0, 1), np.float32)
+    vectors = np.full((len(contexts), made.shape[1]), np.nan, np.float32)
+    vectors[[bool(context) for context in contexts.values()]] = made
+    return list(contexts), vectors

@@ -16,12 +16,18 @@ from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.config import MeshConfig
 from e2p_jax.data import control
 from e2p_jax.data.encode import load_tokenizer
+from e2p_jax.embed.contexts import vectors_of_contexts
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
 
 _MULTIPLE = 64  # texts are padded to a multiple, so that few lengths are compiled
 _TOKENS = 1 << 12  # about, in a batch
 _LONGEST = 2048  # tokens of a context that are read
+
+
+def embed(data: str, backbone: str, layer: int) -> tuple[Sequence[str], np.ndarray]:
+    """Ids of all users, and vectors of their contexts; see `backbone_vectors`."""
+    return vectors_of_contexts(data, lambda texts: backbone_vectors(texts, weights.resolve(backbone, None), layer))
 
 
 def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Data, and an encoder's name -> a table of user vectors."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from e2p_jax.datasets.interactions.log import INTERACTIONS, load_interactions
 from e2p_jax.datasets.prepared import load_table
-from e2p_jax.embed.contexts import first_contexts
 from e2p_jax.errors import UserError, shown
 from e2p_jax.options import EncoderSettings
+from e2p_jax.registry import ENCODERS, TEXT_ENCODER
 from e2p_jax.vectors.population import Population, training_population
 from e2p_jax.vectors.table import UserTable, save_table
 
@@ -32,12 +32,13 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
 
     Args:
       data: as `data.path`; with `import`, a table in any form.
-      encoder: `backbone`, `als`, `svd`, `item-mean`, `import`, or what sentence-transformers loads.
+      encoder: one of `registry.ENCODERS`, or what sentence-transformers loads.
 
     Raises:
       UserError: the data, the encoder or a setting is at fault, no user gets a vector, or the dtype cannot hold them.
     """
-    users, vectors = _make(data, encoder, settings)
+    chosen = ENCODERS.get(encoder, TEXT_ENCODER)
+    users, vectors = chosen.load()(data, **chosen.of(dataclasses.asdict(settings) | {"encoder": encoder}))
     known = ~np.isnan(vectors[:, 0]) | (encoder == "import")
     if not known.all():
         users = [user for user, has_vector in zip(users, known, strict=True) if has_vector]
@@ -79,47 +80,9 @@ def _warnings(users: Sequence[str], vectors: np.ndarray, source: str) -> list[st
         return [str(error)]
 
 
-def _make(data: str, encoder: str, settings: EncoderSettings) -> tuple[Sequence[str], np.ndarray]:
-    """Ids of all users, and vectors, NaN for users who have none."""
-    if encoder == "import":
-        table = load_table(data)
-        rows = np.setdiff1d(np.arange(table.index.rows), table.index.repeats())
-        every = len(rows) == table.index.rows
-        return list(table.ids), table.vectors if every else table.vectors[rows]
-    if encoder in ("als", "svd"):
-        from e2p_jax.embed.collaborative import factor_vectors
-
-        interactions = load_interactions(Path(data))
-        return interactions.user_ids, factor_vectors(interactions, encoder, settings.width, settings.seed)
-    if encoder == "item-mean" and (Path(data) / INTERACTIONS).is_file():
-        from e2p_jax.embed.collaborative import histories
-
-        interactions = load_interactions(Path(data))
-        return interactions.user_ids, _item_means(histories(interactions), settings)
-    contexts = first_contexts(data)
-    if encoder == "item-mean":
-        return list(contexts), _item_means(list(contexts.values()), settings)
-    texts = [context for context in contexts.values() if context]
-    made = _encode(texts, encoder, settings) if texts else np.zeros((0, 1), np.float32)
-    vectors = np.full((len(contexts), made.shape[1]), np.nan, np.float32)
-    vectors[[bool(context) for context in contexts.values()]] = made
-    return list(contexts), vectors
-
-
-def _encode(texts: Sequence[tuple[str, ...]], encoder: str, settings: EncoderSettings) -> np.ndarray:
-    if encoder == "backbone":
-        from e2p_jax.backbone.weights import resolve
-        from e2p_jax.embed.hidden_states import backbone_vectors
-
-        return backbone_vectors(texts, resolve(settings.backbone, None), settings.layer)
-    from e2p_jax.embed.text import text_vectors
-
-    return text_vectors(texts, encoder)
-
-
-def _item_means(lists: Sequence[Sequence[str]], settings: EncoderSettings) -> np.ndarray:
-    from e2p_jax.embed.collaborative import item_means
-
-    if settings.items is None:
-        raise UserError("--encoder item-mean: give --items, a table of item vectors")
-    return item_means(lists, load_table(settings.items, "null"))
+def imported(data: str) -> tuple[Sequence[str], np.ndarray]:
+    """The vectors that are in a file, as they are."""
+    table = load_table(data)
+    rows = np.setdiff1d(np.arange(table.index.rows), table.index.repeats())
+    every = len(rows) == table.index.rows
+    return list(table.ids), table.vectors if every else table.vectors[rows]
