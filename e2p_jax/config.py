@@ -32,8 +32,8 @@ class BackboneConfig:
     """The frozen LLM."""
 
     path: str = free("embedded")
-    """Hugging Face model directory, a hub id (`org/model`), or `embedded`: the small model in the package. A run knows
-    its backbone by what it holds, wherever it lies."""
+    """Hugging Face model directory, GGUF file, hub id (`org/model`), or `embedded`: the small model in the package. A
+    run knows its backbone by what it holds, wherever it lies."""
     revision: str | None = free(None)
     """Branch, tag or commit, when `path` is a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = result("auto")

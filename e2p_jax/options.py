@@ -62,7 +62,7 @@ class EncoderSettings:
     """What some encoders need."""
 
     backbone: str = "embedded"
-    """With backbone: a Hugging Face model directory, a hub id, or `embedded`."""
+    """With backbone: a Hugging Face model directory, a GGUF file, a hub id, or `embedded`."""
     layer: int = -1
     """With backbone: after how many layers the hidden states are taken; negative counts from the last."""
     items: str | None = None

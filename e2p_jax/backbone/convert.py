@@ -1,4 +1,7 @@
-"""A Hugging Face directory as a Flax checkpoint, and back: the same tensors, byte for byte."""
+"""A Hugging Face directory as a Flax checkpoint, and back: the same tensors, byte for byte.
+
+What is worked out of a GGUF file or of quantised tensors becomes a plain Hugging Face directory.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,9 +13,19 @@ from flax import nnx
 
 from e2p_jax.backbone import flax_checkpoint
 from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.families import read_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
+from e2p_jax.backbone.lazy import Lazy
 from e2p_jax.backbone.tensor_files import Checkpoint
-from e2p_jax.backbone.weights import copy_companions, load, named_tensors, open_checkpoint, parameters
+from e2p_jax.backbone.weights import (
+    abstract,
+    copy_companions,
+    load,
+    named_tensors,
+    open_checkpoint,
+    parameters,
+    restate_config,
+)
 from e2p_jax.config import MeshConfig
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
@@ -20,10 +33,11 @@ from e2p_jax.parallel.mesh import make_mesh, param_sharding
 from e2p_jax.tensors import write_tensors
 
 
-def convert(directory: Path, out: Path, path: str, revision: str | None) -> None:
+def convert(directory: Path, out: Path, path: str, revision: str | None, dtype: str = "bfloat16") -> None:
     """Writes the other form of the model in `directory`.
 
     Args:
+      dtype: of tensors that are worked out.
       path: what the directory was found by; a Flax checkpoint keeps it as the name that others know the model by.
       revision: of a hub id.
 
@@ -33,6 +47,8 @@ def convert(directory: Path, out: Path, path: str, revision: str | None) -> None
     checkpoint = open_checkpoint(directory)
     if isinstance(checkpoint, FlaxCheckpoint):
         _to_hugging_face(checkpoint, out)
+    elif checkpoint.worked_out:
+        _to_plain(checkpoint, out, jnp.dtype(dtype))
     else:
         _to_flax(checkpoint, out, path, revision)
 
@@ -41,7 +57,7 @@ def _to_flax(checkpoint: Checkpoint, out: Path, path: str, revision: str | None)
     decoder = _load(checkpoint.directory)
     checkpoint.check(decoder.config, {name: value.shape for name, value in parameters(decoder).items()})
     held = {name for part in checkpoint.parts.values() for name in part.names().values()}
-    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in held}
+    others = {name: tensor for name, tensor in checkpoint.stored.items() if name not in held}
     manifest = {
         "fingerprint": checkpoint.fingerprint(),
         "path": path,
@@ -64,10 +80,26 @@ def _to_hugging_face(checkpoint: FlaxCheckpoint, out: Path) -> None:
             )
 
 
-def hugging_face_tensors(directory: Path) -> Iterable[tuple[str, np.ndarray]]:
-    """The tensors of a model in either form, under their Hugging Face names and in their own dtypes."""
+def _to_plain(checkpoint: Checkpoint, out: Path, dtype: jnp.dtype) -> None:
+    """All of floating point in `dtype`, which config.json names; nothing there says any more how it was quantised."""
+    decoder = abstract(read_config(checkpoint.directory), dtype=dtype)
+    checkpoint.check(decoder.config, {name: value.shape for name, value in parameters(decoder).items()})
+    with replace_directory(out) as temporary:
+        copy_companions(checkpoint.directory, temporary)
+        restate_config(temporary, dtype)
+        write_tensors(temporary, ((name, tensor.astype(dtype)) for name, tensor in checkpoint.tensors.items()))
+
+
+def hugging_face_tensors(directory: Path, dtype: jnp.dtype | None = None) -> Iterable[tuple[str, np.ndarray]]:
+    """The tensors of a model in any form, under their Hugging Face names and in their own dtypes.
+
+    Args:
+      dtype: of those that are worked out; float32 unless given.
+    """
     checkpoint = open_checkpoint(directory)
-    return checkpoint.tensors.items() if isinstance(checkpoint, Checkpoint) else _unstacked(checkpoint)
+    if isinstance(checkpoint, FlaxCheckpoint):
+        return _unstacked(checkpoint)
+    return ((name, t.astype(dtype or t.dtype) if isinstance(t, Lazy) else t) for name, t in checkpoint.tensors.items())
 
 
 def _unstacked(checkpoint: FlaxCheckpoint) -> Iterator[tuple[str, np.ndarray]]:

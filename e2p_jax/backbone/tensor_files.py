@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2p_jax.backbone.layout import DecoderConfig, tensor_names
+from e2p_jax.backbone.lazy import Lazy
 from e2p_jax.errors import UserError
 from e2p_jax.files import user_cache, write_text
 from e2p_jax.json_files import is_digest, read_object
@@ -28,31 +29,55 @@ _TICK_NS = 50_000_000  # a file changed twice within a tick of the file system's
 class Checkpoint:
     """The tensors of a model directory: one `model.safetensors`, or shards named by an index."""
 
+    duplicates: dict[str, Path]
+    """Name -> a further shard that has it."""
+
     def __init__(self, directory: Path):
         """Opens every shard and checks its length.
 
         Raises:
           UserError: no safetensors, or a shard missing, truncated or malformed.
         """
-        self.directory = directory
-        self.shards = _shards(directory)
-        self.tensors: dict[str, np.ndarray] = {}
-        """Name -> memory-mapped tensor."""
-        self.duplicates: dict[str, Path] = {}
-        """Name -> a further shard that has it."""
-        for shard in self.shards:
+        shards = _shards(directory)
+        stored: dict[str, np.ndarray] = {}
+        duplicates: dict[str, Path] = {}
+        for shard in shards:
             if not shard.is_file():
                 raise UserError(f"{shard}: not found; a backbone needs its weights as safetensors")
-        self._opened = stamp(self.shards)
-        for shard in self.shards:
+        opened = stamp(shards)
+        for shard in shards:
             held = read_tensors(shard, "download it again")
-            self.duplicates |= dict.fromkeys(held.keys() & self.tensors.keys(), shard)
-            self.tensors |= held
-        if not self.tensors:
+            duplicates |= dict.fromkeys(held.keys() & stored.keys(), shard)
+            stored |= held
+        if not stored:
             raise UserError(f"{directory}: the safetensors hold no tensors")
+        self._hold(directory, shards, opened, stored, stored)
+        self.duplicates = duplicates
+
+    def _hold(
+        self,
+        directory: Path,
+        shards: list[Path],
+        opened: str,
+        stored: dict[str, np.ndarray],
+        tensors: Mapping[str, np.ndarray | Lazy],
+    ) -> None:
+        """
+        Args:
+          opened: the files' stamp before anything of them was read.
+          stored: what the files hold, by their own names, memory-mapped: what a fingerprint is of.
+          tensors: what it stands for, by Hugging Face's names.
+        """
+        self.directory, self.shards, self._opened = directory, shards, opened
+        self.stored, self.tensors = stored, tensors
 
     def names(self) -> set[str]:
         return set(self.tensors)
+
+    @property
+    def worked_out(self) -> bool:
+        """Whether tensors are not in the files as they are read: quantised, permuted or under other names."""
+        return self.tensors is not self.stored
 
     @property
     def largest(self) -> int:
@@ -112,7 +137,7 @@ class Checkpoint:
         each = len(names) // (part.stack[0] if part.stack else 1)
         for start in range(0, len(names), each):
             whole = [self.tensors[name] for name in names[start : start + each]]
-            tensors = [tensor.T[rows] if part.transposed else tensor[rows] for tensor in whole]
+            tensors = [(np.asarray(tensor).T if part.transposed else tensor)[rows] for tensor in whole]
             piece = (1, *shape[1:]) if part.stack else shape
             yield jax.make_array_from_callback(piece, sharding, functools.partial(_slice, tensors, dtype))
 
@@ -121,7 +146,7 @@ class Checkpoint:
 
         Kept in the user's cache, and taken from there for as long as no shard's inode, size and times change.
         """
-        return kept("fingerprints", self.shards, self._opened, lambda: fingerprint(self.tensors))
+        return kept("fingerprints", self.shards, self._opened, lambda: fingerprint(self.stored))
 
 
 def stamp(files: Sequence[Path]) -> str:
@@ -157,7 +182,7 @@ def kept(kind: str, files: Sequence[Path], opened: str, find: Callable[[], str])
     return found
 
 
-def _slice(tensors: list[np.ndarray], dtype: jnp.dtype, index: tuple[slice, ...]) -> np.ndarray:
+def _slice(tensors: list[np.ndarray | Lazy], dtype: jnp.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """A copy that begins at a multiple of 64 bytes, which JAX on CPU takes without a further one.
 
     Args:
@@ -167,12 +192,16 @@ def _slice(tensors: list[np.ndarray], dtype: jnp.dtype, index: tuple[slice, ...]
     """
     inner = tensors[0].ndim
     outer, within = index[:-inner], index[-inner:]
-    chosen = [tensor[within] for tensor in (tensors[outer[1]] if len(outer) > 1 else tensors)]
-    shape = (*(1, len(chosen))[: len(outer)], *chosen[0].shape)
+    chosen = tensors[outer[1]] if len(outer) > 1 else tensors
+    each = tuple(len(range(*part.indices(size))) for part, size in zip(within, tensors[0].shape, strict=True))
+    shape = (*(1, len(chosen))[: len(outer)], *each)
     buffer = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
     aligned = np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % 64)
-    for place, tensor in zip(aligned.reshape(len(chosen), *chosen[0].shape), chosen, strict=True):
-        place[...] = tensor
+    for place, tensor in zip(aligned.reshape(len(chosen), *each), chosen, strict=True):
+        if isinstance(tensor, Lazy):
+            tensor.read(place, within)
+        else:
+            place[...] = tensor[within]
     return aligned
 
 

@@ -19,6 +19,7 @@ from e2p_jax.backbone import flax_checkpoint
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import read_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
+from e2p_jax.backbone.gguf import checkpoint as gguf
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
 from e2p_jax.backbone.tensor_files import Checkpoint, Part, left_out, parts
@@ -46,16 +47,20 @@ COMPANIONS = (
 
 
 def resolve(path: str, revision: str | None) -> Path:
-    """`embedded`, a directory, or a hub id -> a local directory: for an id, the snapshot in the hub's cache.
+    """`embedded`, a directory, a GGUF file, or a hub id -> a local directory.
+
+    For a file, what `gguf.checkpoint.unfold` makes of it; for an id, the snapshot in the hub's cache.
 
     Raises:
-      UserError: not a directory, and the hub does not have it or cannot be reached.
+      UserError: not a directory, and the hub does not have it or cannot be reached; a file that cannot be read.
     """
     if path == "embedded":
         return EMBEDDED
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory
+    if directory.is_file():
+        return gguf.unfold(directory)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
         raise UserError(f"backbone.path {path!r}: no such directory, and not a hub id like org/model")
     import huggingface_hub
@@ -98,6 +103,8 @@ def open_checkpoint(directory: Path) -> Checkpoint | FlaxCheckpoint:
     Raises:
       UserError: missing or unreadable files.
     """
+    if (directory / gguf.WEIGHTS).exists():
+        return gguf.GgufCheckpoint(directory)
     return FlaxCheckpoint(directory) if _is_flax(directory) else Checkpoint(directory)
 
 
@@ -107,6 +114,11 @@ def published(directory: Path, path: str, revision: str | None) -> tuple[str, st
     Of a Flax checkpoint, which they cannot read, it is the Hugging Face model that it was made from.
     """
     return FlaxCheckpoint(directory).name if _is_flax(directory) else (path, revision)
+
+
+def has_name(directory: Path, path: str) -> bool:
+    """Whether other programs can load the weights in `directory` by the path that `published` names."""
+    return path != "embedded" and not (directory / gguf.WEIGHTS).exists()
 
 
 def _is_flax(directory: Path) -> bool:
@@ -284,10 +296,16 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
         return
     with replace_directory(out) as temporary:
         copy_companions(source, temporary)
-        config = json.loads((temporary / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        (temporary / "config.json").write_text(json.dumps(config | {"dtype": jnp.dtype(dtype).name}, indent=2) + "\n")
+        restate_config(temporary, dtype)
         write_tensors(temporary, tensors)
+
+
+def restate_config(directory: Path, dtype: jnp.dtype) -> None:
+    """Says in `config.json` that the tensors are plain ones of a dtype."""
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("torch_dtype", "quantization_config"):
+        config.pop(key, None)
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": jnp.dtype(dtype).name}, indent=2) + "\n")
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -139,7 +139,7 @@ def _write_backbone(checkpoint: Checkpoint, settings: dict[str, Any], out: Path)
     copy_companions(checkpoint.directory, out)
     (out / "config.json").write_text(json.dumps(settings["backbone_config"], indent=2) + "\n", encoding="utf-8")
 
-    held = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    held = {name: tensor for name, tensor in checkpoint.stored.items() if name.startswith(prefix)}
     write_tensors(out, ((name.removeprefix(prefix), tensor) for name, tensor in held.items()))
 
 
@@ -148,7 +148,7 @@ def _with_projector(model: Model, checkpoint: Checkpoint, names: Mapping[str, st
     projector = {}
     for name, leaf in model.params["projector"].items():
         stored = f"projector.{names.get(name, name)}"
-        value = checkpoint.tensors.get(stored)
+        value = checkpoint.stored.get(stored)
         if value is None or value.shape != leaf.shape[::-1]:
             raise UserError(f"{checkpoint.directory}: no tensor {stored} of shape {leaf.shape[::-1]}; export it again")
         with np.errstate(over="ignore"):

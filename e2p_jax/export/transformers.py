@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from e2p_jax.backbone.convert import hugging_face_tensors
-from e2p_jax.backbone.tensor_files import left_out
-from e2p_jax.backbone.weights import open_checkpoint
+from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
+from e2p_jax.backbone.tensor_files import Checkpoint, fingerprint, left_out
+from e2p_jax.backbone.weights import has_name, open_checkpoint
 from e2p_jax.export.checks import refuse_foreign, refuse_not_finite, settings_of
 from e2p_jax.export.model_card import model_card
 from e2p_jax.export.slot import user_turn
@@ -35,7 +36,8 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
 
     Args:
       include_backbone: copy the LM's tensors as well, byte for byte; else they are named by path, revision and
-        fingerprint. The embedded backbone has no name that others could load it by, and always comes along.
+        fingerprint. The embedded backbone and a GGUF file have no name that others could load them by, and always
+        come along; what is worked out of a file's tensors is written in the dtype that the run opens them in.
 
     Raises:
       UserError: the run trained the backbone itself, its projector holds NaN, or `out` holds something else.
@@ -43,34 +45,38 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
     refuse_trained_backbone(run.model.mask)
     refuse_foreign(out, lambda there: settings_of(there).get("model_type") == "e2p")
     refuse_not_finite(run, {"projector": run.model.params["projector"]})
-    include_backbone = include_backbone or run.inputs.published()[0] == "embedded"
+    include_backbone = include_backbone or not has_name(run.inputs.directory, run.inputs.published()[0])
     with replace_directory(out) as temporary:
-        (temporary / "config.json").write_text(json.dumps(_config(run, include_backbone), indent=2) + "\n")
+        digest = _write_weights(run, temporary, include_backbone)
+        settings = _config(run, include_backbone, digest)
+        (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (temporary / "generation_config.json").write_text(json.dumps(_generation_config(run), indent=2) + "\n")
         save_tokenizer(run, temporary)
         for source in REMOTE_CODE.glob("*_e2p.py"):
             shutil.copyfile(source, temporary / source.name)
         with (temporary / "modeling_e2p.py").open("a", encoding="utf-8") as code:
             code.writelines(f"\n\n{kind_of(name).TORCH}" for name in PROJECTORS)
-        _write_weights(run, temporary, include_backbone)
         (temporary / "README.md").write_text(model_card(run))
         for path in temporary.iterdir():
             path.chmod(0o644)
 
 
-def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
+def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
     config = run.inputs.config
     named = None
     if not include_backbone:
         path, revision = run.inputs.published()
-        named = {"path": path, "revision": revision, "fingerprint": run.model.fingerprint}
+        named = {"path": path, "revision": revision, "fingerprint": digest}
+    backbone = json.loads((run.inputs.directory / "config.json").read_text())
+    if include_backbone:
+        backbone.pop("quantization_config", None)
     placement = config.prefix.placement
     return {
         "model_type": "e2p",
         "architectures": ["E2PForCausalLM"],
         "auto_map": CLASSES,
         "dtype": run.model.params["backbone"]["embedding"].dtype.name,
-        "backbone_config": json.loads((run.inputs.directory / "config.json").read_text()),
+        "backbone_config": backbone,
         "backbone": named,
         "placement": placement,
         "user_turn": user_turn(run.inputs.encoder) if placement == "in_chat" else None,
@@ -82,7 +88,7 @@ def _config(run: Run, include_backbone: bool) -> dict[str, Any]:
         "run": {
             "config": dataclasses.asdict(config.portable()),
             "step": run.step,
-            "fingerprint": run.model.fingerprint,
+            "fingerprint": digest,
             "backbone_prefix": _backbone_prefix(run),
         },
     }
@@ -95,15 +101,22 @@ def _generation_config(run: Run) -> dict[str, Any]:
     return own | {"eos_token_id": list(run.inputs.encoder.stops), "pad_token_id": run.inputs.encoder.pad_id}
 
 
-def _write_weights(run: Run, out: Path, include_backbone: bool) -> None:
+def _write_weights(run: Run, out: Path, include_backbone: bool) -> str:
+    """Returns the fingerprint of the backbone's tensors as whoever reads `out` has them."""
     names = kind_of(run.inputs.config.projector.kind).TORCH_NAMES
     projector = {
         f"projector.{names.get(name, name)}": np.asarray(value).T
         for name, value in run.model.params["projector"].items()
     }
     prefix = _backbone_prefix(run)
-    held = hugging_face_tensors(run.inputs.directory) if include_backbone else ()
+    dtype = run.model.params["backbone"]["embedding"].dtype
+    held = hugging_face_tensors(run.inputs.directory, dtype) if include_backbone else ()
     write_tensors(out, itertools.chain(projector.items(), ((prefix + name, tensor) for name, tensor in held)))
+    source = open_checkpoint(run.inputs.directory)
+    if not include_backbone or isinstance(source, FlaxCheckpoint) or not source.worked_out:
+        return run.model.fingerprint
+    written = Checkpoint(out).stored.items()
+    return fingerprint({name.removeprefix(prefix): tensor for name, tensor in written if name.startswith(prefix)})
 
 
 def _backbone_prefix(run: Run) -> str:

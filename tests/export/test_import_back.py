@@ -1,5 +1,6 @@
 """An exported directory becomes a run again, and training goes on from its weights."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from gguf import GGMLQuantizationType
+from gguf_writer import write_model
 
 from e2p_jax.cli import main
 from e2p_jax.datasets.prepared import load_records
@@ -19,6 +22,7 @@ from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.evaluate.generate import vectors_for
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
+from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
 
 
@@ -169,3 +173,23 @@ def test_what_cannot_be_imported_is_refused(make_run: Callable, lively_backbone:
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="choose a new directory"):
         import_transformers(exported, tmp_path / "run")
+
+
+def test_a_run_in_front_of_a_gguf_file(make_run: Callable, lively_backbone: Path, tmp_path: Path):
+    """Trained, opened again, exported with what the file holds, which it cannot be named by, and brought back."""
+    held = json.loads((lively_backbone / "tokenizer.json").read_text())["model"]
+    vocabulary = {"model": "gpt2", "pre": "smollm", "tokens": sorted(held["vocab"], key=held["vocab"].get)}
+    vocabulary |= {"token_type": [3] * 6 + [1] * (len(held["vocab"]) - 6), "eos_token_id": 5, "padding_token_id": 0}
+    vocabulary |= {"merges": [" ".join(merge) for merge in held["merges"]], "bos_token_id": 1, "add_bos_token": False}
+    vocabulary["chat_template"] = (lively_backbone / "chat_template.jinja").read_text()
+    model = transformers.AutoModelForCausalLM.from_pretrained(lively_backbone, dtype="float32")
+    path = write_model(tmp_path / "m.gguf", model, GGMLQuantizationType.Q8_0, tokenizer=vocabulary)
+    config = make_run().inputs.config
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, path=str(path)))
+    run = open_run(train(config, tmp_path / "trained"), "last")
+    assert run.inputs.encoder.tokenizer.tokenize("it's 12") == ["it", "'s", "Ġ", "1", "2"]
+    export_transformers(run, tmp_path / "exported", include_backbone=False)
+    import_transformers(tmp_path / "exported", tmp_path / "run", **places(run))
+    again = open_run(tmp_path / "run")
+    assert same_projector(run, again)
+    assert np.array_equal(scores(again), scores(run))
