@@ -23,6 +23,7 @@ from e2p_jax.registry import PROJECTORS, described, one_of
 Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
 Measures = Literal["ranking", "users", "texts"]
 Placement = Literal["before_bos", "after_bos", "in_chat"]
+Thinking = Literal["auto", "none", "empty", "full"]
 OnBadRecord = Literal["error", "skip"]
 LOAD_SECONDS = 60  # that a config file may run
 
@@ -87,6 +88,10 @@ class DataConfig:
     """A conversation longer than T loses its oldest turns, or is an error."""
     chat_template: str = free("auto")
     """auto: the tokenizer's own, else the plain one; or the path of a Jinja file with generation markers."""
+    thinking: Thinking = result("auto")
+    """Of a backbone that thinks before it replies: replies without a thinking block (none), after an empty one (empty),
+    or with the thoughts that records give as `reasoning_content` (full), in training and generation alike. auto: as its
+    chat template has it, or empty where that shows the last reply otherwise than those before."""
     control_text: Literal["break", "refuse"] = result("break")
     """What a message that spells out a control token (`<|end|>`) is, in training, generation and exports. break: text,
     with the token broken up (`< |end|>`); refuse: an error."""

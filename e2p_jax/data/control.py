@@ -44,29 +44,36 @@ _PRELUDE = """\
     {%- endfor -%}
     {{- e2p.text -}}
 {%- endmacro -%}
-{%- set e2p_all = messages | string -%}
-{%- if HELD -%}
-    {%- set e2p = namespace(messages=[], fields={}, parts=[]) -%}
-    {%- for message in messages -%}
-        {%- set e2p.fields = {} -%}
-        {%- for name, value in message.items() -%}
-            {%- if value is string -%}
-                {%- set value = e2p_text(value) -%}
-            {%- elif value is sequence and value is not mapping -%}
-                {%- set e2p.parts = [] -%}
-                {%- for part in value -%}
-                    {%- if part is mapping and part['text'] is string -%}
-                        {%- set part = dict(part, text=e2p_text(part['text'])) -%}
-                    {%- endif -%}
-                    {%- set e2p.parts = e2p.parts + [part] -%}
-                {%- endfor -%}
-                {%- set value = e2p.parts -%}
-            {%- endif -%}
-            {%- set e2p.fields = dict(e2p.fields, **{name: value}) -%}
+{%- macro e2p_clean(value, out) -%}
+    {%- if value is string -%}
+        {%- set out.value = e2p_text(value) | string -%}
+    {%- elif value is mapping -%}
+        {%- set held, fields = namespace(value=none), namespace(all={}) -%}
+        {%- for name, part in value.items() -%}
+            {{- e2p_clean(part, held) -}}
+            {%- set fields.all = dict(fields.all, **{e2p_text(name) | string: held.value}) -%}
         {%- endfor -%}
-        {%- set e2p.messages = e2p.messages + [e2p.fields] -%}
-    {%- endfor -%}
-    {%- set messages = e2p.messages -%}
+        {%- set out.value = fields.all -%}
+    {%- elif value is sequence -%}
+        {%- set held, parts = namespace(value=none), namespace(all=[]) -%}
+        {%- for part in value -%}
+            {{- e2p_clean(part, held) -}}
+            {%- set parts.all = parts.all + [held.value] -%}
+        {%- endfor -%}
+        {%- set out.value = parts.all -%}
+    {%- else -%}
+        {%- set out.value = value -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set e2p_all = messages | string ~ (tools | string if tools else '') -%}
+{%- if HELD -%}
+    {%- set e2p = namespace(value=none) -%}
+    {{- e2p_clean(messages, e2p) -}}
+    {%- set messages = e2p.value -%}
+    {%- if tools -%}
+        {{- e2p_clean(tools, e2p) -}}
+        {%- set tools = e2p.value -%}
+    {%- endif -%}
 {%- endif -%}
 """
 _ACTIONS = {
@@ -142,15 +149,16 @@ def as_text(text: str, groups: Groups) -> str:
     return plain_text
 
 
-def guard(template: str, groups: Groups, policy: str) -> str:
-    """The template with the part in front that breaks up or refuses control tokens in messages.
+def guard(template: str, groups: Groups, policy: str, front: str = "") -> str:
+    """The template with the part in front that breaks up or refuses control tokens in messages and tools.
 
     Args:
       policy: `break` or `refuse`.
+      front: what else goes in front of the template, after that.
     """
     prelude = _PRELUDE.replace("ACTION", _ACTIONS[policy]).replace("CONTROLS", _literal(groups))
     prelude = prelude.replace("HELD", _held(groups))
-    return _BEGIN + prelude + _END + template
+    return _BEGIN + prelude + front + _END + template
 
 
 def _held(groups: Groups) -> str:

@@ -14,13 +14,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from e2p_jax.config import Condition, Config, Placement
 from e2p_jax.data import control
 from e2p_jax.data.conditions import FRONTS
-from e2p_jax.data.structure import Messages, Rendered, Structure, unused_word
+from e2p_jax.data.structure import Kinds, Rendered, Structure, kinds_of, unused_word
 from e2p_jax.data.template import choose_template, reason
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.json_files import read_object
 
 _HARMFUL = re.compile(r"[^\w\s]|_")
+_NAMES = ("role", "type", "id", "tool_call_id")
 
 
 class Example(NamedTuple):
@@ -30,6 +31,29 @@ class Example(NamedTuple):
     is_target: np.ndarray  # [n] bool: this token is predicted, from the one before it
     slot_start: int  # first of the K slots, -1 where the condition has none
     user_id: str
+
+
+class Talk(NamedTuple):
+    """A conversation as the template gets it."""
+
+    messages: list[dict[str, Any]]
+    tools: tuple[dict[str, Any], ...]
+    kinds: Kinds
+    source: str  # of the record
+
+    def harmless(self) -> "Talk":
+        """The same without any text that could be a control token's."""
+        return self._replace(messages=_harmless(self.messages), tools=tuple(_harmless(list(self.tools))))
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, str):
+        return _HARMFUL.sub(".", value)
+    if isinstance(value, list):
+        return [_harmless(part) for part in value]
+    if isinstance(value, dict):
+        return {name: part if name in _NAMES else _harmless(part) for name, part in value.items()}
+    return value
 
 
 class Fitted(NamedTuple):
@@ -93,9 +117,11 @@ class Encoder:
     structure: Structure = dataclasses.field(compare=False, repr=False)  # of the template
     controls: dict[str, int]  # text -> id of every control token
     stops: tuple[int, ...]  # ids that end a reply
-    warnings: tuple[str, ...]  # about the template, a line each
+    notes: tuple[str, ...]  # about the template, a line each
+    warnings: tuple[str, ...]
     placement: Placement
     num_tokens: int  # K
+    thoughts: bool  # are part of replies
     targets: str
     context_prompt: str
     max_length: int  # T
@@ -119,7 +145,8 @@ class Encoder:
           UserError: a template, tokenizer or placement that cannot be used.
         """
         name = str(tokenizer.name_or_path)
-        template = choose_template(tokenizer, config.data.chat_template, config.data.template_date)
+        data = config.data
+        template, note = choose_template(tokenizer, data.chat_template, data.template_date, data.thinking, stops)
         structure = Structure(tokenizer, template, name)
         structure.check()
         written = structure.written()
@@ -139,15 +166,20 @@ class Encoder:
                 f"{name}: the chat template ends a reply with nothing that stops generation: replies will run up to "
                 "--max-new-tokens; set data.chat_template to a copy that ends them with the EOS token"
             )
-        structure.guard(control.break_up(tokenizer, controls), config.data.control_text)
+        structure.guard(control.break_up(tokenizer, controls), data.control_text)
+        notes = [note] if note else []
+        if structure.folds:
+            notes.append(f"{name}: the chat template takes no system message: it goes in front of the first user turn")
         encoder = cls(
             tokenizer,
             structure,
             controls,
             tuple(sorted(ends)),
+            tuple(notes),
             tuple(warnings),
             config.prefix.placement,
             config.projector.num_tokens,
+            data.thinking == "full",
             config.data.targets,
             config.data.context_prompt,
             config.data.seq_len,
@@ -180,7 +212,7 @@ class Encoder:
         Raises:
           UserError: it cannot fit, or the policy is `refuse`.
         """
-        dropped = 0
+        record, dropped = self._spoken(record), 0
         while True:
             examples = {condition: self.encode(record, condition) for condition in conditions}
             if max(len(example.tokens) for example in examples.values()) <= self.max_length:
@@ -209,17 +241,14 @@ class Encoder:
         Raises:
           UserError: naming the record, whatever of it cannot become tokens or targets.
         """
-        messages = self.messages(record, condition)
-        rendered = self._render(messages, record.source, prompt=False)
+        talk = self._talk(record, condition)
+        rendered = self._render(talk, prompt=False)
         tokens = rendered.ids
-        if self.targets == "all":
-            is_target = np.ones(len(tokens), bool)
-        else:
-            is_target = self._targets(messages, rendered, record.source)
+        is_target = np.ones(len(tokens), bool) if self.targets == "all" else self._targets(talk, rendered)
         is_target[0] = False  # nothing but a slot can stand before it to predict it from
         start = -1
         if FRONTS[condition].vector is not None:
-            start = self.slot_start(messages, rendered, record.source)
+            start = self._slot_start(talk, rendered, prompt=False)
             slots = np.full(self.num_tokens, self.pad_id, np.int32)
             tokens = np.concatenate([tokens[:start], slots, tokens[start:]])
             is_target = np.concatenate([is_target[:start], np.zeros(self.num_tokens, bool), is_target[start:]])
@@ -231,25 +260,39 @@ class Encoder:
         Raises:
           UserError: naming the record, whatever of it cannot become tokens.
         """
-        messages = self.messages(record, condition)
-        rendered = self._render(messages, record.source, prompt=True)
+        talk = self._talk(record, condition)
+        rendered = self._render(talk, prompt=True)
         tokens, start = rendered.ids, -1
         if FRONTS[condition].vector is not None:
-            start = self.slot_start(messages, rendered, record.source, prompt=True)
+            start = self._slot_start(talk, rendered, prompt=True)
             tokens = np.insert(tokens, start, [self.pad_id] * self.num_tokens)
         return Example(tokens, np.zeros(len(tokens), bool), start, record.user_id)
 
-    def messages(self, record: Record, condition: Condition) -> list[dict[str, str]]:
-        """The record's messages, with its context in the system message where the condition asks for it."""
-        messages = [dict(message) for message in record.messages]
-        if not FRONTS[condition].context or not record.context:
-            return messages
-        context = self.context_prompt.replace("{context}", "\n".join(record.context))
-        if messages[0]["role"] == "system":
-            return [{"role": "system", "content": f"{context}\n{messages[0]['content']}"}, *messages[1:]]
-        return [{"role": "system", "content": context}, *messages]
+    def answer(self, reply: str) -> str:
+        """A generated reply without its thoughts."""
+        end = self.structure.thoughts_end if self.thoughts else ""
+        return reply.rpartition(end)[2].strip() if end else reply
 
-    def slot_start(self, messages: Messages, rendered: Rendered, source: str, *, prompt: bool = False) -> int:
+    def _spoken(self, record: Record) -> Record:
+        """The record without thoughts, where they are no part of replies."""
+        if self.thoughts or not any("reasoning_content" in message for message in record.messages):
+            return record
+        kept = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in record.messages]
+        return dataclasses.replace(record, messages=tuple(kept))
+
+    def _talk(self, record: Record, condition: Condition) -> "Talk":
+        """The record's messages, with its context in the system message where the condition asks for it."""
+        messages = [dict(message) for message in self._spoken(record).messages]
+        messages = [self.structure.calling.write(m) if "tool_calls" in m else m for m in messages]
+        if FRONTS[condition].context and record.context:
+            context = self.context_prompt.replace("{context}", "\n".join(record.context))
+            if messages[0]["role"] == "system":
+                messages[0]["content"] = f"{context}\n{messages[0]['content']}"
+            else:
+                messages.insert(0, {"role": "system", "content": context})
+        return Talk(messages, record.tools, kinds_of(messages, record.tools), record.source)
+
+    def _slot_start(self, talk: "Talk", rendered: Rendered, *, prompt: bool) -> int:
         """Index, in the tokens without slots, before which the soft tokens stand.
 
         Raises:
@@ -261,66 +304,73 @@ class Encoder:
             if rendered.ids[0] != self.tokenizer.bos_token_id:
                 raise UserError("prefix.placement=after_bos: the chat template does not begin with the BOS token")
             return 1
-        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        # What the first user turn begins with: a system message, if it goes there.
+        opens = ("system", "user") if self.structure.folds else ("user",)
+        first = next((n for n, message in enumerate(talk.messages) if message["role"] in opens), None)
         if first is None:
-            raise UserError(f"{source}: prefix.placement=in_chat: the conversation has no user turn")
-        # Render once more with a word that is nowhere else in place of the first user turn's text; all before it is
-        # the same.
+            raise UserError(f"{talk.source}: prefix.placement=in_chat: the conversation has no user turn")
+        # Render once more with a word that is nowhere else in place of that text; all before it is the same.
         word = unused_word([rendered.text])
-        marked = [*messages[:first], {"role": "user", "content": word}, *messages[first + 1 :]]
-        text = self._rendered(marked, source, prompt=prompt).text
+        marked = [dict(m, content=word) if n == first else m for n, m in enumerate(talk.messages)]
+        text = self._rendered(talk._replace(messages=marked), prompt=prompt).text
         place = text.find(word)
         if text.count(word) != 1 or rendered.text[:place] != text[:place]:
             raise UserError(
-                f"{source}: prefix.placement=in_chat: what the chat template writes before the first user turn depends "
-                "on its text; use before_bos or after_bos"
+                f"{talk.source}: prefix.placement=in_chat: what the chat template writes before the first user turn "
+                "depends on its text; use before_bos or after_bos"
             )
         return int(np.argmax(rendered.offsets[:, 1] > place))
 
-    def _targets(self, messages: Messages, rendered: Rendered, source: str) -> np.ndarray:
+    def _targets(self, talk: "Talk", rendered: Rendered) -> np.ndarray:
         """[n] bool: the tokens between generation markers, as `return_assistant_tokens_mask` has them."""
         is_target = np.zeros(len(rendered.ids), bool)
         for first, last in rendered.spans:
             is_target |= (rendered.offsets[:, 0] < last) & (rendered.offsets[:, 1] > first)
         if not is_target.any():
-            raise UserError(f"{source}: the chat template marks no assistant text in this conversation")
-        fault = self.structure.fault(tuple(message["role"] for message in messages))
+            raise UserError(f"{talk.source}: the chat template marks no assistant text in this conversation")
+        fault = self.structure.fault(talk.kinds)
         if fault is not None:
             raise UserError(
-                f"{source}: the chat template would give this conversation wrong targets ({fault}); change the record "
-                "or set data.chat_template"
+                f"{talk.source}: the chat template would give this conversation wrong targets ({fault}); change the "
+                "record or set data.chat_template"
             )
         return is_target
 
-    def _render(self, messages: Messages, source: str, *, prompt: bool) -> Rendered:
+    def _render(self, talk: "Talk", *, prompt: bool) -> Rendered:
         """Text and tokens, none of which is a control token that the template did not write."""
-        rendered = self._rendered(messages, source, prompt=prompt)
+        rendered = self._rendered(talk, prompt=prompt)
         if not len(rendered.ids):
-            raise UserError(f"{source}: the chat template makes nothing of this conversation; set data.chat_template")
-        self._check_rows(rendered.ids, source)
+            raise UserError(f"{talk.source}: the chat template makes nothing of this; set data.chat_template")
+        self._check_rows(rendered.ids, talk.source)
         found = self._control_ids(rendered.ids)
-        shape = self.structure.find_shape(tuple(message["role"] for message in messages), prompt)
+        shape = self.structure.find_shape(talk.kinds, prompt)
+        if shape is not None and shape.unseen:
+            raise UserError(
+                f"{talk.source}: the chat template does not show {shape.unseen}; take that out of the record, or set "
+                "data.chat_template to one that does"
+            )
         if shape is not None and found == self._control_ids(shape.rendered.ids):
             return rendered
         # What a template writes may depend on the text a little: the same without anything that could be a token's.
-        harmless = [{**m, "content": _HARMFUL.sub(".", m["content"])} for m in messages]
-        expected = self._control_ids(self._rendered(harmless, source, prompt=prompt).ids)
+        expected = self._control_ids(self._rendered(talk.harmless(), prompt=prompt).ids)
         if found != expected:
             pairs = itertools.zip_longest(found, expected)
             extra = next(ours or theirs for ours, theirs in pairs if ours != theirs)
             raise UserError(
-                f"{source}: the text of a message would become, or swallow, the control token "
+                f"{talk.source}: the text of a message would become, or swallow, the control token "
                 f"{self.tokenizer.convert_ids_to_tokens(extra)!r}; take it out of the text"
             )
         return rendered
 
-    def _rendered(self, messages: Messages, source: str, *, prompt: bool) -> Rendered:
+    def _rendered(self, talk: "Talk", *, prompt: bool) -> Rendered:
         try:
-            return self.structure.render(messages, prompt=prompt)
+            return self.structure.render(talk.messages, talk.tools, prompt=prompt)
         except Exception as error:  # whatever a template may raise
-            begins = ", which begins with a reply" if messages and messages[0]["role"] == "assistant" else ""
+            begins = (
+                ", which begins with a reply" if talk.messages[:1] and talk.messages[0]["role"] == "assistant" else ""
+            )
             raise UserError(
-                f"{source}: the chat template refuses this conversation{begins} ({reason(error)}); "
+                f"{talk.source}: the chat template refuses this conversation{begins} ({reason(error)}); "
                 "change the record or set data.chat_template"
             ) from error
 

@@ -6,7 +6,10 @@ the roles of a conversation alone. So a conversation of harmless words shows it,
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +20,15 @@ from e2p_jax.data.control import Groups, guard
 from e2p_jax.data.template import reason
 from e2p_jax.errors import UserError
 
-Messages = Sequence[dict[str, str]]
-Roles = tuple[str, ...]
+Messages = Sequence[dict[str, Any]]
+# What each turn of a conversation is: its role, and what it holds beside text (`assistant+thought+call`); `tools` in
+# front where there are any.
+Kinds = tuple[str, ...]
 
-EXCHANGE: Roles = ("user", "assistant")
+EXCHANGE: Kinds = ("user", "assistant")
 _DIALOGUE = (*EXCHANGE, *EXCHANGE)
-_OTHERS: tuple[Roles, ...] = (("system", *EXCHANGE), (*EXCHANGE, "user"), (*EXCHANGE, "assistant"), ("assistant",))
+_OTHERS: tuple[Kinds, ...] = (("system", *EXCHANGE), (*EXCHANGE, "user"), (*EXCHANGE, "assistant"), ("assistant",))
+_FOLD = Path(__file__).parent / "fold.jinja"
 
 
 class Rendered(NamedTuple):
@@ -43,12 +49,45 @@ class Reply(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of all conversations with the same roles."""
+    """Of all conversations with the same kinds of turns."""
 
     rendered: Rendered
-    places: list[int]  # where each message's word is; -1 where it is not, or more than once
+    places: list[int]  # where each message's first word is; -1 where one of its words is not, or more than once
     replies: list[Reply | None]  # of the assistant turns; None: not marked as such
-    words: list[str]
+    words: list[list[str]]  # of each message, as they follow each other
+    unseen: str  # of tools, calls and thoughts: what is not shown
+
+
+def kinds_of(messages: Messages, tools: Sequence[Any] = ()) -> Kinds:
+    """The kinds of a conversation's turns."""
+    return (*(("tools",) if tools else ()), *map(_kind, messages))
+
+
+def _kind(message: dict[str, Any]) -> str:
+    if len(message) == 2:
+        return str(message["role"])
+    thought = "+thought" if "reasoning_content" in message else ""
+    calls = message.get("tool_calls", ())
+    more = "+call" * len(calls) + "+id" * ("tool_call_id" in message or any("id" in call for call in calls))
+    return message["role"] + thought + ("" if message["content"] else "+silent") + more + "+name" * ("name" in message)
+
+
+class Calling(NamedTuple):
+    """How a template takes tool calls."""
+
+    silence: str | None  # the content of a turn that holds nothing else
+    encoded: bool  # the arguments are JSON, as text
+
+    def write(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message of a record as the template takes it."""
+        calls = message["tool_calls"]
+        if self.encoded:
+            functions = [(call, call["function"]) for call in calls]
+            calls = [c | {"function": f | {"arguments": json.dumps(f["arguments"])}} for c, f in functions]
+        return message | {"content": message["content"] or self.silence, "tool_calls": calls}
+
+
+_CALLINGS = tuple(Calling(silence, encoded) for encoded in (False, True) for silence in ("", None))
 
 
 class Structure:
@@ -62,13 +101,43 @@ class Structure:
         """
         self.tokenizer, self.template, self.source = tokenizer, template, source
         self.guarded = template
+        self.folds = False  # a system message goes into the first user turn
         self.shape = functools.cache(self._shape)
 
     def guard(self, groups: Groups, policy: str) -> None:
-        """From now on messages are rendered by the template that keeps their text from becoming control tokens."""
-        self.guarded = guard(self.template, groups, policy)
+        """From now on messages are rendered by the template that keeps text from becoming control tokens, and takes
+        system messages.
+        """
+        systems = (("system", *EXCHANGE), ("system", *_DIALOGUE))
+        self.folds = not all(map(self._shows_system, systems))
+        self.guarded = guard(self.template, groups, policy, _FOLD.read_text(encoding="utf-8") if self.folds else "")
+        self.shape.cache_clear()
 
-    def render(self, messages: Messages, *, prompt: bool) -> Rendered:
+    def _shows_system(self, kinds: Kinds) -> bool:
+        shape = self.find_shape(kinds, False)
+        return shape is not None and shape.words[0][0] in shape.rendered.text and self.fault(kinds) is None
+
+    @functools.cached_property
+    def calling(self) -> "Calling":
+        """How the template takes tool calls: the first way in which it shows them."""
+        for calling in _CALLINGS:
+            shape = self._tried(("user", "assistant+silent+call"), False, calling)
+            if shape is not None and not shape.unseen:
+                return calling
+        return _CALLINGS[0]
+
+    @functools.cached_property
+    def thoughts_end(self) -> str:
+        """What a decoded reply has between thoughts and answer; empty if it shows none."""
+        shape = self.find_shape(("user", "assistant+thought"), False)
+        if shape is None or -1 in shape.places:
+            return ""
+        thought, answer = shape.words[1]
+        between = shape.rendered.text.partition(thought)[2].partition(answer)[0]
+        ids = self.tokenizer(between, add_special_tokens=False)["input_ids"]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def render(self, messages: Messages, tools: Sequence[dict[str, Any]] = (), *, prompt: bool) -> Rendered:
         """As `apply_chat_template` renders and tokenises it under `guarded`.
 
         Raises:
@@ -77,6 +146,7 @@ class Structure:
         special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
+            tools=list(tools) or None,
             chat_template=self.guarded,
             return_assistant_tokens_mask=True,
             add_generation_prompt=prompt,
@@ -87,22 +157,31 @@ class Structure:
         ids = np.asarray(encoded["input_ids"], np.int32)
         return Rendered(text, spans, ids, np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2))
 
-    def _shape(self, roles: Roles, prompt: bool = False) -> Shape:
+    def _shape(self, kinds: Kinds, prompt: bool = False, calling: "Calling | None" = None) -> Shape:
         """
         Raises:
           Exception: whatever the template raises.
         """
-        words = [f"zqx{_letters(number)}jv" for number in range(len(roles))]
-        messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
-        rendered = self.render(messages, prompt=prompt)
-        places = [rendered.text.index(word) if rendered.text.count(word) == 1 else -1 for word in words]
-        replies = [_reply(rendered, places, words, n) for n, role in enumerate(roles) if role == "assistant"]
-        return Shape(rendered, places, replies, words)
+        fresh = map(_word, itertools.count())
+        tools = [_tool(next(fresh))] if kinds[:1] == ("tools",) else []
+        said = [_message(kind, fresh, calling) for kind in kinds[len(tools) :]]
+        rendered = self.render([message for message, _ in said], tools, prompt=prompt)
+        words = [[word for word, _ in shown] for _, shown in said]
+        once = [all(rendered.text.count(word) == 1 for word in spoken) for spoken in words]
+        places = [rendered.text.index(w[0]) if there else -1 for w, there in zip(words, once, strict=True)]
+        replies = [_reply(rendered, places, words, n) for n, (m, _) in enumerate(said) if m["role"] == "assistant"]
+        asked = [(tool["function"]["name"], "`tools`") for tool in tools]
+        asked += [pair for _, shown in said for pair in shown]
+        unseen = next((what for word, what in asked if what and word not in rendered.text), "")
+        return Shape(rendered, places, replies, words, unseen)
 
-    def find_shape(self, roles: Roles, prompt: bool) -> Shape | None:
+    def find_shape(self, kinds: Kinds, prompt: bool) -> Shape | None:
         """None where the template refuses such conversations, or words that say nothing."""
+        return self._tried(kinds, prompt, self.calling if any("+call" in kind for kind in kinds) else None)
+
+    def _tried(self, kinds: Kinds, prompt: bool, calling: "Calling | None") -> Shape | None:
         try:
-            return self.shape(roles, prompt)
+            return self.shape(kinds, prompt, calling)
         except Exception:
             return None
 
@@ -132,23 +211,32 @@ class Structure:
         if fault is not None:
             raise UserError(f"{self.source}: the chat template would give wrong targets ({fault}); {_REMEDY}")
 
-    def fault(self, roles: Roles) -> str | None:
-        """Why targets of conversations with these roles would be wrong; None where they are right."""
-        shape = self.find_shape(roles, False)
+    def fault(self, kinds: Kinds) -> str | None:
+        """Why targets of conversations of these kinds would be wrong; None where they are right."""
+        shape = self.find_shape(kinds, False)
         if shape is None:
             return "it does not take words that say nothing, so that its targets cannot be checked"
         usual = self.shape(EXCHANGE).replies[0]
-        for reply in shape.replies:
+        turns = [place for place, kind in enumerate(kinds) if kind.startswith("assistant")]
+        for place, reply in zip(turns, shape.replies, strict=True):
             if reply is None or usual is None:
                 return "not every reply is marked, once and whole"
-            if reply.lead != usual.lead:
+            if kinds[place] == "assistant" and reply.lead != usual.lead:
                 return (
                     f"the reply to a question begins with {usual.lead!r}, another one here with {reply.lead!r}, which "
                     "would be learned as part of it"
                 )
-            if reply.end != usual.end:
+            if kinds[place] != "assistant" and not self._follows(shape, kinds, place, reply):
+                return "a reply with thoughts or tool calls is not marked from where its generation prompt ends"
+            if not reply.end.endswith(usual.end) or (kinds[place] == "assistant" and reply.end != usual.end):
                 return f"a reply ends with {reply.end!r} in one place and with {usual.end!r} in another"
         return None
+
+    def _follows(self, shape: Shape, kinds: Kinds, place: int, reply: Reply) -> bool:
+        """Tells whether a turn's targets begin where the prompt for it ends."""
+        asked = self.find_shape(kinds[:place], True)
+        begin = shape.places[place - kinds.count("tools")] - len(reply.lead)
+        return asked is not None and asked.rendered.text == shape.rendered.text[:begin]
 
     def late_end(self, controls: set[int]) -> str | None:
         """The control token that ends a reply only when another turn follows, if there is one.
@@ -158,7 +246,7 @@ class Structure:
         last, followed = self.shape(EXCHANGE), self.find_shape((*EXCHANGE, "user"), False)
         if followed is None or self.ends(controls) or -1 in followed.places[1:]:
             return None
-        begin, end = followed.places[1] + len(followed.words[1]), followed.places[2]
+        begin, end = followed.places[1] + len(followed.words[1][0]), followed.places[2]
         after = _within(followed.rendered, begin, end, controls)
         opening = [i for i in _within(last.rendered, 0, last.places[0], controls) if i != self.tokenizer.bos_token_id]
         if not after or after[0] in (self.tokenizer.bos_token_id, *opening[:1]):
@@ -168,7 +256,7 @@ class Structure:
     def ends(self, controls: set[int]) -> list[int]:
         """Control tokens among the targets after a reply's words: what ends a trained turn is the last of them."""
         shape = self.shape(EXCHANGE)
-        begin = shape.places[1] + len(shape.words[1])
+        begin = shape.places[1] + len(shape.words[1][0])
         reply = shape.replies[0]
         return _within(shape.rendered, begin, begin + len(reply.end), controls) if reply else []
 
@@ -188,9 +276,10 @@ _REMEDY = (
 
 def unused_word(texts: Sequence[str]) -> str:
     """A word that is in none of the texts."""
-    number = 0
-    while any(f"zqx{_letters(number)}jv" in text for text in texts):
-        number += 1
+    return next(word for word in map(_word, itertools.count()) if not any(word in text for text in texts))
+
+
+def _word(number: int) -> str:
     return f"zqx{_letters(number)}jv"
 
 
@@ -207,9 +296,42 @@ def _within(rendered: Rendered, begin: int, end: int, controls: set[int]) -> lis
     return [number for number in chosen.tolist() if number in controls]
 
 
-def _reply(rendered: Rendered, places: list[int], words: list[str], number: int) -> Reply | None:
-    """Finds what is marked around the word of one message, up to the words beside it."""
-    place, end = places[number], places[number] + len(words[number])
+def _message(kind: str, fresh: Iterator[str], calling: Calling | None) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """A message of a kind, and its words with what it means that one is not shown, if that is a fault."""
+    role, *more = kind.split("+")
+    message: dict[str, Any] = {"role": role, "content": ""}
+    words = []
+    if "thought" in more:
+        message["reasoning_content"] = next(fresh)
+        words.append((message["reasoning_content"], "thoughts (reasoning_content)"))
+    if "silent" not in more:
+        message["content"] = next(fresh)
+        beside = "text beside tool calls" if "call" in more else ""
+        words.append((message["content"], "what a tool says (role tool)" if role == "tool" else beside))
+    calls = []
+    for number in range(more.count("call")):
+        name, argument, value = itertools.islice(fresh, 3)
+        call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": {argument: value}}}
+        calls.append(call | {"id": f"zqxcall{number:02}"} if "id" in more else call)
+        words += [(word, "tool calls") for word in (name, argument, value)]
+    if calls:
+        message = (calling or _CALLINGS[0]).write(message | {"tool_calls": calls})
+    elif "id" in more:
+        message["tool_call_id"] = "zqxcall00"
+    if "name" in more:
+        message["name"] = next(fresh)
+    return message, words
+
+
+def _tool(word: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": word, "description": "", "parameters": schema}}
+
+
+def _reply(rendered: Rendered, places: list[int], words: list[list[str]], number: int) -> Reply | None:
+    """Finds what is marked around the words of one message."""
+    place, last_word = places[number], words[number][-1]
+    end = rendered.text.find(last_word) + len(last_word)
     held = [span for span in rendered.spans if span[0] <= place and end <= span[1]]
     if place < 0 or len(held) != 1:
         return None

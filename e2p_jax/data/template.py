@@ -8,7 +8,9 @@ Targets are what a template puts between `{% generation %}` and `{% endgeneratio
    each assistant turn, with the generation prompt, and through it; what the turn added, up to its last
    character that is not white space, is the target. It checks itself on every conversation: a template that
    rewrites earlier turns when later ones arrive, or whose generation prompt is not how a reply begins, is refused.
-4. The tokenizer has none: the plain one, `plain.jinja`.
+4. That does not do, or `data.thinking` asks for something else: every reply is rendered as earlier ones are, with or
+   without a thinking block in front (`steady.py`).
+5. The tokenizer has none: the plain one, `plain.jinja`.
 
 A template that asks for today's date (`strftime_now`, as Llama 3.2's) is told `data.template_date`: the same
 tokens come out on every day, and of the template that goes with a run or an export.
@@ -18,19 +20,23 @@ Every template is tried before it is used (`bounded`): one that does not end is 
 
 import datetime
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from e2p_jax.config import Thinking
 from e2p_jax.data import bounded
 from e2p_jax.data.control import unguarded
+from e2p_jax.data.steady import Steady, make_steady
 from e2p_jax.errors import UserError
 
 PLAIN = Path(__file__).parent / "plain.jinja"
 
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKERS = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 # The first tag leaves white space that the original begins with alone (Transformers trims the line break after a tag).
 _WRAPPER = """\
@@ -96,12 +102,26 @@ def pin_date(template: str, date: str, source: str) -> str:
     return pinned
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, date: str) -> str:
-    """The Jinja source that a run uses; see the module's docstring. It does not guard messages yet (`control.guard`).
+class Chosen(NamedTuple):
+    """The template of a run."""
+
+    source: str  # Jinja; it does not guard messages yet (`control.guard`)
+    note: str = ""  # what a user is told of it, in a line
+
+
+def choose_template(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    date: str,
+    thinking: Thinking = "auto",
+    stops: Collection[int] = (),
+) -> Chosen:
+    """See the module's docstring.
 
     Args:
-      chat_template: of the config.
+      chat_template, thinking: of the config.
       date: for templates that ask for it.
+      stops: ids that end a reply, as the backbone's directory says.
 
     Raises:
       UserError: no such file, no markers in it, a template that cannot be given any, or one that does not end.
@@ -116,7 +136,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, date
             raise UserError(f"{path}: not a readable text file ({error}); give a Jinja file in UTF-8") from error
         if not _MARKER.search(template):
             raise UserError(f"{path}: no {{% generation %}} ... {{% endgeneration %}} markers around assistant turns")
-        return try_out(tokenizer, pin_date(template, date, str(path)), str(path))
+        return Chosen(try_out(tokenizer, pin_date(template, date, str(path)), str(path)))
     name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
         if tokenizer.eos_token is None:
@@ -124,7 +144,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, date
                 f"{name}: the tokenizer has neither a chat template nor an EOS token to end a turn "
                 "with; add eos_token to tokenizer_config.json or set data.chat_template"
             )
-        return PLAIN.read_text(encoding="utf-8")
+        return Chosen(PLAIN.read_text(encoding="utf-8"))
     try:
         original = unguarded(tokenizer.get_chat_template())
     except ValueError as error:
@@ -132,17 +152,45 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, date
             f"{name}: several chat templates and none called default; set data.chat_template to one"
         ) from error
     original = try_out(tokenizer, pin_date(original, date, name), name)
+    if thinking != "auto":
+        steady = _steady(tokenizer, original, thinking, stops)
+        if steady is not None and steady.thinks:
+            return Chosen(steady.source, f"{name}: chat template: {steady.note} (data.thinking={thinking})")
+        if thinking == "full":
+            raise UserError(f"{name}: data.thinking=full, but its chat template shows no thoughts; leave it at auto")
     if _MARKER.search(original):
-        return original
+        return Chosen(original)
     wrapped = add_markers(original)
+    fault = _fault(tokenizer, wrapped, original)
+    steady = _steady(tokenizer, original, "empty", stops)
+    if steady is not None and (steady.late or fault is not None):
+        return Chosen(steady.source, f"{name}: chat template: {steady.note} (data.thinking=auto)")
+    if fault is not None:
+        raise UserError(
+            f"{name}: the chat template has no generation markers and cannot be given any ({fault}); set "
+            "data.chat_template to a copy of it with {% generation %} ... {% endgeneration %} around assistant turns"
+        )
+    return Chosen(wrapped)
+
+
+def _steady(
+    tokenizer: PreTrainedTokenizerBase, original: str, thinking: Thinking, stops: Collection[int]
+) -> Steady | None:
+    """None where it cannot be made, or marks nothing."""
+    try:
+        steady = make_steady(tokenizer, _MARKERS.sub(r"{#\1 \2#}", original), thinking, stops)
+        return steady if steady is not None and any(_mask(tokenizer, steady.source)) else None
+    except Exception:  # whatever a template may raise
+        return None
+
+
+def _fault(tokenizer: PreTrainedTokenizerBase, wrapped: str, original: str) -> str | None:
+    """Why `add_markers` does not do; None where it does."""
     try:
         same = _render(tokenizer, wrapped) == _render(tokenizer, original)
-        marked = sum(_mask(tokenizer, wrapped)) > 0
+        return None if same and any(_mask(tokenizer, wrapped)) else "it would render differently with them"
     except Exception as error:  # whatever a template may raise
-        raise UserError(_refusal(tokenizer, reason(error))) from error
-    if not (same and marked):
-        raise UserError(_refusal(tokenizer, "it would render differently with them"))
-    return wrapped
+        return reason(error)
 
 
 def try_out(tokenizer: PreTrainedTokenizerBase, template: str, source: str) -> str:
@@ -161,13 +209,6 @@ def reason(error: Exception) -> str:
     """Says what a template raised, in one line."""
     text = " ".join(str(error).split())[:200]
     return text if type(error).__name__ == "TemplateError" and text else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def _refusal(tokenizer: PreTrainedTokenizerBase, why: str) -> str:
-    return (
-        f"{tokenizer.name_or_path}: the chat template has no generation markers and cannot be given any ({why}); "
-        "set data.chat_template to a copy of it with {% generation %} ... {% endgeneration %} around assistant turns"
-    )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:

@@ -1,5 +1,6 @@
 """The record that every dataset yields, and the readers of each place records live in."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,8 @@ from e2p_jax.errors import UserError
 from e2p_jax.files import existing, write_text
 from e2p_jax.text_files import Line, decode_json, read_lines, shortened
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+_MORE = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("name", "tool_call_id")}  # keys of a message
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,20 +23,30 @@ class Record:
 
     user_id: str
     context: tuple[str, ...]  # what the user vector stands for, as text
-    messages: tuple[dict[str, str], ...]  # {"role", "content"}
+    messages: tuple[dict[str, Any], ...]  # {"role", "content"} and what `from_json` says
     candidates: tuple[str, ...] = ()  # for ranking, the true one first
     references: tuple[str, ...] = ()
     source: str = ""  # file and row, for errors
+    tools: tuple[dict[str, Any], ...] = ()  # schemas of the functions that may be called
 
     @property
     def reply_words(self) -> int:
         """White-space separated words of all assistant turns: the denominator of per-word perplexity."""
-        return sum(len(m["content"].split()) for m in self.messages if m["role"] == "assistant")
+        return sum(len(text.split()) for text in self._replies())
 
     @property
     def reply_bytes(self) -> int:
         """UTF-8 bytes of all assistant turns: the denominator of bits per byte."""
-        return sum(len(m["content"].encode()) for m in self.messages if m["role"] == "assistant")
+        return sum(len(text.encode()) for text in self._replies())
+
+    def _replies(self) -> Iterator[str]:
+        for message in self.messages:
+            if message["role"] == "assistant":
+                yield message["content"]
+                yield message.get("reasoning_content", "")
+                for call in message.get("tool_calls", ()):
+                    yield call["function"]["name"]
+                    yield json.dumps(call["function"]["arguments"], ensure_ascii=False)
 
 
 def check(record: Record) -> Record:
@@ -51,6 +63,10 @@ def check(record: Record) -> Record:
 
 def from_json(values: Any, source: str) -> Record:
     """A decoded JSON object -> `Record`; `{user_id, prompt, response}` is accepted as shorthand.
+
+    Of a message, `content` may be a list of text parts, which are joined. An assistant's may have thoughts
+    (`reasoning_content`), and `tool_calls`, with or without text; a tool's may have `name` and `tool_call_id`. `tools`
+    of a record lists the functions that may be called.
 
     Raises:
       UserError: a missing, unknown or malformed key.
@@ -111,8 +127,8 @@ def read_prompts(path: Path) -> list[Record]:
             values = {k: v for k, v in values.items() if k not in ("prompt", "response")} | {"messages": messages}
         record = _parse(values, source)
         _check_messages(record)
-        if record.messages[-1]["role"] != "user":
-            raise UserError(f"{source}: the last message must be a user turn, to be answered")
+        if record.messages[-1]["role"] not in ("user", "tool"):
+            raise UserError(f"{source}: the last message must be a user turn, or a tool's, to be answered")
         records.append(record)
     return records
 
@@ -130,7 +146,7 @@ def _lines(path: Path) -> Iterator[Line]:
 def _parse(values: Any, source: str) -> Record:
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}; write one object a line")
-    known = {"user_id", "context", "messages", "candidates", "references", "split"}
+    known = {"user_id", "context", "messages", "tools", "candidates", "references", "split"}
     unknown, missing = sorted(values.keys() - known), sorted({"user_id", "messages"} - values.keys())
     if unknown or missing:
         faults = [
@@ -138,7 +154,7 @@ def _parse(values: Any, source: str) -> Record:
         ]
         raise UserError(
             f"{source}: {', '.join(faults)}; a record has user_id, messages (or prompt and response), "
-            "and may have context, candidates, references, split"
+            "and may have context, tools, candidates, references, split"
         )
     user, messages = values["user_id"], values["messages"]
     # A number is written as its digits; anything else would never match the ids of a table.
@@ -149,7 +165,48 @@ def _parse(values: Any, source: str) -> Record:
     if not isinstance(values.get("split", "train"), str) or values.get("split") == "":
         raise UserError(f"{source}: split must be a name, not {repr(values['split'])[:60]}")
     context, candidates, references = (_texts(values, key, source) for key in ("context", "candidates", "references"))
-    return Record(str(user), context, tuple(messages), candidates, references, source)
+    messages = [_message(message, f"{source}: message {number}") for number, message in enumerate(messages)]
+    return Record(str(user), context, tuple(messages), candidates, references, source, _tools(values, source))
+
+
+def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """With the parts of its text joined, and its tool calls as `_call` gives them."""
+    parts, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(parts, list):
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise UserError(f"{place} has a part that is no text ({repr(part)[:60]}); give text alone")
+        message = message | {"content": "".join(part["text"] for part in parts)}
+    if not calls:
+        return {key: value for key, value in message.items() if key != "tool_calls"}
+    if not isinstance(calls, list):
+        raise UserError(f"{place}: tool_calls must be a list of {{function: {{name, arguments}}}} objects")
+    return message | {"content": message.get("content") or "", "tool_calls": [_call(call, place) for call in calls]}
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    """As `{type, function: {name, arguments}}`, arguments an object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name, arguments = (function.get(key) for key in ("name", "arguments")) if isinstance(function, dict) else (0, 0)
+    if isinstance(arguments, str):  # as OpenAI has it
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        raise UserError(f"{place}: a tool call must be {{function: {{name, arguments}}}}, arguments an object")
+    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", "function": {"name": name, "arguments": arguments}} | identity
+
+
+def _tools(values: dict[str, Any], source: str) -> tuple[dict[str, Any], ...]:
+    tools = values.get("tools") or []
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
+        raise UserError(f"{source}: tools must be a list of {{type: function, function: {{name, ...}}}} objects")
+    return tuple(tools)
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _texts(values: dict[str, Any], key: str, source: str) -> tuple[str, ...]:
@@ -166,10 +223,16 @@ def _check_messages(record: Record) -> None:
         place = f"{record.source}: message {number}"
         if message.get("role") not in ROLES:
             raise UserError(f"{place} has role {repr(message.get('role'))[:60]}; use one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise UserError(f"{place} ({message['role']}) has no text; give it some or drop it")
-        if unknown := sorted(message.keys() - {"role", "content"}):
-            raise UserError(f"{place} has unknown keys {shortened(unknown)}; keep role and content")
+        text, role = message.get("content"), message["role"]
+        blank = not isinstance(text, str) or not text.strip()
+        if blank and not (isinstance(text, str) and (role == "tool" or message.get("tool_calls"))):
+            raise UserError(f"{place} ({role}) has no text; give it some or drop it")
+        allowed = ("role", "content", *_MORE.get(role, ()))
+        if unknown := sorted(message.keys() - set(allowed)):
+            raise UserError(f"{place} ({role}) has unknown keys {shortened(unknown)}; keep {', '.join(allowed)}")
+        for key in ("reasoning_content", "name", "tool_call_id"):
+            if not isinstance(message.get(key, ""), str):
+                raise UserError(f"{place}: {key} must be text")
 
 
 def write_jsonl(records: Iterable[Record], path: Path) -> None:

@@ -141,8 +141,9 @@ def rank_without(
 
 
 def _asked(settings: EvaluateConfig, records: Sequence[Record]) -> np.ndarray:
-    """Numbers of the records that `measures` take: those that end with an assistant turn, `max_records` at most."""
-    last = np.array([n for n, record in enumerate(records) if record.messages[-1]["role"] == "assistant"], int)
+    """Numbers of the records that `measures` take: those that end with a reply in text, `max_records` at most."""
+    ends = [record.messages[-1] for record in records]
+    last = np.array([n for n, end in enumerate(ends) if end["role"] == "assistant" and end["content"]], int)
     if settings.max_records and len(last) > settings.max_records:
         last = last[np.linspace(0, len(last) - 1, settings.max_records).round().astype(int)]
     return last
@@ -180,7 +181,8 @@ def _measure(
         if "texts" in settings.measures:
             vectors = user_vectors(chosen, condition, run.inputs.table, run.population).gather()
             prompts = [dataclasses.replace(record, messages=record.messages[:-1]) for record in chosen]
-            replies[condition] = tuple(generate(run, prompts, vectors, condition, REPLY))
+            made = generate(run, prompts, vectors, condition, REPLY)
+            replies[condition] = tuple(map(run.inputs.encoder.answer, made))
             more[condition] |= text_statistics(replies[condition], chosen)
     return {
         c: dataclasses.replace(s, more=_spread(more[c], last, len(records)), replies=replies[c])

@@ -28,7 +28,7 @@ _FLATTEN = """\
     {%- set joined = namespace(soft='', text='') -%}
     {%- if message['content'] is string -%}
         {%- set joined.text = message['content'] -%}
-    {%- else -%}
+    {%- elif message['content'] -%}
         {%- for part in message['content'] -%}
             {%- if loop.first and part['text'] == 'PLACEHOLDER' -%}
                 {%- set joined.soft = part['text'] -%}

@@ -71,8 +71,8 @@ def read_inputs(config: Config) -> Inputs:
     encoder = Encoder.from_config(config, tokenizer, decoder.vocab_size, named_stops(directory))
     if distributed.is_first():
         said = [f"{directory / 'config.json'}: {key} is ignored, as backbone.ignored_keys says" for key in ignored]
-        for warning in (*said, *encoder.warnings):
-            print(f"warning: {warning}", file=sys.stderr)
+        for line in (*encoder.notes, *(f"warning: {warning}" for warning in (*said, *encoder.warnings))):
+            print(line, file=sys.stderr)
     table = load_table(config.data.embeddings, config.data.missing_user) if config.data.embeddings else None
     return Inputs(config, directory, decoder, encoder, table)
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from test_encode import make_encoder
-from test_template import CHATML, LLAMA3, STYLES
+from test_steady import thinking_tokenizer
+from test_template import CHATML, LLAMA3, STYLES, SYSTEMS
 from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +27,9 @@ def tokenizers(make: Make) -> dict[str, PreTrainedTokenizerFast]:
         "chatml": make(chat_template=CHATML),
         "llama3": make(chat_template=LLAMA3),
         "plain": make(),
+        "switched": thinking_tokenizer(make, "switched"),
+        "opened": thinking_tokenizer(make, "opened"),
+        "folding": make(chat_template=SYSTEMS["refused"]),
     }
 
 
@@ -39,7 +43,7 @@ def counts(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> dict[str, int
     return {token: int((ids == number).sum()) for token, number in tokenizer.get_added_vocab().items()}
 
 
-@pytest.mark.parametrize("style", ["embedded", "chatml", "llama3", "plain"])
+@pytest.mark.parametrize("style", ["embedded", "chatml", "llama3", "plain", "switched", "opened", "folding"])
 def test_text_never_becomes_a_control_token(make_tokenizer: Make, talk: Any, style: str) -> None:
     """In any turn and in the context; of the template that is exported, too."""
     tokenizer = tokenizers(make_tokenizer)[style]
@@ -139,7 +143,7 @@ def test_control_tokens_that_python_writes_with_escapes(make_tokenizer: Make, ta
 def test_control_tokens_can_be_refused(make_tokenizer: Make, talk: Any) -> None:
     for style, tokenizer in tokenizers(make_tokenizer).items():
         encoder = make_encoder(tokenizer, control_text="refuse")
-        end = {"embedded": "<|end|>", "plain": "</s>"}.get(style, "<|im_start|>")
+        end = {"embedded": "<|end|>", "plain": "</s>", "folding": "</s>"}.get(style, "<|im_start|>")
         encoder.encode(talk("hi", "< |end|>", "</s", "ok"), "e2p")
         with pytest.raises(UserError, match=r"talk\.jsonl:1: .*holds the text of the control token.*change the record"):
             encoder.encode(talk("hi", f"yes{end}"), "e2p")

@@ -179,10 +179,10 @@ def test_placement_that_a_template_cannot_have_is_refused(make_tokenizer: Any, t
 
 
 def test_conversation_that_the_template_refuses_is_named(make_tokenizer: Any, talk: Any) -> None:
-    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-    encoder = make_encoder(make_tokenizer(chat_template=no_system))
-    with pytest.raises(UserError, match=r"talk\.jsonl:1: .*refuses this conversation \(no system\)"):
-        encoder.encode(talk(*TURNS, context=("i sing.",)), "text")
+    no_boo = "{% if messages[-1]['content'] == 'boo' %}{{ raise_exception('no boo') }}{% endif %}" + CHATML
+    encoder = make_encoder(make_tokenizer(chat_template=no_boo))
+    with pytest.raises(UserError, match=r"talk\.jsonl:1: .*refuses this conversation \(no boo\)"):
+        encoder.encode(talk("hi", "boo"), "text")
 
 
 def test_tokenizer_of_another_model_is_refused(make_tokenizer: Any, tmp_path: Path) -> None:

@@ -20,10 +20,6 @@ from e2p_jax.errors import UserError
 
 Make = Callable[..., PreTrainedTokenizerFast]
 
-# The end of a turn is written when the next one comes.
-LATE = """{{ bos_token }}{% for m in messages %}{{ '' if loop.first else '<|im_end|>\\n' }}\
-{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}{% endfor %}\
-{{ '<|im_end|>\\n<|im_start|>assistant\\n' if add_generation_prompt }}"""
 # No header for a reply to a reply.
 ONLY_AFTER_USER = CHATML.replace(
     "{%- if add_generation_prompt %}", "{%- if messages[-1]['role'] == 'user' and add_generation_prompt %}"
@@ -93,12 +89,11 @@ def test_targets_of_every_shape_are_the_reply_and_its_end_or_refused(make_tokeni
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (LATE, r"ends a reply with '<\|im_end\|>' only when another turn follows"),
         (NO_PROMPT, "it has no generation prompt, so that '<|im_start|>assistant".replace("|", r"\|")),
         (HEADER_IN, "do not begin where its generation prompt ends"),
         (LAST_OPEN, "a reply ends with '</s>' in one place and with '' in another"),
     ],
-    ids=["late", "no prompt", "header in", "last open"],
+    ids=["no prompt", "header in", "last open"],
 )
 def test_templates_whose_targets_are_wrong_are_refused_at_the_start(
     make_tokenizer: Make, template: str, words: str

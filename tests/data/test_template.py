@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from e2p_jax.config import Config
+from e2p_jax.config import Config, PrefixConfig
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.template import PLAIN, choose_template
 from e2p_jax.datasets.records import Record
@@ -60,11 +60,6 @@ BRACKETS = """{{ bos_token }}{% for message in messages %}{% if message['role'] 
 {{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}\
 {{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('no system turns') }}{% endif %}{% endfor %}"""
 
-# The last turn gets an empty thought, earlier ones none.
-LAST_DIFFERS = CHATML.replace(
-    "'\\n' + message['content']",
-    "'\\n' + ('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content']",
-)
 # Thoughts are cut out of all assistant turns but the last.
 STRIPS_THOUGHTS = CHATML.replace(
     "message['content']", "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
@@ -129,7 +124,7 @@ STYLES: dict[str, tuple[str | None, Callable[[list[dict[str, str]]], Pieces]]] =
 
 def encode(tokenizer: PreTrainedTokenizerFast, record: Record) -> Any:
     """Token ids, targets and the rendered text under the template a run would use."""
-    template = choose_template(tokenizer, "auto", DATE)
+    template = choose_template(tokenizer, "auto", DATE).source
     out = tokenizer.apply_chat_template(
         list(record.messages), chat_template=template, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -160,41 +155,76 @@ def test_targets_are_the_reply_and_its_end_of_turn(
             render = {"tokenize": False, "add_generation_prompt": prompt}
             messages = list(record.messages)
             wrapped = tokenizer.apply_chat_template(
-                messages, chat_template=choose_template(tokenizer, "auto", DATE), **render
+                messages, chat_template=choose_template(tokenizer, "auto", DATE).source, **render
             )
             assert wrapped == tokenizer.apply_chat_template(messages, **render)
 
 
 def test_markers_of_the_tokenizers_own_are_kept(make_tokenizer: Any) -> None:
     template = PLAIN.read_text().replace("Assistant:", "Bot:").replace("{%- generation -%}", "{%generation%}")
-    assert choose_template(make_tokenizer(chat_template=template), "auto", DATE) == template
+    assert choose_template(make_tokenizer(chat_template=template), "auto", DATE).source == template
 
 
-def test_template_that_renders_the_last_turn_differently_is_refused(make_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"made-here: .*rewrites earlier turns.*set data\.chat_template") as caught:
-        choose_template(make_tokenizer(chat_template=LAST_DIFFERS), "auto", DATE)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("template", "first_reply", "system"),
-    [(STRIPS_THOUGHTS, "<think>who?</think>hello", None), (WANDERS, "hello", "be brief")],
-    ids=["thoughts", "system"],
-)
-def test_conversation_that_the_template_rewrites_is_refused(
-    make_tokenizer: Any, talk: Any, template: str, first_reply: str, system: str | None
-) -> None:
-    encoder = Encoder.from_config(Config(), make_tokenizer(chat_template=template))
+def test_conversation_that_the_template_rewrites_is_refused(make_tokenizer: Any, talk: Any) -> None:
+    encoder = Encoder.from_config(Config(), make_tokenizer(chat_template=STRIPS_THOUGHTS))
     encoder.encode(talk("hi", "hello", "pets?", "<think>dog</think>a dog."), "none")
     with pytest.raises(UserError, match=r"talk\.jsonl:1: .*rewrites earlier turns.*set data\.chat_template"):
-        encoder.encode(talk("hi", first_reply, "pets?", "a dog.", system=system), "none")
+        encoder.encode(talk("hi", "<think>who?</think>hello", "pets?", "a dog."), "none")
 
 
 def test_generation_prompt_that_no_reply_begins_with_is_refused(make_tokenizer: Any) -> None:
-    thinking = CHATML.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>' }}")
-    assert thinking != CHATML
-    with pytest.raises(UserError, match="its generation prompt is not how a reply begins"):
-        choose_template(make_tokenizer(chat_template=thinking), "auto", DATE)
+    """But for one that opens a thinking block (`test_steady.py`)."""
+    opening = CHATML.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\nWell, ' }}")
+    assert opening != CHATML
+    with pytest.raises(UserError, match=r"made-here: .*its generation prompt is not how a reply begins") as caught:
+        choose_template(make_tokenizer(chat_template=opening), "auto", DATE)
+    assert "\n" not in str(caught.value)
+
+
+# The system message is refused; wanders to the last user turn; is nowhere.
+SYSTEMS = {
+    "refused": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + BRACKETS,
+    "wanders": WANDERS,
+    "ignored": BRACKETS.replace("{{ raise_exception('no system turns') }}", ""),
+}
+
+
+@pytest.mark.parametrize("style", SYSTEMS)
+def test_a_system_message_goes_where_the_template_takes_it(make_tokenizer: Any, talk: Any, style: str) -> None:
+    """In front of the first user turn, a record's and the `text` condition's, slots in front of both."""
+    tokenizer = make_tokenizer(chat_template=SYSTEMS[style])
+    turns = ("hi", "hello", "pets?", "a dog.")
+    config = Config(prefix=PrefixConfig(placement="in_chat"))
+    encoder = Encoder.from_config(config, tokenizer)
+    assert encoder.notes == (
+        "made-here: the chat template takes no system message: it goes in front of the first user turn",
+    )
+    for record, condition in ((talk(*turns, system="be brief"), "none"), (talk(*turns, context=("be brief",)), "text")):
+        example = encoder.encode(record, condition)
+        assert (
+            tokenizer.decode(example.tokens)
+            == "<s>[INST] be brief\n\nhi [/INST] hello</s>[INST] pets? [/INST] a dog.</s>"
+        )
+    both = encoder.encode(talk(*turns, system="be brief", context=("i sing",)), "e2p+text")
+    assert tokenizer.decode(both.tokens[: both.slot_start]).rstrip() == "<s>[INST]"
+    assert tokenizer.decode(both.tokens[both.slot_start + 1 :]).startswith(" i sing\nbe brief\n\nhi [/INST] hello</s>")
+    stock = tokenizer.apply_chat_template(
+        list(talk(*turns, system="be brief").messages), chat_template=encoder.template, return_dict=True
+    )
+    assert stock["input_ids"] == encoder.encode(talk(*turns, system="be brief"), "none").tokens.tolist()
+    with pytest.raises(UserError, match=r"talk\.jsonl:1: .*takes no system message, and there is no user turn"):
+        encoder.encode(
+            Record(
+                "ann", (), ({"role": "system", "content": "be"}, *talk("", "x").messages[1:]), source="talk.jsonl:1"
+            ),
+            "none",
+        )
+
+
+def test_a_template_that_takes_system_messages_gets_them(make_tokenizer: Any) -> None:
+    for template in (CHATML, LLAMA3, LITERAL, None):
+        encoder = Encoder.from_config(Config(), make_tokenizer(chat_template=template))
+        assert not encoder.structure.folds and not encoder.notes
 
 
 def test_template_that_never_shows_the_reply_is_refused(make_tokenizer: Any) -> None:
@@ -211,7 +241,7 @@ def test_broken_template_is_refused(make_tokenizer: Any) -> None:
 def test_named_templates_need_a_default(make_tokenizer: Any) -> None:
     marked = PLAIN.read_text()
     tokenizer = make_tokenizer(chat_template={"default": marked, "rag": "x"})
-    assert choose_template(tokenizer, "auto", DATE) == marked
+    assert choose_template(tokenizer, "auto", DATE).source == marked
     with pytest.raises(UserError, match=r"several chat templates.*set data\.chat_template"):
         choose_template(make_tokenizer(chat_template={"rag": "x", "other": "y"}), "auto", DATE)
 
@@ -229,7 +259,7 @@ def test_template_file_must_have_markers(make_tokenizer: Any, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"chat\.jinja: no \{% generation %\}"):
         choose_template(tokenizer, str(path), DATE)
     path.write_text(PLAIN.read_text())
-    assert choose_template(tokenizer, str(path), DATE) == PLAIN.read_text()
+    assert choose_template(tokenizer, str(path), DATE).source == PLAIN.read_text()
 
 
 DATED = """\
@@ -254,7 +284,7 @@ def test_a_template_that_asks_for_the_date_gives_the_same_tokens_every_day(
 ) -> None:
     """As transformers renders it when it is told the date; nothing is left to ask for."""
     tokenizer = make_tokenizer(chat_template=DATED)
-    template = choose_template(tokenizer, "auto", date)
+    template = choose_template(tokenizer, "auto", date).source
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     shown = {DATE: ("26 Jul 2024", "July"), "2031-01-05": ("05 Jan 2031", "January")}[date]
     theirs = DATED.replace("strftime_now('%B')", f"'{shown[1]}'")

@@ -1,5 +1,6 @@
 """The record contract: what is read, and how each malformed line is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,42 @@ def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_ignored(tmp_path:
     assert [r.messages[1]["content"] for r in read_jsonl(path, "train")] == [content, content]
 
 
+def test_parts_calls_and_tools_are_read(tmp_path: Path) -> None:
+    """Parts of text are joined; calls are written alike, whether arguments are an object or its JSON."""
+    parts = [{"type": "text", "text": "hi, "}, {"type": "text", "text": "there"}]
+    calls = [
+        {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Oslo"}'}},
+        {"name": "look", "arguments": {}},
+    ]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "", "name": "look", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "rain", "reasoning_content": "hm, well", "tool_calls": []},
+    ]
+    (record,) = read_jsonl(write(tmp_path / "r.jsonl", {**GOOD, "messages": messages, "tools": tools}), "all")
+    read = [
+        {"type": "function", "function": {"name": "look", "arguments": {"city": "Oslo"}}, "id": "c1"},
+        {"type": "function", "function": {"name": "look", "arguments": {}}},
+    ]
+    assert record.messages == (
+        {"role": "user", "content": "hi, there"},
+        {"role": "assistant", "content": "", "tool_calls": read},
+        messages[2],
+        {"role": "assistant", "content": "rain", "reasoning_content": "hm, well"},
+    )
+    assert record.tools == tuple(tools)
+    assert record.reply_words == 8  # look {"city": "Oslo"} look {} rain hm, well
+    records.write_jsonl([record], tmp_path / "again.jsonl")
+    (again,) = read_jsonl(tmp_path / "again.jsonl", "all")
+    assert dataclasses.replace(again, source="") == dataclasses.replace(record, source="")
+    (asked,) = records.read_prompts(
+        write(tmp_path / "p.jsonl", {"user_id": "ann", "messages": messages[:3], "tools": tools})
+    )
+    assert asked.messages == record.messages[:3] and asked.tools == record.tools
+
+
 def test_whole_numbers_become_text_ids(tmp_path: Path) -> None:
     (record,) = read_jsonl(write(tmp_path / "r.jsonl", {**GOOD, "user_id": 17}), "all")
     assert record.user_id == "17"
@@ -113,13 +150,28 @@ MALFORMED = {
     "no assistant turn": {**GOOD, "messages": [USER]},
     "message 1 (assistant) has no text": {**GOOD, "messages": [USER, {"role": "assistant", "content": " \n"}]},
     "message 0 (user) has no text": {**GOOD, "messages": [{"role": "user"}, REPLY]},
-    "message 1 (assistant) has no": {"user_id": "ann", "prompt": "hi", "response": ["hello"]},
+    "message 1 has a part that is no text ('hello')": {"user_id": "ann", "prompt": "hi", "response": ["hello"]},
+    "message 0 has a part that is no text ({'type': 'image'": {
+        **GOOD,
+        "messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, REPLY],
+    },
     "message 0 has role 'bot'; use one of system, user, assistant": {
         **GOOD,
         "messages": [{"role": "bot", "content": "hi"}, REPLY],
     },
     "message 0 has role None": {**GOOD, "messages": [{"content": "hi"}, REPLY]},
-    "message 1 has unknown keys ['name']": {**GOOD, "messages": [USER, {**REPLY, "name": "ann"}]},
+    "message 1 (assistant) has unknown keys ['name']": {**GOOD, "messages": [USER, {**REPLY, "name": "ann"}]},
+    "message 0 (user) has unknown keys ['tool_calls']": {
+        **GOOD,
+        "messages": [{**USER, "tool_calls": [{"name": "f", "arguments": {}}]}, REPLY],
+    },
+    "message 1: reasoning_content must be text": {**GOOD, "messages": [USER, {**REPLY, "reasoning_content": 3}]},
+    "message 1: tool_calls must be a list": {**GOOD, "messages": [USER, {**REPLY, "tool_calls": "f"}]},
+    "message 1: a tool call must be": {
+        **GOOD,
+        "messages": [USER, {**REPLY, "tool_calls": [{"name": "f", "arguments": "["}]}],
+    },
+    "tools must be a list of": {**GOOD, "tools": [{"name": "f"}]},
     "messages must be a list of {role, content} objects": {**GOOD, "messages": "hi"},
     "messages must be a list of {role, content}": {**GOOD, "messages": ["hi", "hello"]},
     "context must be a list of texts": {**GOOD, "context": "i have a dog."},
