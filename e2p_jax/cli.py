@@ -10,23 +10,15 @@ from typing import Any
 import absl.logging
 import tyro
 
-from e2p_jax.commands.common import with_config
-from e2p_jax.commands.compare import compare_command
-from e2p_jax.commands.compiled import damaged_programs_removed
+from e2p_jax.commands.common import damaged_programs_removed, with_config
 from e2p_jax.commands.convert import convert
-from e2p_jax.commands.data import data_command
-from e2p_jax.commands.demo import demo
-from e2p_jax.commands.drift import drift
+from e2p_jax.commands.data import data_command, prepare
 from e2p_jax.commands.embed import embed
-from e2p_jax.commands.evaluate import evaluate
-from e2p_jax.commands.export import export
-from e2p_jax.commands.generate import generate
-from e2p_jax.commands.import_run import import_run
+from e2p_jax.commands.evaluate import drift, evaluate, report
+from e2p_jax.commands.export import export, import_run, prefixes
+from e2p_jax.commands.generate import demo, generate
 from e2p_jax.commands.plan import plan_command
-from e2p_jax.commands.prefixes import prefixes
-from e2p_jax.commands.prepare import prepare
-from e2p_jax.commands.report import report
-from e2p_jax.commands.train import train_command
+from e2p_jax.commands.train import compare_command, train_command
 from e2p_jax.errors import RESTART, Preempted, UsageError, UserError, explain_open_files
 from e2p_jax.terminal import flush_or_drop, prepare_streams, say
 

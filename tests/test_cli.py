@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.cli import commands_of, main, set_environment
-from e2p_jax.commands.compiled import damaged_programs_removed
+from e2p_jax.commands.common import damaged_programs_removed
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.vectors.table import save_table

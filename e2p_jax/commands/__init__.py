@@ -1,1 +1,1 @@
-"""One module a command of `e2p`; each defines one function, whose signature and docstring are its flags and help."""
+"""The commands of `e2p`, by what they are for: each a function whose signature and docstring are its flags and help."""

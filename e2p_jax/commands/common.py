@@ -1,21 +1,39 @@
-"""Does what several commands share."""
+"""What commands share: flags, the config that is named, tables, and compiled programs."""
 
+import contextlib
+import glob
 import inspect
+import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import tyro
 
 from e2p_jax.config import Config, load_config
 from e2p_jax.options import Processes
-from e2p_jax.terminal import Console
+from e2p_jax.terminal import Console, say
 
 if TYPE_CHECKING:
     from e2p_jax.evaluate.evaluation import Evaluation
 
 DETECTED = Processes()
 RunPath = Annotated[str, tyro.conf.arg(metavar="PATH|gs://BUCKET/NAME")]
+# Flags that several commands have.
+Named = tyro.conf.Positional[
+    Annotated[
+        str, tyro.conf.arg(help="Name of a shipped config (quickstart, persona_chat, ...) or path of a Python file.")
+    ]
+]
+Run = tyro.conf.Positional[Annotated[RunPath, tyro.conf.arg(help="Run directory.")]]
+Checkpoint = Annotated[str, tyro.conf.arg(help="best, last, or a step.")]
+Embeddings = Annotated[str | None, tyro.conf.arg(help="Table of user vectors to use in place of the run's.")]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON to stdout in place of tables and text.")]
+Together = Annotated[Processes, tyro.conf.arg(name="", help="Which process this is, where several work together.")]
+Overrides = Annotated[Config, tyro.conf.arg(name="", help="Any field of the config.")]
 
 
 def with_config(make: Callable[[str, Config], Callable[..., None]], arguments: list[str]) -> Callable[..., None]:
@@ -69,3 +87,43 @@ def print_tables(
         console.print(*render(evaluation), sep="\n")
         if by_seed:
             console.print(render_seeds({seed: splits[place] for seed, splits in by_seed.items()}))
+
+
+_DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '([^']+)'")
+
+
+@contextlib.contextmanager
+def damaged_programs_removed() -> Iterator[None]:
+    """Within the block, a damaged program's file makes way for the one that is compiled in its place."""
+    show = warnings.showwarning
+    said: set[str] = set()  # a place that cannot be written is one for every program
+
+    def show_or_remove(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not (found := _DAMAGED.match(str(message))):
+            show(message, category, filename, lineno, file, line)
+            return
+        cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
+        programs, refused = list(cache.glob(f"{glob.escape(found[1])}-*-cache")), not os.access(cache, os.W_OK)
+        with contextlib.suppress(OSError):
+            for path in programs:
+                path.unlink(missing_ok=True)
+        if refused or any(path.exists() for path in programs):
+            told = f"{cache}: cannot be written; set JAX_COMPILATION_CACHE_DIR to a place that keeps what is compiled"
+        else:
+            told = f"{cache}: the compiled program {found[1]} was damaged; it is compiled and kept anew"
+        if told not in said:
+            say(told)
+        said.add(told)
+
+    warnings.showwarning = show_or_remove
+    try:
+        yield
+    finally:
+        warnings.showwarning = show

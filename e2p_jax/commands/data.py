@@ -1,14 +1,17 @@
-"""`e2p data`."""
+"""`e2p data` and `e2p prepare`."""
 
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from e2p_jax.config import Config
+from e2p_jax.commands.common import Named, Overrides
+from e2p_jax.config import Config, OnBadRecord
 from e2p_jax.errors import UsageError
+from e2p_jax.registry import DATASETS, described
 from e2p_jax.terminal import Console
 
 
@@ -17,21 +20,19 @@ def data_command(_: str, defaults: Config) -> Callable[..., None]:
 
     def command(
         what: tyro.conf.Positional[Literal["stats", "show"]],
-        config: tyro.conf.Positional[str],
+        config: Named,
         /,
         rows: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 3,
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-        overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
+        overrides: Overrides = defaults,
     ) -> None:
         """Tells what a config's data comes to, or shows rows as training gets them. Reads no weights.
 
         Args:
           what: stats: counts, lengths, packing, drops, vectors, leaks between splits; show: the first rows of the first
             epoch, with slots and targets marked.
-          config: Name of a shipped config (quickstart, persona_chat, ...) or path of a Python file.
           rows: With show: how many.
           as_json: With stats: print JSON.
-          overrides: Any field of the config.
         """
         from e2p_jax.data.pipeline import epoch_order
         from e2p_jax.data.show import show_row
@@ -60,3 +61,31 @@ def data_command(_: str, defaults: Config) -> Callable[..., None]:
                 console.print(line)
 
     return command
+
+
+DATASET = f"{described(DATASETS)} Or a configuration: persona_chat/self_revised."
+
+
+def prepare(
+    dataset: tyro.conf.Positional[Annotated[str, tyro.conf.arg(help=DATASET)]],
+    /,
+    manual_dir: Path,
+    data_dir: Path,
+    options: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
+    on_bad_record: OnBadRecord = "error",
+    max_bad_share: float = 0.01,
+) -> None:
+    """Writes a dataset in TFDS form, and prints its directory.
+
+    Args:
+      dataset: One of `registry.DATASETS`, or a configuration of it.
+      manual_dir: Where the original files lie.
+      data_dir: Where prepared datasets go.
+      options: Options to change, as name=value; docs/data.md lists them, and so does the error for an unknown one.
+      on_bad_record: error: a record that breaks its format ends it; skip: it is left out and counted.
+      max_bad_share: With skip: a larger share of bad records in a file is an error.
+    """
+    from e2p_jax.datasets.bad_records import BadRecords
+    from e2p_jax.datasets.prepare import prepare as run
+
+    print(run(dataset, manual_dir, data_dir, options, BadRecords(on_bad_record, max_bad_share)))

@@ -1,4 +1,4 @@
-"""`e2p export`."""
+"""`e2p export`, `e2p prefixes` and `e2p import`."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from e2p_jax.commands.common import RunPath
+from e2p_jax.commands.common import DETECTED, Checkpoint, Embeddings, Run, Together
 from e2p_jax.errors import UserError
 from e2p_jax.registry import EXPORTS, described, one_of
+from e2p_jax.terminal import say
 
 _NEEDED = {"out": "--out DIR", "users": "--user", "prompt": "--prompt"}  # by formats that take them
 
 
 def export(
-    run: tyro.conf.Positional[RunPath],
+    run: Run,
     /,
     out: Path | None = None,
     format: Annotated[str, one_of(EXPORTS, described(EXPORTS))] = "transformers",
@@ -23,12 +24,11 @@ def export(
     prompt: str | None = None,
     embeddings: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    checkpoint: str = "best",
+    checkpoint: Checkpoint = "best",
 ) -> None:
     """Writes what a run trained in another program's form.
 
     Args:
-      run: Run directory.
       out: Directory to write; with vllm, vllm-chat and sglang a file. Default for those: stdout.
       format: One of `registry.EXPORTS`.
       include_backbone: With transformers: copy the backbone's tensors too; else they are named and
@@ -37,7 +37,6 @@ def export(
       prompt: With the engines: the user turn to answer.
       embeddings: With peft and the engines: table of user vectors to use in place of the run's.
       dtype: With backbone: of the written tensors.
-      checkpoint: best, last, or a step.
     """
     from e2p_jax.files import explain_refusal, write_text
     from e2p_jax.train.run import open_run
@@ -57,4 +56,52 @@ def export(
             return
         with explain_refusal(out):
             write_text(out, lines)
+    print(out)
+
+
+def prefixes(
+    run: Run,
+    /,
+    out: Path,
+    embeddings: Embeddings = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
+    checkpoint: Checkpoint = "best",
+    keep_hours: float = 24.0,
+    processes: Together = DETECTED,
+) -> None:
+    """Projects every user of a table once, to be looked up when serving; rerun it to resume, to update, or to mend.
+
+    Args:
+      out: Directory to write, or to update; with several processes, on storage that all share.
+      dtype: Of the soft tokens.
+      keep_hours: How long at least files stay that an update takes out, for readers that opened the table before.
+    """
+    from e2p_jax.export.prefix_table import export_prefixes
+    from e2p_jax.parallel.distributed import is_first, session
+    from e2p_jax.train.run import open_run
+
+    with session(processes):
+        written = export_prefixes(open_run(run, checkpoint, embeddings, backbone="embedding"), out, dtype, keep_hours)
+        if is_first():
+            say(written.text())
+            print(out)
+
+
+def import_run(
+    directory: tyro.conf.Positional[Path], /, out: Path, data: str | None = None, embeddings: str | None = None
+) -> None:
+    """Makes a run of an exported transformers directory, to evaluate it or to train it on.
+
+    Args:
+      directory: What `e2p export --format transformers` wrote.
+      out: Run directory to make; its config.json may be edited before training goes on.
+      data: Records to train on: as `data.path` of a config. Default: what the export names, if it is found from here.
+      embeddings: Table of user vectors. Default: what the export names, if it is found from here.
+    """
+    from e2p_jax.export.import_back import import_transformers
+
+    config = import_transformers(directory, out, data, embeddings)
+    if config.data.embeddings is None:
+        say("no table of user vectors is named or found from here; to train on, import again with --embeddings TABLE")
+    say(f"train on with: e2p train {out / 'config.json'} --workdir {out}")
     print(out)

@@ -1,4 +1,4 @@
-"""`e2p generate`."""
+"""`e2p generate` and `e2p demo`."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from e2p_jax.commands.common import RunPath
+from e2p_jax.commands.common import Checkpoint, Embeddings, Run
 from e2p_jax.config import Condition
-from e2p_jax.errors import UsageError
+from e2p_jax.errors import UsageError, UserError
 from e2p_jax.options import Sampling
 from e2p_jax.terminal import printable
 
@@ -16,28 +16,25 @@ GREEDY = Sampling()
 
 
 def generate(
-    run: tyro.conf.Positional[RunPath],
+    run: Run,
     /,
     user: tuple[str, ...] = (),
     prompt: str | None = None,
     input: Path | None = None,
-    embeddings: str | None = None,
+    embeddings: Embeddings = None,
     condition: Condition = "e2p",
-    checkpoint: str = "best",
+    checkpoint: Checkpoint = "best",
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answers prompts as users would.
 
     Args:
-      run: Run directory.
       user: User ids of the table, or @vector.npy, the vector in a file (@@alice is the user @alice); several answer the
         same prompt in one batch.
       prompt: The user turn to answer.
       input: JSON Lines of {user_id, prompt} or {user_id, messages} to answer in place of --user and --prompt.
-      embeddings: Table of user vectors to use in place of the run's.
       condition: What stands in front: e2p, none, or any that `e2p evaluate` knows.
-      checkpoint: best, last, or a step.
       sampling: How tokens are chosen.
       as_json: Print one JSON line per answer: user_id, response.
     """
@@ -61,3 +58,26 @@ def generate(
             print(json.dumps({"user_id": record.user_id, "response": reply}))
         else:
             print(f"{printable(record.user_id)}: {printable(reply, lines=True)}")
+
+
+def demo(
+    run: Run,
+    /,
+    port: int = 7860,
+    embeddings: Embeddings = None,
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Serves a page, to this machine alone, that answers as several users: with their soft tokens, without, swapped.
+
+    Args:
+      port: Of the page, on 127.0.0.1.
+    """
+    from e2p_jax.train.run import open_run
+
+    if not 0 < port < 2**16:
+        raise UsageError("--port must be from 1 to 65535")
+    try:
+        from e2p_jax.export.demo import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"e2p demo needs Gradio ({error}): pip install 'e2p-jax[demo]'") from error
+    serve(open_run(run, checkpoint, embeddings), port)

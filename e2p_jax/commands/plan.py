@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import rich.table
-import tyro
 
+from e2p_jax.commands.common import Json, Named, Overrides
 from e2p_jax.config import Config
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.terminal import Console, say
@@ -19,27 +19,26 @@ def plan_command(_: str, defaults: Config) -> Callable[..., None]:
     """`plan` with the named config's values as the defaults of its flags."""
 
     def command(
-        config: tyro.conf.Positional[str],
+        config: Named,
         /,
         topology: str,
         embedding_width: int = 768,
         targets: int | None = None,
         segments: int = 16,
         suggest: bool = True,
-        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-        overrides: Annotated[Config, tyro.conf.arg(name="")] = defaults,
+        as_json: Json = False,
+        overrides: Overrides = defaults,
     ) -> None:
         """Compiles the train and evaluation steps for devices that are not here; exit 1 where they do not fit.
 
+        Of the backbone, config.json is enough.
+
         Args:
-          config: Name of a shipped config or path of a Python file. Of its backbone, config.json is enough.
           topology: v5e:4x4, v5p:2x4x4, v6e:8x8, or cpu:N.
           embedding_width: E, of the user vectors; this and the next two a run learns from its data.
           targets: M, targets per row. Default: half of data.seq_len.
           segments: S, conversations per row.
           suggest: Compile for more rows and other meshes too: about a minute for each.
-          as_json: Print JSON to stdout in place of the table.
-          overrides: Any field of the config.
         """
         from e2p_jax.plan.plan import RowShape
 
