@@ -6,9 +6,8 @@ import pytest
 from benchmarks.releases import interactions as plays
 from benchmarks.releases import pens as news
 from e2p_jax.datasets.bad_records import BadRecords
-from e2p_jax.datasets.interactions.candidates import records
 from e2p_jax.datasets.interactions.layouts import read_log
-from e2p_jax.datasets.interactions.split import Options, split
+from e2p_jax.datasets.interactions.split import Options, records, split
 from e2p_jax.datasets.prepare import prepare
 from e2p_jax.datasets.prepared import load_records, load_table
 

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2p_jax.datasets.bad_records import BadRecords
-from e2p_jax.datasets.interactions.candidates import records
 from e2p_jax.datasets.interactions.layouts import Log, read_log
 from e2p_jax.datasets.interactions.log import SPLITS, Interactions, load_interactions
-from e2p_jax.datasets.interactions.split import Options, split
+from e2p_jax.datasets.interactions.split import Options, records, split
 from e2p_jax.datasets.prepare import prepare
 from e2p_jax.datasets.prepared import load_records
 from e2p_jax.errors import UserError

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2p_jax.datasets.bad_records import BadRecords
-from e2p_jax.datasets.persona_chat import generated
 from e2p_jax.datasets.persona_chat.dialogues import Dialogue, user_id
-from e2p_jax.datasets.persona_chat.parlai import read_dialogues
+from e2p_jax.datasets.persona_chat.release import COLUMNS, read_both, read_dialogues
 from e2p_jax.datasets.prepare import prepare
 from e2p_jax.datasets.prepared import load_records, load_table
 from e2p_jax.datasets.records import Record
@@ -308,7 +307,7 @@ def test_people_of_the_human_evaluation_are_the_users(tmp_path):
 
 def generated_csv(*conversations: tuple[str, str, str]) -> bytes:
     text = io.StringIO()
-    csv.writer(text).writerows([generated.COLUMNS, *conversations])
+    csv.writer(text).writerows([COLUMNS, *conversations])
     return text.getvalue().encode()
 
 
@@ -407,7 +406,7 @@ def test_the_counts_of_the_part_at_hand(shared):
 def test_real_generated_dialogues(shared, tmp_path):
     """1,000 conversations, and the vectors that belong to them."""
     original = shared / "data" / "synthetic_persona_chat"
-    both = generated.read_both(original / "valid.csv", BadRecords())
+    both = read_both(original / "valid.csv", BadRecords())
     assert len(both) == 1_000
     directory = prepare("persona_chat/synthetic", original, tmp_path)
     records = load_records(str(directory), "validation")

