@@ -5,6 +5,8 @@ Imports nothing heavy.
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from etils import epath
 
 _SEAL = "sha256"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_object(path: "Path | epath.Path", remedy: str) -> dict[str, Any]:
@@ -50,23 +53,41 @@ def parse_object(data: bytes | str, source: "Path | epath.Path", remedy: str) ->
 def object_in(data: bytes | str) -> dict[str, Any]:
     """
     Raises:
-      ValueError: not UTF-8, not JSON, nested too deep, NaN or infinity, a key twice, or something else than an object.
+      ValueError: what `loads` refuses, or something else than an object.
     """
-    try:
-        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        values = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError("malformed JSON (nested too deep)") from error
+    values = loads(data)
     if not isinstance(values, dict):
         raise ValueError(f"the file must be a JSON object, and is {type(values).__name__}")
+    return values
+
+
+def loads(data: bytes | str) -> Any:
+    """
+    Raises:
+      ValueError: not UTF-8, not JSON, nested too deep, NaN or infinity, a key twice in an object, or a text that cannot
+        be encoded again. A JSONDecodeError says where.
+    """
+    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+    try:
+        values = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+        if _SURROGATE.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a surrogate pair ({error.object[error.start]!r}); drop it") from error
+    except RecursionError as error:
+        raise ValueError("malformed JSON (nested too deep)") from error
+    except ValueError as error:
+        raise ValueError(f"malformed JSON ({error})") from error
     return values
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key[:40]!r} stands twice in one object")
     return values
 
 

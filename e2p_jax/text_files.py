@@ -4,18 +4,16 @@ import csv
 import dataclasses
 import gzip
 import json
-import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from e2p_jax.errors import UserError
+from e2p_jax.json_files import loads
 
 LONGEST = 1 << 24  # characters of a line; beyond it a line end or a closing quote is missing
 _BOM = b"\xef\xbb\xbf"
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,32 +122,18 @@ def decode_json(line: Line) -> Any:
 
 
 def parse_json(text: str, place: str, remedy: str) -> Any:
-    """Reads JSON in which every text can be encoded again, and no object has a key twice.
+    """Reads JSON.
 
     Raises:
-      UserError: naming the line and column of `text`, or the key.
+      UserError: what `json_files.loads` refuses, naming the line and column of `text`, or the key.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_object)
-        if _SURROGATE.search(text):
-            json.dumps(values, ensure_ascii=False).encode()
+        return loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{place}: malformed JSON ({error.msg} at {where}); {remedy}") from error
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise UserError(f"{place}: holds half a surrogate pair ({half!r}); drop it") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: malformed JSON ({error}); {remedy}") from error
-    return values
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key[:40]!r} stands twice in one object")
-    return values
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; {remedy}") from error
 
 
 def shortened(names: Sequence[str]) -> list[str]:

@@ -208,7 +208,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"user_id": "\\ud800", "prompt": "hi", "response": "ho"}', r":2: holds half a surrogate pair"),
-        (b"[" * 100_000, r":2: malformed JSON \(maximum recursion"),
+        (b"[" * 100_000, r":2: malformed JSON \(nested too deep"),
         (b'{"user_id": ' + b"1" * 5000 + b"}", r":2: malformed JSON \(Exceeds the limit"),
         (b'{"user_id": "' + b"x" * (1 << 24) + b'"}', r":2: 16777231 bytes in one line; a line end is missing"),
     ],
