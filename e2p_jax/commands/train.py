@@ -39,10 +39,10 @@ def train_command(name: str, defaults: Config) -> Callable[..., None]:
 
 def _train(config: Config, name: str, workdir: str | None) -> None:
     """Trains, then shows the table of conditions, the loss curve and the answers of two held-out users."""
-    from e2p_jax.evaluate.curves import draw_loss
     from e2p_jax.evaluate.evaluation import evaluate_splits, save
-    from e2p_jax.evaluate.showcase import show_answers
+    from e2p_jax.evaluate.users import show_answers
     from e2p_jax.parallel.distributed import is_first
+    from e2p_jax.report.figures import draw_loss
     from e2p_jax.train.loop import train_model
 
     run = train_model(config.resolved(), workdir or f"runs/{name}")

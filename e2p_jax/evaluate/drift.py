@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -11,20 +10,12 @@ from e2p_jax.config import Condition
 from e2p_jax.data.conditions import user_vectors
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, sums_by_user
+from e2p_jax.evaluate.measures import MEASURES, Difference, Interval, bootstrap, difference, sums_by_user
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
 from e2p_jax.vectors.table import UserTable
 
 Case = tuple[str, Condition]
-
-
-class Interval(NamedTuple):
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +94,12 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     sums = sums_by_user([statistics[case] for case in cases], owners)
     drawn = bootstrap(sums, value, samples)
     old_e2p, old_other, new_e2p, new_other = (float(value(group.sum(axis=0))) for group in sums)
-    gain_old = _interval(old_other - old_e2p, drawn[:, 1] - drawn[:, 0])
-    gain_new = _interval(new_other - new_e2p, drawn[:, 3] - drawn[:, 2])
+    gain_old = Interval.of(old_other - old_e2p, drawn[:, 1] - drawn[:, 0])
+    gain_new = Interval.of(new_other - new_e2p, drawn[:, 3] - drawn[:, 2])
     share, retrain = None, None
     if gain_old.low > 0:
         ratios = (drawn[:, 3] - drawn[:, 2]) / (drawn[:, 1] - drawn[:, 0])
-        share = _interval(gain_new.value / gain_old.value, ratios)
+        share = Interval.of(gain_new.value / gain_old.value, ratios)
         retrain = True if share.high < keep else False if share.low >= keep else None
     return Drift(
         users=len(names),
@@ -122,11 +113,6 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
         kept=share,
         retrain=retrain,
     )
-
-
-def _interval(value: float, drawn: np.ndarray) -> Interval:
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -15,10 +15,26 @@ from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.generate import generate
-from e2p_jax.evaluate.measures import MEASURES, Difference, difference, interval, p_text
-from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
-from e2p_jax.evaluate.recommend import is_interactions, recommender_ranks
-from e2p_jax.evaluate.texts import distinct, text_statistics
+from e2p_jax.evaluate.measures import (
+    MEASURES,
+    Difference,
+    difference,
+    distinct,
+    interval,
+    interval_text,
+    p_text,
+    text_statistics,
+    value_text,
+)
+from e2p_jax.evaluate.rank import (
+    candidate_nll,
+    is_interactions,
+    rank_statistics,
+    rank_users,
+    ranks,
+    recommender_ranks,
+    with_candidates,
+)
 from e2p_jax.files import write_text
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import is_first
@@ -70,8 +86,7 @@ class Evaluation:
         """Every measure with its interval, and how much better or worse each condition is."""
         users, out = [record.user_id for record in self.records], {}
         for measure, statistics in by_measure.items():
-            value, low, high = interval(measure, statistics, users, self.bootstrap_samples)
-            entry: dict[str, Any] = {"value": value, "low": low, "high": high}
+            entry: dict[str, Any] = interval(measure, statistics, users, self.bootstrap_samples)._asdict()
             for name, scores in self.scores.items():
                 ours = scores.statistics[measure]
                 apart = difference(measure, ours, statistics, users, self.bootstrap_samples)
@@ -84,8 +99,7 @@ class Evaluation:
         scores, users = self.scores[name], [record.user_id for record in self.records]
         measures: dict[str, dict[str, Any]] = {}
         for measure, statistics in scores.statistics.items():
-            value, low, high = interval(measure, statistics, users, self.bootstrap_samples)
-            measures[measure] = {"value": value, "low": low, "high": high}
+            measures[measure] = interval(measure, statistics, users, self.bootstrap_samples)._asdict()
             for baseline in BASELINES:
                 if baseline in self.scores and baseline != name:
                     apart = self.difference(name, baseline, measure)
@@ -267,18 +281,9 @@ def _further(values: dict[str, Any]) -> list[rich.table.Table]:
     for condition in rows:
         table.add_column(condition, justify="right")
     for name in names:
-        digits = MEASURES[name].digits if name in MEASURES else 3
-        cells = []
-        for row in rows.values():
-            cells.append(" ".join(_number(row.get(name, {}), digits)))
-        table.add_row(MEASURES[name].label if name in MEASURES else name, *cells)
+        cells = [f"{value_text(name, row.get(name))} {interval_text(name, row.get(name))}" for row in rows.values()]
+        table.add_row(MEASURES[name].label, *map(str.strip, cells))
     return [table]
-
-
-def _number(entry: dict[str, float], digits: int) -> list[str]:
-    """A value and its interval, as far as they are there."""
-    value = [f"{entry['value']:.{digits}f}"] if entry else []
-    return value + ([f"[{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"] if "low" in entry else [])
 
 
 def save(run: Run, evaluations: Sequence[Evaluation]) -> epath.Path:

@@ -1,14 +1,20 @@
-"""Measures as sums, and what can be said of their differences.
+"""Measures as sums, what can be said of their differences, and the sums of those on generated texts.
 
 A measure has statistics that add up over records, [N, k], and a value that is a function of their sums. So any of them,
 corpus BLEU too, can be taken over a resampled set of users: a bootstrap and a permutation test serve all.
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from e2p_jax.datasets.records import Record
 
 MOST = 200_000  # numbers of a block of resampled weights
 
@@ -63,7 +69,23 @@ MEASURES: dict[str, Measure] = {
     "rouge1_best": Measure("ROUGE-1 best %", _percent, True, 1),
     "rouge2_best": Measure("ROUGE-2 best %", _percent, True, 1),
     "rougeL_best": Measure("ROUGE-L best %", _percent, True, 1),
+    "distinct1": Measure("distinct1", _ratio, True),
+    "distinct2": Measure("distinct2", _ratio, True),
 }
+
+
+class Interval(NamedTuple):
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, drawn: np.ndarray) -> "Interval":
+        """The percentiles of values over resampled users."""
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return cls(float(value), float(low), float(high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +162,21 @@ def p_text(p: float, least: float) -> str:
     return f"<= {math.ceil(round(least * 10**digits, 6)) / 10**digits:g}"
 
 
-def interval(name: str, statistics: np.ndarray, users: Sequence[str], samples: int) -> tuple[float, float, float]:
+def value_text(name: str, entry: Mapping[str, float] | None) -> str:
+    """A measure's value as tables show it."""
+    return f"{entry['value']:.{MEASURES[name].digits}f}" if entry else ""
+
+
+def interval_text(name: str, entry: Mapping[str, float] | None) -> str:
+    """Its interval, where there is one."""
+    digits = MEASURES[name].digits
+    return f"[{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]" if entry and "low" in entry else ""
+
+
+def interval(name: str, statistics: np.ndarray, users: Sequence[str], samples: int) -> Interval:
     """A measure's value and its 95 % interval, a percentile bootstrap over users."""
-    measure, (sums,) = MEASURES[name], sums_by_user([statistics], users)
-    low, high = np.quantile(bootstrap([sums], measure.value, samples), [0.025, 0.975])
-    return float(measure.value(sums.sum(axis=0))), float(low), float(high)
+    value, (sums,) = MEASURES[name].value, sums_by_user([statistics], users)
+    return Interval.of(float(value(sums.sum(axis=0))), bootstrap([sums], value, samples))
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray, users: Sequence[str], samples: int) -> Difference:
@@ -160,6 +192,54 @@ def difference(name: str, ours: np.ndarray, theirs: np.ndarray, users: Sequence[
     value = MEASURES[name].value
     a, b = sums_by_user([ours, theirs], users)
     drawn = bootstrap([a, b], value, samples)
-    low, high = np.quantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975])
-    mean = float(value(a.sum(axis=0)) - value(b.sum(axis=0)))
-    return Difference(mean, float(low), float(high), *permutation_p(a, b, value, samples))
+    found = Interval.of(float(value(a.sum(axis=0)) - value(b.sum(axis=0))), drawn[:, 0] - drawn[:, 1])
+    return Difference(*found, *permutation_p(a, b, value, samples))
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def _words(text: str) -> list[str]:
+    """ParlAI's normal form: lower case, no punctuation, no articles."""
+    text = "".join(" " if c in string.punctuation else c for c in text.lower())
+    return _ARTICLES.sub(" ", text).split()
+
+
+def word_f1(reply: str, truth: str) -> float:
+    """Harmonic mean of precision and recall of the words, as ConvAI2 counts it."""
+    ours, theirs = _words(reply), _words(truth)
+    same = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2 * same / (len(ours) + len(theirs)) if same else 0.0
+
+
+def distinct(replies: Sequence[str], n: int) -> float:
+    """Different n-grams over all n-grams of the replies (Li et al., arXiv 1510.03055)."""
+    words = [reply.split() for reply in replies]
+    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def text_statistics(replies: Sequence[str], records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Statistics of the measures on texts, [N, k], against each record's last turn; `_best` ones against the best
+    match among that and the record's references, where any record has such.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+    truths = [record.messages[-1]["content"] for record in records]
+    one = np.ones(len(records))
+    f1 = [word_f1(reply, truth) for reply, truth in zip(replies, truths, strict=True)]
+    out = {"f1": np.stack([f1, one], axis=1)}
+    sacre = BLEU()
+    found = [sacre.corpus_score([r], [[t]]) for r, t in zip(replies, truths, strict=True)]
+    out["bleu"] = np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in found], np.float64)
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    targets: dict[str, list[tuple[str, ...]]] = {"": [(truth,) for truth in truths]}
+    if any(record.references for record in records):
+        targets["_best"] = [(truth, *r.references) for truth, r in zip(truths, records, strict=True)]
+    for suffix, accepted in targets.items():
+        scores = [scorer.score_multi(texts, reply) for texts, reply in zip(accepted, replies, strict=True)]
+        for kind in kinds:
+            out[kind + suffix] = np.stack([[score[kind].fmeasure for score in scores], one], axis=1)
+    return out

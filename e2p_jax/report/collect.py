@@ -95,7 +95,7 @@ def collect(paths: Sequence[epath.PathLike]) -> Collected:
     """
     sources = [find_source(path) for path in paths]
     runs = {name: path for source in sources for name, path in source.runs.items()}
-    learning, training = _curves(runs)
+    learning, training = curves(runs)
     main = next((name for name, path in runs.items() if _has_users(path)), None)
     if main is None:
         raise UserError(f"{paths[0]}: no run here was trained on users' vectors; name one that was")
@@ -138,7 +138,7 @@ def _open(runs: dict[str, epath.Path], main: str) -> tuple[Run, dict[str, Traini
     }
 
 
-def _curves(runs: dict[str, epath.Path]) -> tuple[Curves, Curves]:
+def curves(runs: dict[str, epath.Path]) -> tuple[Curves, Curves]:
     """Held-out NLL by run and split, and training loss by run."""
     learning: Curves = {}
     training: Curves = {}

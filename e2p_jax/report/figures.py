@@ -2,15 +2,19 @@
 
 import io
 import re
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from e2p_jax.evaluate.cost import Cost
 from e2p_jax.evaluate.robustness import DISTURBANCES, Point
 from e2p_jax.evaluate.users import UserMap
-from e2p_jax.report.collect import Curves
+from e2p_jax.files import write_bytes
+from e2p_jax.report.collect import Curves, curves
 from e2p_jax.terminal import printable
 
 INK = "#707172"  # stands for the text's colour until the page is made
@@ -140,6 +144,15 @@ class Figures:
         axes.margins(0.18, 0.12)
         axes.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])
         self._save(figure, "users")
+
+
+def draw_loss(run: epath.Path) -> epath.Path:
+    """Writes a run's learning curve, `report/loss.png`."""
+    path = run / "report" / "loss.png"
+    with tempfile.TemporaryDirectory() as place:
+        Figures(Path(place)).learning(*curves({run.name: run}))
+        write_bytes(path, (Path(place) / "learning.png").read_bytes())
+    return path
 
 
 def _plain(text: str, most: int = 60) -> str:

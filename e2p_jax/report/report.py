@@ -12,7 +12,7 @@ import markupsafe
 from etils import epath
 
 from e2p_jax.evaluate.evaluation import BASELINES
-from e2p_jax.evaluate.measures import MEASURES, p_text
+from e2p_jax.evaluate.measures import MEASURES, interval_text, p_text, value_text
 from e2p_jax.files import replace_directory
 from e2p_jax.report.collect import Collected, collect
 from e2p_jax.report.figures import Figures
@@ -46,7 +46,9 @@ def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
         )
-        environment.globals.update(SHOWN=SHOWN, number=number, span=span, label=label, p_text=p_text)
+        environment.globals.update(
+            SHOWN=SHOWN, MEASURES=MEASURES, value_text=value_text, interval_text=interval_text, p_text=p_text
+        )
         page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
             found=found,
             svgs=figures.svgs,
@@ -149,19 +151,3 @@ def _shown(value: Any) -> Any:
 def text_cell(text: str) -> str:
     """The text, with a ' in front where a spreadsheet would take it for a formula and run it."""
     return f"'{text}" if _FORMULA.match(text) else text
-
-
-def number(entry: dict[str, float] | None, name: str) -> str:
-    """A measure's value as the tables show it."""
-    digits = MEASURES[name].digits if name in MEASURES else 3
-    return f"{entry['value']:.{digits}f}" if entry else ""
-
-
-def span(entry: dict[str, float] | None, name: str) -> str:
-    """Its interval, where there is one."""
-    digits = MEASURES[name].digits if name in MEASURES else 3
-    return f"{entry['low']:.{digits}f} to {entry['high']:.{digits}f}" if entry and "low" in entry else ""
-
-
-def label(name: str) -> str:
-    return MEASURES[name].label if name in MEASURES else name

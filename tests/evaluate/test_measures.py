@@ -8,8 +8,16 @@ import sacrebleu
 import scipy.stats
 
 from e2p_jax.datasets.records import Record
-from e2p_jax.evaluate.measures import MEASURES, Difference, bootstrap, difference, interval, p_text, permutation_p
-from e2p_jax.evaluate.texts import text_statistics
+from e2p_jax.evaluate.measures import (
+    MEASURES,
+    Difference,
+    bootstrap,
+    difference,
+    interval,
+    p_text,
+    permutation_p,
+    text_statistics,
+)
 from e2p_jax.train.score import Scores
 
 

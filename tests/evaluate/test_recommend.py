@@ -7,7 +7,7 @@ import pytest
 
 from e2p_jax.datasets.interactions.log import SPLITS, Interactions, load_interactions, save_interactions
 from e2p_jax.datasets.records import Record
-from e2p_jax.evaluate.recommend import is_interactions, neighbour_scores, recommender_ranks
+from e2p_jax.evaluate.rank import is_interactions, neighbour_scores, recommender_ranks
 from e2p_jax.vectors.table import UserTable
 
 # ann and bob like rock, cat and dan like jazz; what is asked for is in no known interaction of its user.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from e2p_jax.datasets.records import Record
-from e2p_jax.evaluate.texts import distinct, text_statistics, word_f1
+from e2p_jax.evaluate.measures import distinct, text_statistics, word_f1
 
 Talk = tuple[list[str], list[Record]]
 
