@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from e2p_jax.config_checks import fault_of, time_limit
-from e2p_jax.effects import free, result, rounding
+from e2p_jax.config_fields import fault_of, free, result, rounding, time_limit
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.json_files import parse_object
 from e2p_jax.registry import PROJECTORS, described, one_of

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from e2p_jax.config_checks import LARGEST_FLOAT
+from e2p_jax.config_fields import LARGEST_FLOAT
 from e2p_jax.errors import UsageError
 
 

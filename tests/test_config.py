@@ -22,7 +22,7 @@ from e2p_jax.config import (
     ProjectorConfig,
     TrainConfig,
 )
-from e2p_jax.effects import fields_that
+from e2p_jax.config_fields import fields_that
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.parallel.mesh import AXES
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import asked_for
-from e2p_jax.export.checks import refuse_foreign, refuse_not_finite
+from e2p_jax.export.common import refuse_foreign, refuse_not_finite
 from e2p_jax.export.payloads import soft_tokens
 from e2p_jax.files import replace_directory
 from e2p_jax.terminal import say

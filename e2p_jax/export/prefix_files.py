@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from e2p_jax.errors import UserError
+from e2p_jax.export.common import save_tokenizer
 from e2p_jax.export.engines import SERVING_TEMPLATE
 from e2p_jax.export.prefix_reader import (
     MANIFEST,
@@ -24,7 +25,6 @@ from e2p_jax.export.prefix_reader import (
     manifest_checksum,
     read_manifest,
 )
-from e2p_jax.export.tokenizer import save_tokenizer
 from e2p_jax.files import write_bytes, write_text
 from e2p_jax.train.run import Run
 from e2p_jax.vectors.index import UserIndex

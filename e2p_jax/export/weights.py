@@ -8,7 +8,7 @@ from flax import nnx
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.lora import merge
 from e2p_jax.backbone.quantize import full
-from e2p_jax.export.checks import refuse_foreign, refuse_not_finite, settings_of
+from e2p_jax.export.common import refuse_foreign, refuse_not_finite, settings_of
 from e2p_jax.train.run import Run
 
 

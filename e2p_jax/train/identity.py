@@ -18,9 +18,9 @@ from etils import epath
 from e2p_jax.backbone.families import parse_config, significant
 from e2p_jax.backbone.tensor_files import kept, stamp
 from e2p_jax.config import Config
+from e2p_jax.config_fields import fields_that
 from e2p_jax.data.control import unguarded
 from e2p_jax.data.encode import Encoder
-from e2p_jax.effects import fields_that
 from e2p_jax.errors import UserError
 from e2p_jax.files import write_text
 from e2p_jax.json_files import digest, is_digest, read_object, sealed, unseal

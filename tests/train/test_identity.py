@@ -16,8 +16,8 @@ from other_values import another
 from e2p_jax.backbone.families import read_config
 from e2p_jax.backbone.tensor_files import fingerprint
 from e2p_jax.config import BackboneConfig, Config, DataConfig, from_json
+from e2p_jax.config_fields import fields_that
 from e2p_jax.data.control import unguarded
-from e2p_jax.effects import fields_that
 from e2p_jax.errors import UserError
 from e2p_jax.tensors import read_tensors
 from e2p_jax.train import identity
