@@ -4,28 +4,21 @@ All go through the one mask and the one loop. Learning rates are a multiple of t
 projector's.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from e2p_jax.config import Condition, Config
 
 LORA_RANK = 8
 
 
-def _change(config: Config, **sections: dict[str, Any]) -> Config:
-    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
-    return dataclasses.replace(config, **changed)
-
-
 def e2p(config: Config) -> Config:
     """The config as it is: a projector of the user's vector."""
-    return _change(config, data={"condition": "e2p"})
+    return config.change(data={"condition": "e2p"})
 
 
 def e2p_text(config: Config) -> Config:
     """The soft token with the context spelled out behind it."""
-    return _change(config, data={"condition": "e2p+text"})
+    return config.change(data={"condition": "e2p+text"})
 
 
 def static(config: Config) -> Config:
@@ -34,8 +27,7 @@ def static(config: Config) -> Config:
     A linear projector of the mean vector is its bias alone, which is all that trains.
     """
     rate = 3 * config.train.learning_rate
-    return _change(
-        config,
+    return config.change(
         data={"condition": "static"},
         projector={"kind": "linear"},
         train={"trainable": ("projector/bias",), "learning_rate": rate},
@@ -44,8 +36,7 @@ def static(config: Config) -> Config:
 
 def lora(config: Config) -> Config:
     """Low-rank adapters on every layer matrix, nothing in front: fine-tuning that knows no user."""
-    return _change(
-        config,
+    return config.change(
         backbone={"lora_rank": LORA_RANK},
         data={"condition": "none"},
         train={"trainable": ("lora/**",), "learning_rate": config.train.learning_rate / 3},
@@ -55,7 +46,7 @@ def lora(config: Config) -> Config:
 def full(config: Config) -> Config:
     """All of the backbone, nothing in front."""
     rate = config.train.learning_rate / 10
-    return _change(config, data={"condition": "none"}, train={"trainable": ("backbone/**",), "learning_rate": rate})
+    return config.change(data={"condition": "none"}, train={"trainable": ("backbone/**",), "learning_rate": rate})
 
 
 BASELINES: dict[str, Callable[[Config], Config]] = {

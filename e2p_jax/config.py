@@ -291,6 +291,11 @@ class Config:
                 if fault := fault_of(given, field_kind):
                     raise UserError(f"{section}.{name} is {given!r}; {fault}")
 
+    def change(self, **sections: dict[str, Any]) -> "Config":
+        """The same config with other values of some fields, by section."""
+        changed = {name: dataclasses.replace(getattr(self, name), **fields) for name, fields in sections.items()}
+        return dataclasses.replace(self, **changed)
+
     def resolved(self) -> "Config":
         """The same config with local paths made absolute, so that the run can be opened from anywhere."""
 
@@ -305,14 +310,9 @@ class Config:
         return self._with_paths(lambda path: Path(path).name if Path(path).is_absolute() else path)
 
     def _with_paths(self, change: Callable[[str], str]) -> "Config":
-        data = dataclasses.replace(
-            self.data,
-            path=change(self.data.path),
-            embeddings=self.data.embeddings and change(self.data.embeddings),
-            chat_template=change(self.data.chat_template),
-        )
-        backbone = dataclasses.replace(self.backbone, path=change(self.backbone.path))
-        return dataclasses.replace(self, backbone=backbone, data=data)
+        data = {"path": self.data.path, "embeddings": self.data.embeddings, "chat_template": self.data.chat_template}
+        data = {name: path and change(path) for name, path in data.items()}
+        return self.change(backbone={"path": change(self.backbone.path)}, data=data)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

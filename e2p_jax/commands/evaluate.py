@@ -43,9 +43,9 @@ def evaluate(
         opened = open_run(run, checkpoint, embeddings)
         config = opened.inputs.config
         if data is not None:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
+            config = config.change(data={"path": str(data)})
         if measures:
-            config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, measures=measures))
+            config = config.change(evaluate={"measures": measures})
         opened = dataclasses.replace(opened, inputs=dataclasses.replace(opened.inputs, config=config))
         splits = (split,) if split else ("all",) if data else config.data.eval_splits
         evaluations = evaluate_splits(opened, splits, conditions or config.evaluate.conditions)

@@ -65,7 +65,7 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
     plan = compile_for(config, evaluation=True)
     most = fewest = None
     if suggest:
-        most = planning.largest_rows(plan, lambda rows: compile_for(planning.with_rows(config, rows)))
+        most = planning.largest_rows(plan, lambda rows: compile_for(config.change(train={"rows": rows})))
         meshes = planning.other_meshes(config, decoder, place, shape.embedding_width)
         plans = [compile_for(dataclasses.replace(config, mesh=mesh)) for mesh in meshes]
         fewest = min((p for p in plans if p.fits), key=lambda p: p.steps["train"].received, default=None)

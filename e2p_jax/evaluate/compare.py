@@ -94,14 +94,7 @@ def compare_seeds(
     """`compare` with each `train.seed`, in `directory/seed-N`: the data, the other users of `shuffled` and the
     candidates are the same for all.
     """
-    return {
-        seed: compare(
-            dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)),
-            directory / f"seed-{seed}",
-            compared,
-        )
-        for seed in seeds
-    }
+    return {seed: compare(config.change(train={"seed": seed}), directory / f"seed-{seed}", compared) for seed in seeds}
 
 
 def pool(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import user_vectors
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.generate import generate_tokens
 from e2p_jax.options import Sampling
@@ -40,7 +39,7 @@ def serving_cost(run: Run, records: Sequence[Record], conditions: Sequence[Condi
     prompts = {c: [encoder.encode_prompt(record, c) for record in asked] for c in conditions}
     lengths = {c: [len(prompt.tokens) for prompt in prompts[c]] for c in conditions}
     middle = int(np.argsort([sum(lengths[c][n] for c in conditions) for n in range(len(asked))])[len(asked) // 2])
-    vectors = {c: user_vectors(records, c, run.inputs.table, run.population).gather([middle]) for c in conditions}
+    vectors = {c: run.vectors(records, c).gather([middle]) for c in conditions}
 
     def seconds(condition: Condition, new_tokens: int) -> float:
         start = time.perf_counter()
@@ -96,7 +95,7 @@ def bytes_per_user(run: Run, records: Sequence[Record]) -> dict[str, float]:
     """Counts what is kept for a user: the vector as in the table, the soft tokens in bfloat16, the context as UTF-8
     (mean over the records).
     """
-    width = run.population.mean.shape[0]
+    width = run.model.embedding_width
     item = run.inputs.table.vectors.dtype.itemsize if run.inputs.table else 4
     return {
         "vector": float(width * item),

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from flax import nnx
 
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import user_vectors
@@ -68,7 +67,7 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     Raises:
       UserError: widths that differ, or fewer than two users in both tables.
     """
-    width = run.population.mean.shape[0]
+    width = run.model.embedding_width
     for table in (old, new):
         if table.width != width:
             raise UserError(f"{table.source}: vectors have width {table.width}, but the run's projector takes {width}")
@@ -82,7 +81,7 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     mean, std = (part.astype(np.float64) for part in run.population)  # products of large new vectors are not in float32
     a, b = ((vectors - mean) / std for vectors in (before, after))
     left, _, right = np.linalg.svd(b.T @ a)
-    projector = nnx.merge(run.model.graph, run.model.params).projector
+    projector = run.model.merged.projector
     soft_old, soft_new = (np.asarray(projector(vectors)) for vectors in (before, after))
     spread = np.sqrt(np.mean((soft_old - soft_old.mean(axis=0)) ** 2))
 
@@ -130,5 +129,5 @@ def _statistics(run: Run, records: Sequence[Record], tables: dict[str, UserTable
         for name, table in tables.items()
         for condition in conditions
     }
-    nll = Scorer(run.model, run.inputs.encoder, run.inputs.config.train.rows).nll(groups)
+    nll = Scorer(run).nll(groups)
     return {case: np.stack([values, targets], axis=1) for case, values in nll.items()}

@@ -10,7 +10,7 @@ import rich.table
 from etils import epath
 
 from e2p_jax.config import Condition, Config, DataConfig, EvaluateConfig
-from e2p_jax.data.conditions import FRONTS, user_vectors
+from e2p_jax.data.conditions import FRONTS
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits
 from e2p_jax.datasets.records import Record
@@ -129,7 +129,7 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
     """
     inputs = run.inputs
     packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table, run.population)
-    scorer = Scorer(run.model, inputs.encoder, inputs.config.train.rows)
+    scorer = Scorer(run)
     scores: dict[str, Scores] = {}
     progress = Progress(len(conditions), 0, f"evaluate {split_name}")
     for number, condition in enumerate(conditions, 1):
@@ -193,7 +193,7 @@ def _measure(
             one = np.ones(len(rank))
             more[condition] |= {"user_rank": np.stack([rank, one], 1), "user_first": np.stack([rank == 1, one], 1)}
         if "texts" in settings.measures:
-            vectors = user_vectors(chosen, condition, run.inputs.table, run.population).gather()
+            vectors = run.vectors(chosen, condition).gather()
             prompts = [dataclasses.replace(record, messages=record.messages[:-1]) for record in chosen]
             made = generate(run, prompts, vectors, condition, REPLY)
             replies[condition] = tuple(map(run.inputs.encoder.answer, made))

@@ -11,13 +11,14 @@ from flax import nnx
 
 from e2p_jax.backbone.decoder import Cache
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import FRONTS, user_vectors
+from e2p_jax.data.conditions import FRONTS
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError, shown
 from e2p_jax.files import existing
 from e2p_jax.options import Sampling
 from e2p_jax.prefix.model import PrefixModel
+from e2p_jax.train.run import Run
 from e2p_jax.vectors.arrays import map_array
 
 SHORTEST_PROMPT = 64
@@ -191,12 +192,11 @@ def generate_tokens(
 
 
 def generate(
-    run: Any, records: Sequence[Record], vectors: np.ndarray, condition: Condition, sampling: Sampling, batch: int = 16
+    run: Run, records: Sequence[Record], vectors: np.ndarray, condition: Condition, sampling: Sampling, batch: int = 16
 ) -> list[str]:
     """The assistant's next turn of every record.
 
     Args:
-      run: an opened `e2p_jax.train.run.Run`.
       records: conversations that end with a user turn.
       vectors: [N, E] float32, one per record.
 
@@ -227,12 +227,11 @@ def generate(
 
 
 def stream(
-    run: Any, records: Sequence[Record], vectors: np.ndarray, conditions: Sequence[Condition], sampling: Sampling
+    run: Run, records: Sequence[Record], vectors: np.ndarray, conditions: Sequence[Condition], sampling: Sampling
 ) -> Iterator[list[str]]:
     """The replies as they grow: what `generate` says, one token after the other, all records in one batch.
 
     Args:
-      run: an opened `e2p_jax.train.run.Run`.
       records: N conversations that end with a user turn.
       vectors: [N, E] float32, one per record.
       conditions: N, one per record.
@@ -260,7 +259,7 @@ def stream(
         state = _advance_once(run.model.params, state, **static)
 
 
-def _encode(run: Any, records: Sequence[Record], conditions: Sequence[Condition], sampling: Sampling) -> list[Example]:
+def _encode(run: Run, records: Sequence[Record], conditions: Sequence[Condition], sampling: Sampling) -> list[Example]:
     """The prompts, each short enough for its reply."""
     limit = run.inputs.decoder.max_positions
     prompts = [run.inputs.encoder.encode_prompt(record, c) for record, c in zip(records, conditions, strict=True)]
@@ -273,7 +272,7 @@ def _encode(run: Any, records: Sequence[Record], conditions: Sequence[Condition]
     return prompts
 
 
-def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition: Condition) -> np.ndarray:
+def vectors_for(run: Run, users: Sequence[str], where: Sequence[str], condition: Condition) -> np.ndarray:
     """[N, E] float32: what the condition gives each user, its own vector from the run's table.
 
     Args:
@@ -286,10 +285,10 @@ def vectors_for(run: Any, users: Sequence[str], where: Sequence[str], condition:
     if where and FRONTS[condition].vector == "own" and run.inputs.table is None:
         raise UserError(f"{where[0]}: the run names no table of user vectors; give --embeddings TABLE")
     records = [Record(user, (), (), source=place) for user, place in zip(users, where, strict=True)]
-    return user_vectors(records, condition, run.inputs.table, run.population).gather()
+    return run.vectors(records, condition).gather()
 
 
-def asked_for(run: Any, flags: Sequence[str], condition: Condition = "e2p") -> tuple[list[str], np.ndarray]:
+def asked_for(run: Run, flags: Sequence[str], condition: Condition = "e2p") -> tuple[list[str], np.ndarray]:
     """Reads what `--user` names: the id of a user; `@vector.npy`, a file; `@@alice`, the user `@alice`.
 
     Returns:
@@ -300,7 +299,7 @@ def asked_for(run: Any, flags: Sequence[str], condition: Condition = "e2p") -> t
     """
     names = [flag[1:] if flag.startswith("@@") else flag for flag in flags]
     in_files = [FRONTS[condition].vector == "own" and flag[:1] == "@" and flag[:2] != "@@" for flag in flags]
-    width = int(run.model.params["projector"]["input_mean"].shape[0])
+    width = run.model.embedding_width
     vectors = np.zeros((len(flags), width), np.float32)
     for row, flag in enumerate(flags):
         if in_files[row]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
 from e2p_jax.datasets.records import Record
@@ -95,7 +94,7 @@ def candidate_nll(
     counts = [len(record.candidates) for record in records]
     groups = {}
     for condition in conditions:
-        vectors = user_vectors(records, condition, run.inputs.table, run.population)
+        vectors = run.vectors(records, condition)
         repeated = Vectors(vectors.source, np.repeat(vectors.rows, counts))
         groups[condition] = ([e for each in examples for e in each[condition]], repeated)
     out = {}
@@ -122,7 +121,7 @@ def rank_users(run: Run, scorer: Scorer, records: Sequence[Record], condition: C
         others = [user for user in users if user != record.user_id]
         drawn = np.random.default_rng([1, row]).choice(len(others), count - 1, replace=False)
         asked += [record, *(by_user[others[i]] for i in drawn)]
-    vectors = user_vectors(asked, condition, run.inputs.table, run.population)
+    vectors = run.vectors(asked, condition)
     fitted = [run.inputs.encoder.fit(record, [condition]).examples[condition] for record in records]
     examples = [example for example in fitted for _ in range(count)]
     return ranks(scorer.nll({condition: (examples, vectors)})[condition].reshape(-1, count))

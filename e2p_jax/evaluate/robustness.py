@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import FRONTS, other_users, user_vectors
+from e2p_jax.data.conditions import FRONTS, other_users
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.measures import interval
 from e2p_jax.train.run import Run
@@ -83,7 +83,7 @@ def robustness(run: Run, records: Sequence[Record], condition: Condition = "e2p"
     examples = [fit.examples[condition] for fit in fitted]
     targets = np.array([int(example.is_target.sum()) for example in examples])
     users = [record.user_id for record in kept]
-    vectors = user_vectors(kept, condition, run.inputs.table, population).gather()
+    vectors = run.vectors(kept, condition).gather()
     own = (vectors - population.mean) / population.std
     by_user = dict(zip(users, own, strict=True))
     other = np.stack([by_user[user] for user in other_users(users, seed=0)])
@@ -100,7 +100,7 @@ def robustness(run: Run, records: Sequence[Record], condition: Condition = "e2p"
         for number, level in enumerate(levels):
             rng = np.random.default_rng([2, number])
             groups[name, level] = (examples, raw(disturb(own, other, level, rng)))
-    scorer = Scorer(run.model, encoder, run.inputs.config.train.rows)
+    scorer = Scorer(run)
     samples = run.inputs.config.evaluate.bootstrap_samples
     points = []
     for (name, level), nll in scorer.nll(groups).items():

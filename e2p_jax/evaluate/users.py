@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
-from flax import nnx
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import user_vectors
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_records
 from e2p_jax.datasets.records import Record
@@ -46,8 +44,8 @@ def map_users(run: Run, records: Sequence[Record], most: int = 300, show: int = 
       UserError: a user without a vector.
     """
     people = list({record.user_id: record for record in records}.values())[:most]
-    model = nnx.merge(run.model.graph, run.model.params)
-    vectors = user_vectors(people, "e2p", run.inputs.table, run.population).gather()
+    model = run.model.merged
+    vectors = run.vectors(people, "e2p").gather()
     soft = np.asarray(model.projector(vectors))  # [N, K, D]
     flat = soft.reshape(len(people), -1)
     centred = flat - flat.mean(axis=0)
@@ -61,7 +59,7 @@ def map_users(run: Run, records: Sequence[Record], most: int = 300, show: int = 
 
 def _nearest_tokens(run: Run, soft: np.ndarray) -> list[list[str]]:
     tokenizer, count = run.inputs.encoder.tokenizer, run.inputs.decoder.vocab_size
-    model = nnx.merge(run.model.graph, run.model.params)
+    model = run.model.merged
     words = np.asarray(model.backbone.embed(jnp.arange(count)[None])[0], np.float32)
     mean = words.mean(axis=0)
     words = words - mean
@@ -97,7 +95,7 @@ def ask(
         for person in people
         for prompt in prompts
     ]
-    vectors = user_vectors(asked, condition, run.inputs.table, run.population).gather()
+    vectors = run.vectors(asked, condition).gather()
     replies = generate(run, asked, vectors, condition, Sampling(max_new_tokens=tokens))
     return [replies[n : n + len(prompts)] for n in range(0, len(replies), len(prompts))]
 

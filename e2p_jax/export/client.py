@@ -5,7 +5,6 @@
     body = client.vllm_completion("user-1", [{"role": "user", "content": "hi"}])
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -92,6 +91,6 @@ class EngineClient:
             raise UserError(f"{tokenizer}: missing or damaged; {REMEDY}")
         config = from_json(json.dumps(self.table.manifest["config"]), directory / MANIFEST)
         # The tokenizer beside the table carries the run's template.
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template="auto"))
+        config = config.change(data={"chat_template": "auto"})
         rows = len(self._tokens.rows)
         return Encoder.from_config(config, load_tokenizer(tokenizer, rows), rows, self._stops)

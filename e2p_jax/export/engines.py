@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from e2p_jax.data.encode import Encoder
 from e2p_jax.datasets.records import Record
@@ -63,7 +62,7 @@ def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> l
             "--format vllm-chat puts the soft tokens inside the first user turn, between tokens of the template; this "
             "run's placement or template says otherwise; use --format vllm, which sends the whole prompt"
         )
-    model, name = nnx.merge(run.model.graph, run.model.params), run.inputs.published()[0]
+    model, name = run.model.merged, run.inputs.published()[0]
     names, vectors = asked_for(run, users)
     bodies = []
     for user, vector in zip(names, vectors, strict=True):

@@ -114,22 +114,17 @@ def _with_data(config: Config, data: str | None, embeddings: str | None) -> Conf
     """The config with the given data; a table that is named only, and not found from here, is none."""
     named = config.data.embeddings
     found = named is not None and (named == "synthetic" or Path(named).exists())
-    changed = dataclasses.replace(
-        config.data, path=data or config.data.path, embeddings=embeddings or (named if found else None)
-    )
-    return dataclasses.replace(config, data=changed).resolved()
+    embeddings = embeddings or (named if found else None)
+    return config.change(data={"path": data or config.data.path, "embeddings": embeddings}).resolved()
 
 
 def _with_paths(config: Config, settings: dict[str, Any], run: Path) -> Config:
     """The exported run's config for a run directory at `run`."""
     named = settings["backbone"]
     path, revision = (named["path"], named["revision"]) if named else (str(run / "backbone"), None)
-    return dataclasses.replace(
-        config,
-        backbone=dataclasses.replace(config.backbone, path=path, revision=revision),
-        data=dataclasses.replace(config.data, chat_template=str(run / "chat_template.jinja")),
-        mesh=MeshConfig(),
-    )
+    template = str(run / "chat_template.jinja")
+    changed = config.change(backbone={"path": path, "revision": revision}, data={"chat_template": template})
+    return dataclasses.replace(changed, mesh=MeshConfig())
 
 
 def _write_backbone(checkpoint: Checkpoint, settings: dict[str, Any], out: Path) -> None:

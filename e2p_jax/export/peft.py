@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 
 from e2p_jax.backbone.weights import EMBEDDED
@@ -83,7 +82,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
     path, revision = run.inputs.published()
     path = str(EMBEDDED) if path == "embedded" else path
     _, vectors = asked_for(run, users)
-    soft = np.asarray(nnx.merge(run.model.graph, run.model.params).projector(vectors))  # [N, K, D]
+    soft = np.asarray(run.model.merged.projector(vectors))  # [N, K, D]
     settings = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",

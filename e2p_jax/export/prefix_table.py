@@ -93,7 +93,7 @@ def export_prefixes(run: Run, out: Path, dtype: str, keep_hours: float = KEEP_HO
     if not table:
         raise UserError("the run names no table of user vectors, or an empty one; give --embeddings TABLE")
     before, mended = open_out(out, run.model.fingerprint)
-    projector = nnx.merge(run.model.graph, run.model.params).projector
+    projector = run.model.merged.projector
     made_by = f"{projector_hash(projector)} {dtype} {len(table)}"
     distributed.check_same("projector or vectors", lambda: hashlib.sha256(made_by.encode()).digest())
     with explain_full_disk(out):
@@ -234,7 +234,7 @@ def _describe(run: Run, table: UserTable, dtype: str) -> dict[str, Any]:
     path, revision = run.inputs.published()
     return {
         "format": FORMAT,
-        "projector": projector_hash(nnx.merge(run.model.graph, run.model.params).projector),
+        "projector": projector_hash(run.model.merged.projector),
         "step": run.step,
         "backbone": {"path": path, "revision": revision, "fingerprint": run.model.fingerprint},
         "table": _vectors(config.data.embeddings or "", table),

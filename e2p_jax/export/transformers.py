@@ -79,7 +79,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         "placement": placement,
         "user_turn": user_turn(run.inputs.encoder) if placement == "in_chat" else None,
         "num_soft_tokens": config.projector.num_tokens,
-        "embedding_size": int(run.model.params["projector"]["input_mean"].shape[0]),
+        "embedding_size": run.model.embedding_width,
         "projector_kind": config.projector.kind,
         "projector_hidden_size": config.projector.hidden_size,
         "null_user": config.train.null_user_rate > 0,
@@ -166,7 +166,7 @@ def model_card(run: Run) -> str:
     backbone, kind = run.inputs.published()[0], config.backbone.quantization
     return _CARD.format(
         backbone=Path(backbone).name if Path(backbone).is_absolute() else backbone,
-        width=int(run.model.params["projector"]["input_mean"].shape[0]),
+        width=run.model.embedding_width,
         tokens=config.projector.num_tokens,
         placement=config.prefix.placement,
         step=run.step,

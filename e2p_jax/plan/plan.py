@@ -263,10 +263,6 @@ def _compile(step: Any, arguments: tuple) -> Cost:
     )
 
 
-def with_rows(config: Config, rows: int) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, rows=rows))
-
-
 def largest_rows(plan: Plan, compile_rows: Callable[[int], Plan]) -> Plan | None:
     """The plan with the most rows found to fit on this mesh; None where one row a row shard does not.
 

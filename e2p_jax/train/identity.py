@@ -50,7 +50,7 @@ def write(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> None
         "path": config.backbone.path,
         "revision": config.backbone.revision,
         "fingerprint": model.fingerprint,
-        "embedding_width": int(model.params["projector"]["input_mean"].shape[0]),
+        "embedding_width": model.embedding_width,
         "config": significant(_config_json(inputs.directory)),
         "tokenizer": tokenizer_digest(inputs.directory, inputs.encoder),
         "chat_template": _sha256(unguarded(inputs.encoder.template)),

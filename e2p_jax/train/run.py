@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from etils import epath
 
 from e2p_jax import config as config_lib
 from e2p_jax.backbone.attention import runs_on
-from e2p_jax.config import Config, MeshConfig, TrainConfig
+from e2p_jax.config import Condition, Config, MeshConfig, TrainConfig
+from e2p_jax.data.conditions import user_vectors
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.files import in_bucket, run_directory, write_text
 from e2p_jax.locks import locked
@@ -29,6 +31,7 @@ from e2p_jax.train.checkpoint import Checkpoints, newest_step
 from e2p_jax.train.partition import join, split
 from e2p_jax.train.setup import Inputs, Model, Parts, Shared, abstract_state, frozen_model, read_inputs
 from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.source import Vectors
 
 PyTree = Any
 
@@ -123,13 +126,17 @@ class Run:
         projector = self.model.params["projector"]
         return Population(*(np.asarray(projector[name]) for name in ("input_mean", "input_std")))
 
+    def vectors(self, records: Sequence[Record], condition: Condition) -> Vectors:
+        """What a condition gives each record's user; raises `UserError` as `user_vectors` does."""
+        return user_vectors(records, condition, self.inputs.table, self.population)
+
 
 def _on_this_machine(config: Config) -> Config:
     """A run's config with what its training machine had and this one has not, a kernel or as many devices, replaced:
     neither changes what is computed.
     """
     if not runs_on(config.backbone.attention, jax.devices()[0].platform):
-        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention="auto"))
+        config = config.change(backbone={"attention": "auto"})
     try:
         make_mesh(config.mesh)
     except UserError:
@@ -163,7 +170,7 @@ def open_run(
     config = begun = config_lib.from_json(path.read_bytes(), path)
     names = identity.read(directory)
     if embeddings is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, embeddings=embeddings))
+        config = config.change(data={"embeddings": embeddings})
     inputs = read_inputs(_on_this_machine(config))
     identity.check_inputs(directory, names, begun, inputs)
     model = frozen_model(inputs, names["embedding_width"], backbone, shared)

@@ -17,7 +17,8 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError, shown
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import split
-from e2p_jax.train.setup import Model, jit_eval_step
+from e2p_jax.train.run import Run
+from e2p_jax.train.setup import jit_eval_step
 from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import UserTable
@@ -124,12 +125,12 @@ def score(
 
 
 class Scorer:
-    """Scores examples with a model; groups that are scored together share one compilation."""
+    """Scores examples with a run's model; groups that are scored together share one compilation."""
 
-    def __init__(self, model: Model, encoder: Encoder, batch_rows: int):
-        trainable, frozen = split(model.params, model.mask)
-        step = jit_eval_step(model)
-        self.mesh, self.encoder, self.batch_rows = model.mesh, encoder, batch_rows
+    def __init__(self, run: Run):
+        trainable, frozen = split(run.model.params, run.model.mask)
+        step = jit_eval_step(run.model)
+        self.mesh, self.encoder, self.batch_rows = run.model.mesh, run.inputs.encoder, run.inputs.config.train.rows
         self.evaluate: Callable[[Batch], jax.Array] = lambda batch: step(trainable, frozen, batch)
 
     def scores(self, dataset: PackedDataset, records: Sequence[Record]) -> Scores:

@@ -98,6 +98,16 @@ class Model:
     mask: PyTree  # pure dict of booleans
     fingerprint: str  # of the backbone's weights, "random" for random ones, "none" where there are only shapes
 
+    @property
+    def merged(self) -> Any:
+        """The `PrefixModel`, to be called, also with NumPy arrays."""
+        return nnx.merge(self.graph, self.params)
+
+    @property
+    def embedding_width(self) -> int:
+        """E, of a user vector."""
+        return int(self.params["projector"]["input_mean"].shape[0])
+
 
 def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int, mesh: Mesh) -> Model:
     """The model that `build_model` fills in: shapes, dtypes and shardings in place of parameters.

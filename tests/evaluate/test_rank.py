@@ -35,7 +35,7 @@ def run(tiny_backbone: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def scorer(run: Run) -> Scorer:
-    return Scorer(run.model, run.inputs.encoder, 8)
+    return Scorer(run)
 
 
 def test_ranks():

@@ -139,7 +139,7 @@ def test_topologies_that_are_not_understood(topology: str, message: str) -> None
 
 def test_rows_that_do_not_spread_are_refused(config: Config, shapes: Path) -> None:
     with pytest.raises(UserError, match=r"train\.rows=6 does not divide by mesh\.data x mesh\.fsdp"):
-        planning.make_plan(planning.with_rows(config, 6), read_config(shapes), find_topology("cpu:4"), SHAPE)
+        planning.make_plan(config.change(train={"rows": 6}), read_config(shapes), find_topology("cpu:4"), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,9 @@ def test_other_meshes_hold_the_weights(config: Config, shapes: Path) -> None:
 
     def meshes(memory: int, rows: int = 8) -> set[tuple[int, ...]]:
         tight = dataclasses.replace(place, chip=Chip(memory))
-        return {dataclasses.astuple(m) for m in other_meshes(planning.with_rows(config, rows), decoder, tight, WIDTH)}
+        return {
+            dataclasses.astuple(m) for m in other_meshes(config.change(train={"rows": rows}), decoder, tight, WIDTH)
+        }
 
     every = {(4, 1, 1), (2, 2, 1), (1, 4, 1)}  # one key-value head: no tensor axis
     assert meshes(1 << 40) == every
