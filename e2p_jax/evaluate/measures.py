@@ -25,7 +25,6 @@ class Measure:
 
     label: str
     value: Callable[[np.ndarray], np.ndarray]  # sums [..., k] -> [...]
-    higher_is_better: bool
     digits: int = 3
 
 
@@ -51,26 +50,26 @@ def bleu(sums: np.ndarray) -> np.ndarray:
 
 
 MEASURES: dict[str, Measure] = {
-    "nll_per_target": Measure("NLL per target", _ratio, False, 4),
-    "word_perplexity": Measure("PPL per word", lambda sums: np.exp(_ratio(sums)), False, 2),
-    "bits_per_byte": Measure("bits/byte", lambda sums: _ratio(sums) / np.log(2), False, 4),
-    "hits@1": Measure("Hits@1 %", _percent, True, 1),
-    "hits@5": Measure("Hits@5 %", _percent, True, 1),
-    "hits@10": Measure("Hits@10 %", _percent, True, 1),
-    "mrr": Measure("MRR", _ratio, True),
-    "ndcg@10": Measure("NDCG@10", _ratio, True),
-    "user_rank": Measure("rank of the user", _ratio, False, 2),
-    "user_first": Measure("user first %", _percent, True, 1),
-    "f1": Measure("word F1 %", _percent, True, 1),
-    "bleu": Measure("BLEU", bleu, True, 2),
-    "rouge1": Measure("ROUGE-1 %", _percent, True, 1),
-    "rouge2": Measure("ROUGE-2 %", _percent, True, 1),
-    "rougeL": Measure("ROUGE-L %", _percent, True, 1),
-    "rouge1_best": Measure("ROUGE-1 best %", _percent, True, 1),
-    "rouge2_best": Measure("ROUGE-2 best %", _percent, True, 1),
-    "rougeL_best": Measure("ROUGE-L best %", _percent, True, 1),
-    "distinct1": Measure("distinct1", _ratio, True),
-    "distinct2": Measure("distinct2", _ratio, True),
+    "nll_per_target": Measure("NLL per target", _ratio, 4),
+    "word_perplexity": Measure("PPL per word", lambda sums: np.exp(_ratio(sums)), 2),
+    "bits_per_byte": Measure("bits per byte", lambda sums: _ratio(sums) / np.log(2), 4),
+    "hits@1": Measure("Hits@1 %", _percent, 1),
+    "hits@5": Measure("Hits@5 %", _percent, 1),
+    "hits@10": Measure("Hits@10 %", _percent, 1),
+    "mrr": Measure("MRR", _ratio),
+    "ndcg@10": Measure("NDCG@10", _ratio),
+    "user_rank": Measure("rank of the user", _ratio, 2),
+    "user_first": Measure("user first %", _percent, 1),
+    "f1": Measure("word F1 %", _percent, 1),
+    "bleu": Measure("BLEU", bleu, 2),
+    "rouge1": Measure("ROUGE-1 %", _percent, 1),
+    "rouge2": Measure("ROUGE-2 %", _percent, 1),
+    "rougeL": Measure("ROUGE-L %", _percent, 1),
+    "rouge1_best": Measure("ROUGE-1 best %", _percent, 1),
+    "rouge2_best": Measure("ROUGE-2 best %", _percent, 1),
+    "rougeL_best": Measure("ROUGE-L best %", _percent, 1),
+    "distinct1": Measure("distinct1", _ratio),
+    "distinct2": Measure("distinct2", _ratio),
 }
 
 

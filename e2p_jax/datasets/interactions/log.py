@@ -45,19 +45,10 @@ class Interactions:
         Vectors and baselines that must not see what is asked for take `of("history")`; `of("history", "train")` is
         all that is known before validation.
         """
-        return self.take(np.flatnonzero(np.isin(self.splits, [SPLITS.index(name) for name in splits])))
-
-    def take(self, rows: np.ndarray) -> "Interactions":
-        """Those in the given rows."""
-        times = None if self.times is None else self.times[rows]
-        return dataclasses.replace(
-            self,
-            users=self.users[rows],
-            items=self.items[rows],
-            weights=self.weights[rows],
-            times=times,
-            splits=self.splits[rows],
-        )
+        rows = np.isin(self.splits, [SPLITS.index(name) for name in splits])
+        columns = {name: getattr(self, name) for name in ("users", "items", "weights", "times", "splits")}
+        chosen = {name: None if column is None else column[rows] for name, column in columns.items()}
+        return dataclasses.replace(self, **chosen)
 
 
 def save_interactions(directory: Path, interactions: Interactions) -> None:
