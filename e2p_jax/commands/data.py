@@ -1,4 +1,4 @@
-"""`e2p data` and `e2p prepare`."""
+"""`e2p data`, `e2p prepare` and `e2p embed`."""
 
 import json
 import sys
@@ -11,8 +11,13 @@ import tyro
 from e2p_jax.commands.common import Named, Overrides
 from e2p_jax.config import Config, OnBadRecord
 from e2p_jax.errors import UsageError
-from e2p_jax.registry import DATASETS, described
-from e2p_jax.terminal import Console
+from e2p_jax.options import EncoderSettings
+from e2p_jax.registry import DATASETS, ENCODERS, TEXT_ENCODER, described
+from e2p_jax.terminal import Console, say
+
+DATASET = f"{described(DATASETS)} Or a configuration: persona_chat/self_revised."
+ENCODER = described(ENCODERS | {"anything else": TEXT_ENCODER})
+DEFAULTS = EncoderSettings()
 
 
 def data_command(_: str, defaults: Config) -> Callable[..., None]:
@@ -63,9 +68,6 @@ def data_command(_: str, defaults: Config) -> Callable[..., None]:
     return command
 
 
-DATASET = f"{described(DATASETS)} Or a configuration: persona_chat/self_revised."
-
-
 def prepare(
     dataset: tyro.conf.Positional[Annotated[str, tyro.conf.arg(help=DATASET)]],
     /,
@@ -89,3 +91,28 @@ def prepare(
     from e2p_jax.datasets.prepare import prepare as run
 
     print(run(dataset, manual_dir, data_dir, options, BadRecords(on_bad_record, max_bad_share)))
+
+
+def embed(
+    data: str,
+    encoder: Annotated[str, tyro.conf.arg(help=ENCODER)],
+    out: Path,
+    settings: Annotated[EncoderSettings, tyro.conf.arg(name="")] = DEFAULTS,
+) -> None:
+    """Makes a table of user vectors, and prints its directory.
+
+    Args:
+      data: What `data.path` takes: a prepared dataset's directory, a JSON Lines file, or synthetic. With import: a
+        table in any form.
+      encoder: One of `registry.ENCODERS`, or a text encoder.
+      out: Directory to write.
+      settings: What some encoders need.
+    """
+    from e2p_jax.embed.make import make_table
+
+    made = make_table(data, encoder, out, settings)
+    nothing = f"; {made.absent:,} have nothing to make one of" if made.absent else ""
+    say(f"{made.users:,} users have a vector{nothing}")
+    for warning in made.warnings:
+        say(f"warning: {warning}")
+    print(out)
