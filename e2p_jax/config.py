@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from e2p_jax.config_fields import fault_of, free, result, rounding, time_limit
+from e2p_jax.config_fields import NOT_NEGATIVE, POSITIVE, SHARE, fault_of, free, result, rounding, time_limit
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.json_files import parse_object
 from e2p_jax.registry import PROJECTORS, described, one_of
@@ -48,7 +48,7 @@ class BackboneConfig:
     """Recompute each layer in the backward pass instead of keeping what its products gave."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = rounding("auto")
     """Training's kernel: auto is splash on TPU, XLA elsewhere; cudnn, on NVIDIA, has not been measured yet."""
-    lora_rank: int = result(0)
+    lora_rank: int = result(0, NOT_NEGATIVE)
     """Rank of low-rank adapters beside every layer matrix, parameters `lora/**`; 0 is none."""
 
 
@@ -81,7 +81,7 @@ class DataConfig:
     """assistant: the template's generation spans; all: every token of the conversation."""
     on_bad_record: OnBadRecord = result("error")
     """The first malformed record of a JSON Lines file is an error, or such records are skipped and counted."""
-    max_bad_share: float = free(0.01)
+    max_bad_share: float = free(0.01, SHARE)
     """Skipping more than this share of a file's records is an error."""
     too_long: Literal["drop_oldest", "refuse"] = result("drop_oldest")
     """A conversation longer than T loses its oldest turns, or is an error."""
@@ -114,15 +114,15 @@ class ProjectorConfig:
 
     kind: Annotated[str, one_of(PROJECTORS, described(PROJECTORS))] = result("mlp")
     """One of `registry.PROJECTORS`."""
-    num_tokens: int = result(1)
+    num_tokens: int = result(1, POSITIVE)
     """K: soft tokens per user."""
-    hidden_size: int = result(512)
+    hidden_size: int = result(512, POSITIVE)
     """Width of the MLP's hidden layer (unused by `linear`, which has none)."""
-    dropout: float = result(0.05)
+    dropout: float = result(0.05, SHARE)
     """Share of the hidden layer's values dropped in training."""
-    noise: float = result(0.0)
+    noise: float = result(0.0, NOT_NEGATIVE)
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
-    init_scale: float = result(1.0)
+    init_scale: float = result(1.0, POSITIVE)
     """Root mean square of the first soft tokens, in units of the backbone's token embeddings."""
 
 
@@ -132,39 +132,39 @@ class TrainConfig:
 
     trainable: tuple[str, ...] = result(("projector/**",))
     """Parameter path patterns (`*` inside a name, `**` across): what the optimizer may change."""
-    steps: int = result(1000)
+    steps: int = result(1000, POSITIVE)
     """Updates of the trainable parameters; the learning rate's cosine ends at the last. It may grow when all are done:
     the steps to come have the rates of the new length's cosine, those before keep theirs."""
-    rows: int = result(8)
+    rows: int = result(8, POSITIVE)
     """B: rows per step, over all devices."""
     accumulation: int = result(1)
     """Micro-batches per step; divides `rows`. The result is that of one large batch."""
-    learning_rate: float = result(1e-3)
+    learning_rate: float = result(1e-3, POSITIVE)
     """AdamW's, at the end of the warm-up."""
     warmup_steps: int = result(50)
     """Steps of linear warm-up from 0."""
     final_learning_rate: float = result(0.1)
     """Where the cosine ends, as a fraction of `learning_rate`."""
-    weight_decay: float = result(0.01)
+    weight_decay: float = result(0.01, NOT_NEGATIVE)
     """AdamW decay of matrices; vectors are not decayed."""
-    beta2: float = result(0.98)
+    beta2: float = result(0.98, SHARE)
     """AdamW's decay of the second moment."""
-    null_user_rate: float = result(0.0)
+    null_user_rate: float = result(0.0, SHARE)
     """Share of training conversations whose user vector gives way to the null user's, a learned vector that then
     stands for users who have none; 0 learns no null user."""
-    clip_norm: float = result(1.0)
+    clip_norm: float = result(1.0, POSITIVE)
     """Global norm of the trainable gradient."""
-    seed: int = result(0)
+    seed: int = result(0, NOT_NEGATIVE)
     """Of the projector's first weights, the order of rows, dropout and noise."""
-    eval_every: int = result(100)
+    eval_every: int = result(100, POSITIVE)
     """Steps between evaluations of the dev NLL."""
-    checkpoint_every: int = free(100)
+    checkpoint_every: int = free(100, POSITIVE)
     """Steps between checkpoints; every evaluation writes one as well."""
-    keep_last: int = free(2)
+    keep_last: int = free(2, POSITIVE)
     """Newest checkpoints that stay: should the last one be damaged, the run resumes from the one before."""
-    keep_best: int = free(1)
+    keep_best: int = free(1, POSITIVE)
     """Checkpoints of the lowest dev NLL that stay beside them."""
-    log_every: int = free(10)
+    log_every: int = free(10, POSITIVE)
     """Steps between lines of metrics.jsonl and TensorBoard."""
 
 
@@ -191,9 +191,9 @@ class EvaluateConfig:
     greedy last replies against the true ones."""
     candidates: int = free(20)
     """What is ranked among, the true one included: replies, where records bring none, and users."""
-    max_records: int = free(200)
+    max_records: int = free(200, NOT_NEGATIVE)
     """Records of a split, evenly spaced, that `measures` take; 0 is all. Likelihood takes all."""
-    bootstrap_samples: int = free(2000)
+    bootstrap_samples: int = free(2000, POSITIVE)
     """Resamples of users behind each 95 % interval."""
     prompts: tuple[str, ...] = free(())
     """Asked of two held-out users after training."""
@@ -218,57 +218,39 @@ class Config:
           UserError: naming the field and the remedy.
         """
         self.check_types()
+        for section, values in vars(self).items():
+            for field in dataclasses.fields(values):
+                if (span := field.metadata["span"]) and not span.holds(getattr(values, field.name)):
+                    raise UserError(f"{section}.{field.name} {span.said}")
         checks = [
             (self.data.seq_len > 0 and self.data.seq_len % 128 == 0, "data.seq_len must be a multiple of 128"),
-            (self.train.steps > 0, "train.steps must be positive"),
-            (self.train.rows > 0, "train.rows must be positive"),
             (
                 self.train.accumulation > 0 and self.train.rows % self.train.accumulation == 0,
                 "train.accumulation must divide train.rows",
             ),
             (0 <= self.train.warmup_steps < self.train.steps, "train.warmup_steps must be from 0 to below train.steps"),
-            (self.train.learning_rate > 0, "train.learning_rate must be positive"),
             (0 <= self.train.final_learning_rate <= 1, "train.final_learning_rate must be in [0, 1]"),
-            (self.train.weight_decay >= 0, "train.weight_decay must not be negative"),
-            (self.train.seed >= 0, "train.seed must not be negative"),
-            (self.train.clip_norm > 0, "train.clip_norm must be positive"),
-            (0 <= self.train.beta2 < 1, "train.beta2 must be in [0, 1)"),
-            (0 <= self.train.null_user_rate < 1, "train.null_user_rate must be in [0, 1)"),
             (
                 self.data.missing_user != "null" or self.train.null_user_rate > 0,
                 "data.missing_user=null needs a null user: set train.null_user_rate, to 0.1 say",
             ),
-            (self.train.eval_every > 0, "train.eval_every must be positive"),
-            (self.train.checkpoint_every > 0, "train.checkpoint_every must be positive"),
-            (self.train.keep_last > 0, "train.keep_last must be positive"),
-            (self.train.keep_best > 0, "train.keep_best must be positive"),
-            (self.train.log_every > 0, "train.log_every must be positive"),
             (bool(self.train.trainable), "train.trainable is empty: nothing would be trained"),
             (
                 self.backbone.quantization == "none" or self.backbone.weights == "pretrained",
                 "backbone.quantization is of pretrained weights; random ones are there to be trained",
             ),
-            (self.projector.num_tokens > 0, "projector.num_tokens must be positive"),
-            (self.projector.hidden_size > 0, "projector.hidden_size must be positive"),
-            (self.projector.init_scale > 0, "projector.init_scale must be positive"),
-            (self.projector.noise >= 0, "projector.noise must not be negative"),
-            (0 <= self.projector.dropout < 1, "projector.dropout must be in [0, 1)"),
             ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
             (_is_date(self.data.template_date), "data.template_date must be a date like 2024-07-26"),
-            (0 <= self.data.max_bad_share < 1, "data.max_bad_share must be in [0, 1)"),
             (bool(self.data.eval_splits), "data.eval_splits is empty: name at least one split"),
             (
                 self.data.dev_split not in ("dev", *self.data.eval_splits, self.data.train_split),
                 "data.dev_split must be auto, or a split that is neither trained on nor reported, and not called dev",
             ),
-            (self.backbone.lora_rank >= 0, "backbone.lora_rank must not be negative"),
             (
                 not self.backbone.lora_rank or any(p.startswith(("lora/", "**")) for p in self.train.trainable),
                 "backbone.lora_rank is set, but train.trainable names no lora/**: adapters would stay at zero",
             ),
             (self.evaluate.candidates > 1, "evaluate.candidates must be 2 or more"),
-            (self.evaluate.max_records >= 0, "evaluate.max_records must not be negative"),
-            (self.evaluate.bootstrap_samples > 0, "evaluate.bootstrap_samples must be positive"),
         ]
         for axis, size in dataclasses.asdict(self.mesh).items():
             checks.append((size == -1 or size > 0, f"mesh.{axis} must be positive, or -1 for what is left"))

@@ -9,29 +9,41 @@ import dataclasses
 import signal
 import threading
 import typing
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 
-def result(default: T) -> T:
+class Range(NamedTuple):
+    """Numbers that a field may have."""
+
+    said: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("must be positive", lambda number: number > 0)
+NOT_NEGATIVE = Range("must not be negative", lambda number: number >= 0)
+SHARE = Range("must be in [0, 1)", lambda number: 0 <= number < 1)
+
+
+def result(default: T, span: Range | None = None) -> T:
     """A field that changes the result: with another value it is another run."""
-    return _field(default, "result")
+    return _field(default, "result", span)
 
 
-def rounding(default: T) -> T:
+def rounding(default: T, span: Range | None = None) -> T:
     """A field that says how the result is computed: with another value it is the same up to rounding."""
-    return _field(default, "rounding")
+    return _field(default, "rounding", span)
 
 
-def free(default: T) -> T:
+def free(default: T, span: Range | None = None) -> T:
     """A field that has no say in the result: with another value it is the same, bit for bit."""
-    return _field(default, "free")
+    return _field(default, "free", span)
 
 
-def _field(default: T, effect: str) -> T:
-    field: T = dataclasses.field(default=default, metadata={"effect": effect})
+def _field(default: T, effect: str, span: Range | None) -> T:
+    field: T = dataclasses.field(default=default, metadata={"effect": effect, "span": span})
     return field
 
 
