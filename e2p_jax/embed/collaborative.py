@@ -80,10 +80,8 @@ def item_means(data: str, items: str | None) -> tuple[Sequence[str], np.ndarray]
     if items is None:
         raise UserError("--encoder item-mean: give --items, a table of item vectors")
     lists: Mapping[str, Sequence[str]]
-    if (Path(data) / INTERACTIONS).is_file():
-        lists = _histories(load_interactions(Path(data)))
-    else:
-        lists = first_contexts(data)
+    has_log = (Path(data) / INTERACTIONS).is_file()
+    lists = _histories(load_interactions(Path(data))) if has_log else first_contexts(data)
     table = load_table(items, "null")
     every = list(dict.fromkeys(item for mine in lists.values() for item in mine))
     vectors = table.lookup(every, ["--items"] * len(every))

@@ -7,6 +7,7 @@ user's consumption.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,7 @@ class Interactions:
         """
         rows = np.isin(self.splits, [SPLITS.index(name) for name in splits])
         columns = {name: getattr(self, name) for name in ("users", "items", "weights", "times", "splits")}
-        chosen = {name: None if column is None else column[rows] for name, column in columns.items()}
+        chosen: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
         return dataclasses.replace(self, **chosen)
 
 
