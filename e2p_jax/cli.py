@@ -11,10 +11,9 @@ import absl.logging
 import tyro
 
 from e2p_jax.commands.common import damaged_programs_removed, with_config
-from e2p_jax.commands.convert import convert
 from e2p_jax.commands.data import data_command, embed, prepare
 from e2p_jax.commands.evaluate import drift, evaluate, report
-from e2p_jax.commands.export import export, import_run, prefixes
+from e2p_jax.commands.export import convert, export, import_run, prefixes
 from e2p_jax.commands.generate import demo, generate
 from e2p_jax.commands.plan import plan_command
 from e2p_jax.commands.train import compare_command, train_command
