@@ -2,11 +2,17 @@
 
 import os
 import tempfile
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+from xla_flags import xla_flags
+
+os.environ["XLA_FLAGS"] = f"{xla_flags(devices=4)} {os.environ.get('XLA_FLAGS', '')}"  # the last word is the caller's
 # XLA runs collectives on one thread a core: with fewer cores than devices they may wait for each other for ever.
 os.environ["PJRT_NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# One for all processes of the tests and for those that they start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")  # code of exported models, of this process
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache")  # tokenised data, fingerprints
@@ -15,7 +21,6 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -26,8 +31,6 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # how fast a mac
 hypothesis.settings.load_profile("untimed")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
 disable-component-update disable-sync""".split()  # noqa: SIM905 (as one would type them)

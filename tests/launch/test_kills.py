@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from etils import epath
+from xla_flags import xla_flags
 
 from benchmarks.releases import interactions
 from e2p_jax.backbone.convert import hugging_face_tensors
@@ -261,8 +262,7 @@ class Commands:
 def commands(tiny_backbone: Path, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+        patch.setenv("XLA_FLAGS", xla_flags(devices=1))
         made = Commands(tmp_path_factory.mktemp("kills"), config, tiny_backbone)
         yield made
         made.close()

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import until
 from test_host_counts import HERE
+from xla_flags import xla_flags
 
 from e2p_jax.config import Config, MeshConfig, from_json
 from e2p_jax.errors import Preempted, UserError
@@ -70,7 +71,7 @@ def test_any_mesh(short: Config, unbroken: Path, environment: pytest.MonkeyPatch
     stop_at(short, run, 2)
     stop_at(dataclasses.replace(short, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), run, 4)
     config.write_text(dataclasses.replace(short, mesh=MeshConfig(data=1)).to_json())
-    environment.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    environment.setenv("XLA_FLAGS", xla_flags(devices=1))
     command = [sys.executable, HERE / "until.py", config, run, str(STEPS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
