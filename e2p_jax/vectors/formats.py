@@ -138,7 +138,3 @@ def _is_text(kind: Any) -> bool:
     import pyarrow
 
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
-
-
-def _article(kind: str) -> str:
-    return f"an {kind}" if kind == "Arrow" else f"a {kind}"
