@@ -165,10 +165,10 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
         say(f"warning: {warning}")
     say(describe(model.params, model.mask))
     say(
-        f"{len(data.train.examples):,} conversations in {len(data.train.rows):,} rows, {data.train.efficiency:.1%} full, "
-        f"{data.dropped_messages} old messages dropped; a step has B={settings.rows} rows of T={config.data.seq_len} "
-        f"tokens, M={data.train.budget.targets} targets, S={data.train.budget.segments} segments"
-        + (f"; {data.skipped}" if data.skipped else "")
+        f"{len(data.train.examples):,} conversations in {len(data.train.rows):,} rows, "
+        f"{data.train.efficiency:.1%} full, {data.dropped_messages} old messages dropped; "
+        f"a step has B={settings.rows} rows of T={config.data.seq_len} tokens, M={data.train.budget.targets} targets, "
+        f"S={data.train.budget.segments} segments" + (f"; {data.skipped}" if data.skipped else "")
     )
     say(
         f"{distributed.hosts()}, {jax.device_count()} {jax.default_backend()} device(s), {describe_mesh(mesh)}, "
