@@ -43,6 +43,12 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 USER_WIDTH = 8
 
 
@@ -54,12 +60,30 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 5, "sliding_window_pattern": 2},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "olmo3": {"sliding_window": 5},
+    "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4}},
+    "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1}
+    | {"logits_scaling": 4.0},
+    "glm4": {"pad_token_id": 0},
+    "exaone4": {"sliding_window": 5, "sliding_window_pattern": 2},
+    "cohere2": {"hidden_size": 64, "sliding_window": 5, "sliding_window_pattern": 2, "logit_scale": 0.25},
+    "gpt_neox": {"hidden_size": 64, "num_key_value_heads": None},
+    "phi": {"hidden_size": 64},
     "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 256},
 }
 
 
+WRAPPED = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+VISION = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+VISION |= {"image_size": 16, "patch_size": 8, "head_dim": 4}
+
+
 def hf_config(family: str = "llama", **changes: Any) -> transformers.PreTrainedConfig:
-    """A tiny config of a family of transformers."""
+    """A tiny config of a family of transformers; of a wrapper, `changes` are of its language model."""
+    if family in WRAPPED:
+        text = hf_config(WRAPPED[family], **changes)
+        tied = {"tie_word_embeddings": text.tie_word_embeddings}
+        return transformers.AutoConfig.for_model(family, text_config=text, vision_config=VISION, **tied)
     sizes = {} if family == "gpt2" else SIZES
     return transformers.AutoConfig.for_model(family, **{**sizes, **FAMILY_SIZES.get(family, {}), **changes})
 
@@ -67,7 +91,10 @@ def hf_config(family: str = "llama", **changes: Any) -> transformers.PreTrainedC
 def hf_model(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Module:
     """The transformers model in float32, its weights large enough that no part of it goes unnoticed."""
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = transformers.AutoModelForCausalLM.from_config(config, **eager).float().eval()
+    kind = transformers.AutoModelForCausalLM
+    if config.model_type in WRAPPED:
+        kind = transformers.AutoModelForImageTextToText
+    model = kind.from_config(config, **eager).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,11 +1,13 @@
 """What keys of `config.json` say of each layer: which rope it has, and how far back it sees."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from e2p_jax.backbone.config_reader import Reader, short
 from e2p_jax.backbone.rope import Rope, parse_rope
 from e2p_jax.errors import UserError
+from e2p_jax.json_files import is_number
 
 
 def one_rope(
@@ -13,20 +15,20 @@ def one_rope(
     fields: dict[str, Any],
     dialects: list[dict[str, Any] | None],
     theta: tuple[str, float],
-    partial: bool = False,
+    partial: tuple[str, float] | None = None,
 ) -> tuple[Rope, int]:
     """A rope that both dialects may describe: transformers 4 (`rope_theta`, `rope_scaling`), 5 (`rope_parameters`).
 
     Args:
       dialects: what each says, None where it says nothing.
       theta: the key of the base, and its value where nothing says it.
-      partial: whether `partial_rotary_factor` is known.
+      partial: the key of the share of a head that is rotated, and its value; None where it is all of it.
     """
     key, default = theta
     given = reader.take(key, None)
     base: dict[str, Any] = {"rope_theta": default if given is None else given}
     if partial:
-        base["partial_rotary_factor"] = reader.take("partial_rotary_factor", 1.0)
+        base["partial_rotary_factor"] = reader.take(*partial)
     for settings in dialects:
         if settings is not None and type(settings) is not dict:
             raise UserError(f"{reader.source}: the settings of a rope are {short(settings)}; they must be an object")
@@ -35,7 +37,7 @@ def one_rope(
         parse_rope,
         head_dim=fields["head_dim"],
         max_positions=fields["max_positions"],
-        partial=partial,
+        partial=partial is not None,
         source=reader.source,
     )
     ropes = {parse(base | settings) for settings in stated or [{}]}
@@ -46,18 +48,95 @@ def one_rope(
     return ropes.pop()
 
 
-def plain_rope(reader: Reader, fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
-    """One rope for all layers."""
-    dialects = [reader.settings(key) for key in ("rope_parameters", "rope_scaling")]
-    rope, limit = one_rope(reader, fields, dialects, ("rope_theta", theta))
+_Settings = dict[str, Any] | None
+PARTIAL = ("partial_rotary_factor", 1.0)
+
+
+def plain_rope(
+    reader: Reader,
+    fields: dict[str, Any],
+    theta: float = 10_000.0,
+    theta_key: str = "rope_theta",
+    partial: tuple[str, float] | None = None,
+    spelled: Callable[[_Settings], _Settings] = lambda settings: settings,
+) -> dict[str, Any]:
+    """One rope for all layers.
+
+    Args:
+      theta: where nothing says it.
+      theta_key: of older configs.
+      partial: as in `one_rope`.
+      spelled: a dialect's settings in the family's spelling -> in the usual one.
+    """
+    dialects = [spelled(reader.settings(key)) for key in ("rope_parameters", "rope_scaling")]
+    rope, limit = one_rope(reader, fields, dialects, (theta_key, theta), partial)
     return {"ropes": (rope,), "layer_ropes": (0,) * fields["num_layers"], "max_positions": limit}
+
+
+partial_rope = functools.partial(plain_rope, partial=PARTIAL)
+neox_rope = functools.partial(plain_rope, theta_key="rotary_emb_base", partial=("rotary_pct", 0.25))
+
+
+def hunyuan_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """What is called dynamic and has an `alpha` is not: the base is stretched by that, and nothing else is read."""
+
+    def spelled(settings: _Settings) -> _Settings:
+        kind = settings and settings.get("rope_type", settings.get("type"))
+        if not settings or kind != "dynamic" or not settings.get("alpha"):
+            return settings
+        return {key: settings[key] for key in ("alpha", "rope_theta") if key in settings} | {"rope_type": "stretched"}
+
+    return plain_rope(reader, fields, spelled=spelled)
+
+
+def ministral3_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Queries grow with their position, by settings that stand among the rope's."""
+    if not any(reader.values.get(key) for key in ("rope_parameters", "rope_scaling")):
+        reader.values["rope_parameters"] = _MINISTRAL3_ROPE
+    found: dict[str, Any] = {}
+    own = {"llama_4_scaling_beta": "query_growth", "original_max_position_embeddings": "query_period"}
+
+    def spelled(settings: _Settings) -> _Settings:
+        if settings:
+            found.update({own[key]: settings[key] for key in own if settings.get(key) is not None})
+        others = ("llama_4_scaling_beta", "max_position_embeddings")
+        return settings and {key: value for key, value in settings.items() if key not in others}
+
+    read = plain_rope(reader, fields, spelled=spelled)
+    growth, period = found.get("query_growth", 0.0), found.get("query_period", fields["max_positions"])
+    if not is_number(growth) or growth < 0:
+        reader.refuse("llama_4_scaling_beta", growth, "a number from 0")
+    return read | {"query_growth": float(growth), "query_period": int(period)}
+
+
+_MINISTRAL3_ROPE = {
+    "type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def window_ropes(reader: Reader, fields: dict[str, Any], unless_none: bool = False) -> dict[str, Any]:
+    """Layers that see everything are without positions; `unless_none`: not where there is no window at all."""
+    read = plain_rope(reader, fields)
+    if unless_none and not any(fields["windows"]):
+        return read
+    (rope,) = read["ropes"]
+    nope = Rope((0.0,) * len(rope.frequencies))
+    return read | {"ropes": (rope, nope), "layer_ropes": tuple(int(window == 0) for window in fields["windows"])}
 
 
 def phi3_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """Older names of longrope, and the length it was trained with beside it instead of in it."""
     original = reader.size("original_max_position_embeddings")
 
-    def spelled(settings: dict[str, Any] | None) -> dict[str, Any] | None:
+    def spelled(settings: _Settings) -> _Settings:
         kind = settings and settings.get("rope_type", settings.get("type"))
         if not settings or kind not in ("longrope", "su", "yarn"):
             return settings
@@ -66,9 +145,7 @@ def phi3_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
             "original_max_position_embeddings": original,
         }
 
-    dialects = [spelled(reader.settings(key)) for key in ("rope_parameters", "rope_scaling")]
-    rope, limit = one_rope(reader, fields, dialects, ("rope_theta", 10_000.0), partial=True)
-    return {"ropes": (rope,), "layer_ropes": (0,) * fields["num_layers"], "max_positions": limit}
+    return partial_rope(reader, fields, spelled=spelled)
 
 
 def smollm3_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
@@ -84,16 +161,27 @@ def smollm3_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return read | {"ropes": (rope, nope), "layer_ropes": tuple(0 if r else 1 for r in rotated)}
 
 
-def gemma3_ropes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+def gemma3_ropes(
+    reader: Reader,
+    fields: dict[str, Any],
+    theta: float = 1_000_000.0,
+    local: tuple[str, float] = ("rope_local_base_freq", 10_000.0),
+) -> dict[str, Any]:
     """One rope for the layers that see everything, one for those with a window."""
     nested = reader.settings("rope_parameters", {}) or {}
     if not nested.keys() <= {"full_attention", "sliding_attention"}:
         raise UserError(f"{reader.source}: rope_parameters {sorted(nested)}; needs full_attention, sliding_attention")
     scaling = reader.settings("rope_scaling")
-    full, limit = one_rope(reader, fields, [nested.get("full_attention"), scaling], ("rope_theta", 1_000_000.0))
-    local, local_limit = one_rope(reader, fields, [nested.get("sliding_attention")], ("rope_local_base_freq", 10_000.0))
+    full, limit = one_rope(reader, fields, [nested.get("full_attention"), scaling], ("rope_theta", theta))
+    near, near_limit = one_rope(reader, fields, [nested.get("sliding_attention")], local)
     which = tuple(int(window > 0) for window in fields["windows"])
-    return {"ropes": (full, local), "layer_ropes": which, "max_positions": min(limit, local_limit)}
+    return {"ropes": (full, near), "layer_ropes": which, "max_positions": min(limit, near_limit)}
+
+
+def olmo3_ropes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Of the older dialect transformers 5 gives another base to the one kind of layers only."""
+    reader.require("rope_theta", (500_000,), 500_000)
+    return gemma3_ropes(reader, fields, 500_000.0, ("rope_theta", 500_000.0))
 
 
 def unlimited(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +234,19 @@ def alternating_windows(reader: Reader, fields: dict[str, Any], every: int = 2) 
     """Gemma: every second layer sees everything."""
     window = reader.size("sliding_window", 0, least=0)
     return layer_windows(reader, fields, window, [(i + 1) % every > 0 for i in range(fields["num_layers"])])
+
+
+def exaone4_windows(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Every fourth layer sees everything; patterns in letters are published with `layer_types` beside them."""
+    window = reader.size("sliding_window", 0, least=0)
+    every = reader.take("sliding_window_pattern", 0)
+    if reader.values.get("layer_types") is None and window and (type(every) is not int or every < 1):
+        reader.refuse("sliding_window_pattern", every, "a whole number from 1 where there are no layer_types")
+    default = [bool(window) and (i + 1) % every > 0 for i in range(fields["num_layers"])] if window else []
+    return layer_windows(reader, fields, window, default or [False] * fields["num_layers"])
+
+
+windows_but_every_fourth = functools.partial(alternating_windows, every=4)
 
 
 def gemma3_windows(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Reads a Hugging Face `config.json` key by key: what is asked for is checked, what nobody asked for is refused."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +36,9 @@ INERT = frozenset(
 # Keys of a kind, by how they begin: written by those who publish a model again.
 _INERT_STARTS = ("unsloth_",)
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu2": "relu2"} | dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"
+)
 
 _MISSING = object()
 
@@ -107,15 +109,17 @@ class Reader:
         self.require(key, tuple(ACTIVATIONS), "silu")
         return ACTIVATIONS[self.values.get(key) or "silu"]
 
-    def finish(self, own: dict[str, Any], ignored: Collection[str]) -> None:
+    def finish(self, own: dict[str, Any]) -> list[str]:
         """Holds what nobody has read against what the family does anyway.
 
         Args:
           own: key -> the value that says it.
-          ignored: keys that whoever runs this answers for.
+
+        Returns:
+          The unknown keys.
 
         Raises:
-          UserError: another value, or an unknown key.
+          UserError: another value.
         """
         unread = {
             key: value
@@ -127,14 +131,7 @@ class Reader:
                 raise UserError(
                     f"{self.source}: {key}={short(unread[key])} is not supported; supported here: {short(own[key])}"
                 )
-        unknown = sorted(unread.keys() - own.keys())
-        if idle := sorted(set(ignored) - set(unknown)):
-            raise UserError(f"backbone.ignored_keys: {self.source} has no unknown keys {idle}; take them out")
-        if refused := [key for key in unknown if key not in ignored]:
-            raise UserError(
-                f"{self.source}: unknown keys {refused}; the decoder would ignore them, so the model is refused. "
-                "Where you know that they change nothing, name them as backbone.ignored_keys, or take them out"
-            )
+        return sorted(unread.keys() - own.keys())
 
 
 # What is read so far -> what a part of `config.json` adds to it.

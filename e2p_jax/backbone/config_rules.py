@@ -10,12 +10,20 @@ from e2p_jax.errors import UserError
 MOST_LAYERS, MOST_EXPERTS, MOST_HEAD_DIM = 1000, 4096, 1 << 14
 
 
-def sizes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    """The keys that every family but GPT-2 shares."""
+def sizes(
+    reader: Reader, fields: dict[str, Any], epsilon: str = "rms_norm_eps", head_key: str | None = "head_dim"
+) -> dict[str, Any]:
+    """The keys that every family but GPT-2 shares.
+
+    Args:
+      epsilon: the key of the norms' epsilon.
+      head_key: the key of a head's width; None where it is always the heads' share of the hidden size.
+    """
     heads = reader.size("num_attention_heads")
     hidden = reader.size("hidden_size")
-    head_dim = reader.size("head_dim", hidden // heads, most=MOST_HEAD_DIM)
-    if reader.values.get("head_dim") is None and hidden % heads:
+    given = head_key is not None and reader.take(head_key, None) is not None
+    head_dim = reader.size(head_key, most=MOST_HEAD_DIM) if head_key and given else hidden // heads
+    if not given and hidden % heads:
         reader.refuse("num_attention_heads", heads, f"a divisor of hidden_size, {hidden}, where there is no head_dim")
     return {
         "vocab_size": reader.size("vocab_size"),
@@ -26,7 +34,7 @@ def sizes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
         "num_kv_heads": reader.size("num_key_value_heads", heads),
         "head_dim": head_dim,
         "max_positions": reader.size("max_position_embeddings"),
-        "norm_epsilon": reader.number("rms_norm_eps"),
+        "norm_epsilon": reader.number(epsilon),
         "attention_scale": head_dim**-0.5,
         "tie_head": reader.flag("tie_word_embeddings", False),
     }
@@ -76,6 +84,15 @@ def attention_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": bias, "output_bias": bias}
 
 
+def qkv_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Here `attention_bias` is not the output's."""
+    return {"qkv_bias": reader.flag("attention_bias", False)}
+
+
+def output_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"output_bias": reader.flag("attention_out_bias", False)}
+
+
 def mlp_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"mlp_bias": reader.flag("mlp_bias", False)}
 
@@ -105,6 +122,27 @@ def qwen_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return read | {"intermediate_size": reader.size("moe_intermediate_size")}
 
 
+def granite_factors(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "input_scale": reader.number("embedding_multiplier"),
+        "residual_scale": reader.number("residual_multiplier"),
+        "attention_scale": reader.number("attention_multiplier"),
+        "logit_scale": 1 / reader.number("logits_scaling"),
+    }
+
+
+def logit_scale(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"logit_scale": reader.number("logit_scale")}
+
+
+def parallel_residual(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"parallel": reader.flag("use_parallel_residual", True)}
+
+
+def head_norm(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"qk_norm": "head" if reader.flag("qk_layernorm", False) else "none"}
+
+
 def query_scalar(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"attention_scale": reader.number("query_pre_attn_scalar") ** -0.5}
 
@@ -132,12 +170,13 @@ def own_values(config: DecoderConfig) -> dict[str, Any]:
     (window, *others) = sorted({*c.windows} - {0}) or [0]
     kinds = ["sliding_attention" if window else "full_attention" for window in c.windows]
     off = (
-        *("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope", "lm_head_bias"),
+        *("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope"),
         *("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "router_jitter_noise"),
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
         *("shared_expert_intermediate_size", "n_shared_experts"),
     )
     return dict.fromkeys(off, False) | {
+        "lm_head_bias": c.head_bias,
         "pruned_heads": {},
         "layer_types": kinds,
         "sliding_window": None if others else window,

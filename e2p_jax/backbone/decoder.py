@@ -103,6 +103,8 @@ class Decoder(nnx.Module):
             self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), places, dtype))
         if not config.tie_head:
             self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        if config.head_bias:
+            self.head_bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype))
 
     @property
     def output_embedding(self) -> jax.Array:
@@ -110,15 +112,25 @@ class Decoder(nnx.Module):
         return (self.embedding if self.config.tie_head else self.head)[...].astype(self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] int32 -> [B, T, D]: what the layers read; a slot's vector takes the place of this, as it is."""
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
-        scale = self.config.embedding_scale
-        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+        """[B, T] int32 -> [B, T, D]: what the decoder is called with; a slot's vector takes the place of this."""
+        return scaled(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype), self.config.embedding_scale)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
+        hidden = self.before_head(hidden)
         scores = jnp.einsum("...d,vd->...v", hidden, self.output_embedding, preferred_element_type=jnp.float32)
+        if (bias := self.output_bias) is not None:
+            scores = scores + jnp.expand_dims(bias, tuple(range(scores.ndim - 1)))
         return soft_cap(scores, self.config.logit_cap)
+
+    @property
+    def output_bias(self) -> jax.Array | None:
+        """[V] float32: what is added to logits, where the family has it."""
+        return self.head_bias[...].astype(jnp.float32) if self.config.head_bias else None
+
+    def before_head(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states with the factor that logits have."""
+        return scaled(hidden, self.config.logit_scale)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         c = self.config
@@ -163,9 +175,11 @@ class Decoder(nnx.Module):
                 scale=c.attention_scale,
                 cap=c.attention_cap,
             )
+        x = scaled(x, c.input_scale)
         if c.learned_positions:
             x = x + jnp.take(self.position_embedding[...], positions, axis=0).astype(x.dtype)
         ropes = [rope_tables(rope, positions) for rope in c.ropes]
+        growth = query_growth(c, positions)
         # One rope for all layers is a constant of the scan; of several, each layer takes its own.
         stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes) if len(ropes) > 1 else None
         layer_ropes = jnp.asarray(c.layer_ropes, jnp.int32) if len(ropes) > 1 else None
@@ -183,15 +197,20 @@ class Decoder(nnx.Module):
             q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
             if ropes:
                 rope = ropes[0] if stacked is None else jax.tree.map(lambda table: table[which], stacked)
-                q, k = rotate(q, *rope), rotate(k, *rope)
+                cos, sin = rope
+                q, k = rotate(q, cos, sin, c.interleaved), rotate(k, cos, sin, c.interleaved)
+            if c.qk_norm == "rotated":
+                q, k = norm(q, p, "q_norm", c), norm(k, p, "k_norm", c)
+            q = q if growth is None else q * growth.astype(q.dtype)
             if cached_k is not None:
                 k = cached_k = jax.lax.dynamic_update_slice(cached_k, k, (0, filled, 0, 0))
                 v = cached_v = jax.lax.dynamic_update_slice(cached_v, v, (0, filled, 0, 0))
             mixed = attend(q, k, v, window=window)
             mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
-            x = x + norm(mixed, p, "attention_post_norm", c)
-            x = x + norm(mlp(norm(x, p, "mlp_norm", c), p, c), p, "mlp_post_norm", c)
-            return shard_rows(x), (cached_k, cached_v)
+            after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
+            read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
+            after = after + scaled(norm(mlp(read, p, c), p, "mlp_post_norm", c), c.residual_scale)
+            return shard_rows(after), (cached_k, cached_v)
 
         # Kept, the products of all experts would stand there for every token.
         body = jax.checkpoint(body, policy=None if self.execution.remat or c.num_experts else KEPT)
@@ -203,10 +222,24 @@ class Decoder(nnx.Module):
         return x, None if cache is None else Cache(keys, values, segments, filled + length)
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """Returns x * factor, in x's dtype."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+def query_growth(config: DecoderConfig, positions: jax.Array) -> jax.Array | None:
+    """[B, T] int32 positions -> the factor on their queries, [B, T, 1, 1] float32; None where it is 1 everywhere."""
+    if not config.query_growth:
+        return None
+    periods = (positions // config.query_period).astype(jnp.float32)
+    return (1 + config.query_growth * jnp.log(1 + periods))[..., None, None]
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -272,7 +305,7 @@ def norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: DecoderC
         return jnp.expand_dims(params[name], tuple(range(x.ndim - 1)))
 
     y = x.astype(jnp.float32)
-    if config.norm == "layer":
+    if config.norm.startswith("layer"):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
     if config.norm == "rms":
@@ -291,9 +324,15 @@ def rope_tables(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]
     return (cos, sin) if rope.scale == 1 else (cos * rope.scale, sin * rope.scale)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding in the half-split layout: [B, T, heads, C] with float32 cos, sin [B, T, 1, R/2]; C - R stay."""
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Rotary embedding: [B, T, heads, C] with float32 cos, sin [B, T, 1, R/2]; C - R numbers stay.
+
+    What is rotated together stands R/2 apart, or side by side where `interleaved`.
+    """
     width = 2 * cos.shape[-1]
-    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    part = x[..., :width].astype(jnp.float32)
+    first, second = (part[..., ::2], part[..., 1::2]) if interleaved else jnp.split(part, 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    rotated = jnp.stack(turned, axis=-1).reshape(part.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    rotated = rotated.astype(x.dtype)
     return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], axis=-1)

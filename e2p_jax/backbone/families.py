@@ -34,11 +34,26 @@ class Family:
     """What transformers assumes where `config.json` lacks the key; null is not the same as absent."""
     inert: frozenset[str] = frozenset()
     """Keys without effect on a frozen forward pass, beside those of all families."""
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys that may only say what the family does anyway, beside those of all families."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """A `model_type` whose `text_config` is the language model's; its other models are left alone."""
+
+    families: tuple[str, ...]
+    """The `model_type`s of the language model; the first where it says none."""
+    absent: dict[str, Any]
+    """What transformers assumes where `text_config` lacks the key, beside what the family does."""
+    inert: frozenset[str]
 
 
 # What most families read first.
 _SIZES = (rules.sizes, rules.hidden_act)
 _USUAL = (*_SIZES, layers.plain_rope)
+# Those with LayerNorm.
+_LAYER_NORM = (functools.partial(rules.sizes, epsilon="layer_norm_eps", head_key=None), rules.hidden_act)
 
 _GEMMA_READ = (rules.attention_bias, rules.gemma_embedding)
 _GEMMA_SIZES = (rules.sizes, rules.hidden_activation, rules.query_scalar)
@@ -70,6 +85,63 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         (*_USUAL, layers.unlimited, rules.attention_bias),
         _SANDWICH | {"pre_norms": False, "norm": "rms_float32", "qk_norm": "all"},
+    ),
+    "olmo3": Family(
+        (*_SIZES, layers.windows_but_every_fourth, layers.olmo3_ropes, rules.attention_bias),
+        _SANDWICH | {"pre_norms": False, "norm": "rms_float32", "qk_norm": "all"},
+        {"sliding_window": 4096},
+    ),
+    "ministral3": Family(
+        (*_SIZES, layers.ministral3_rope, layers.one_window),
+        absent={"num_key_value_heads": 8, "head_dim": 128},
+    ),
+    "granite": Family(
+        (*_USUAL, layers.unlimited, rules.attention_bias, rules.mlp_bias, rules.granite_factors),
+        absent=dict.fromkeys(
+            ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
+        ),
+    ),
+    "glm4": Family(
+        (*_SIZES, layers.partial_rope, layers.unlimited, rules.qkv_bias),
+        {"post_norms": True, "interleaved": True, "naming": "glm4"},
+        {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True, "partial_rotary_factor": 0.5},
+    ),
+    "exaone4": Family(
+        (*_SIZES, layers.exaone4_windows, functools.partial(layers.window_ropes, unless_none=True)),
+        _SANDWICH | {"pre_norms": False, "qk_norm": "head"},
+        {"num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "seed_oss": Family(
+        (*_USUAL, layers.unlimited, rules.qkv_bias, rules.output_bias, rules.mlp_bias),
+        absent={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
+        inert=frozenset({"attention_dropout", "residual_dropout"}),  # 0.1 as published: of its own training
+    ),
+    "hunyuan_v1_dense": Family(
+        (*_SIZES, layers.hunyuan_rope, layers.unlimited, rules.attention_bias),
+        {"qk_norm": "rotated", "naming": "hunyuan"},
+        inert=frozenset({"eod_token_id"}),
+    ),
+    "arcee": Family(
+        (*_USUAL, layers.unlimited, rules.attention_bias, rules.mlp_bias), {"gated": False}, {"hidden_act": "relu2"}
+    ),
+    "cohere2": Family(
+        (*_LAYER_NORM, layers.gemma3_windows, layers.window_ropes, rules.attention_bias, rules.logit_scale),
+        {"norm": "layer_unbiased", "parallel": True, "shared_norm": True, "interleaved": True},
+        {"tie_word_embeddings": True, "sliding_window": 4096, "sliding_window_pattern": 4, "logit_scale": 0.0625},
+        frozenset({"_sliding_window_pattern", "layer_switch", "use_parallel_embedding"}),
+        {"use_parallel_block": True, "use_gated_activation": True, "use_embedding_sharing": True, "rotary_pct": 1.0}
+        | {"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj"},
+    ),
+    "gpt_neox": Family(
+        (*_LAYER_NORM, layers.neox_rope, layers.unlimited, rules.attention_bias, rules.parallel_residual),
+        {"norm": "layer", "gated": False, "mlp_bias": True, "naming": "gpt_neox", "fused_by_head": True},
+        {"hidden_act": "gelu", "attention_bias": True, "rotary_pct": 0.25},
+    ),
+    "phi": Family(
+        (*_LAYER_NORM, layers.partial_rope, layers.unlimited, rules.head_norm),
+        {"norm": "layer", "parallel": True, "shared_norm": True, "gated": False, "naming": "phi", "head_bias": True}
+        | {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+        {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
     ),
     "gemma": Family(
         (rules.sizes, rules.gemma_act, layers.plain_rope, layers.unlimited, *_GEMMA_READ),
@@ -115,11 +187,26 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+WRAPPERS: dict[str, Wrapper] = {
+    "gemma3": Wrapper(
+        ("gemma3_text",),
+        {"vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+        | {"num_attention_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6},
+        frozenset({"vision_config", "mm_tokens_per_image"})
+        | {f"{name}_token_{what}" for name in ("boi", "eoi", "image") for what in ("index", "id")},
+    ),
+    "mistral3": Wrapper(
+        ("mistral", "ministral3"),
+        {},
+        frozenset({"vision_config", "image_token_index", "image_token_id", "projector_hidden_act"})
+        | {"vision_feature_layer", "multimodal_projector_bias", "spatial_merge_size"},
+    ),
+}
+
 _REMEDY = "take config.json from the model's own repository"
 
 # Families that one might expect here.
 _REFUSED = {
-    "gemma3": "it reads images as well; docs/backbones.md says how to save its language model apart",
     "qwen2_moe": "it has an expert that all tokens share, which the decoder has not",
     "phimoe": "it has its own way to choose experts, which the decoder has not",
 }
@@ -145,23 +232,58 @@ def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] 
       source: names it in errors.
       ignored: unknown keys that are not refused: `backbone.ignored_keys`.
     """
-    name = values.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        reason = f" ({_REFUSED[name]})" if isinstance(name, str) and name in _REFUSED else ""
-        raise UserError(f"{source}: model_type {short(name)} is not supported{reason}; supported: {sorted(FAMILIES)}")
-    family = FAMILIES[name]
-    reader = Reader(family.absent | values, source, family.inert)
-    fields: dict[str, Any] = {}
-    for read in family.readers:
-        fields |= read(reader, fields)
-    config = DecoderConfig(**fields | family.flags)
-    reader.finish(rules.own_values(config), ignored)
+    config, unknown = _parse(values, source)
+    if idle := sorted(set(ignored) - set(unknown)):
+        raise UserError(f"backbone.ignored_keys: {source} has no unknown keys {idle}; take them out")
+    if refused := [key for key in unknown if key not in ignored]:
+        raise UserError(
+            f"{source}: unknown keys {refused}; the decoder would ignore them, so the model is refused. "
+            "Where you know that they change nothing, name them as backbone.ignored_keys, or take them out"
+        )
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
     held = config.num_layers * sum(math.prod(shape) for shape in layer_shapes(config).values())
     if held + config.vocab_size * config.hidden_size > _MOST_PARAMETERS:
         raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters; {_REMEDY}")
     return config
+
+
+def _parse(values: dict[str, Any], source: Path) -> tuple[DecoderConfig, list[str]]:
+    """The config and the unknown keys."""
+    name = values.get("model_type")
+    if isinstance(name, str) and name in WRAPPERS:
+        return _parse_wrapper(WRAPPERS[name], values, source)
+    if not isinstance(name, str) or name not in FAMILIES:
+        reason = f" ({_REFUSED[name]})" if isinstance(name, str) and name in _REFUSED else ""
+        known = ", ".join(sorted(FAMILIES | WRAPPERS))
+        raise UserError(f"{source}: model_type {short(name)} is not supported{reason}; supported: {known}")
+    family = FAMILIES[name]
+    reader = Reader(family.absent | values, source, family.inert)
+    fields: dict[str, Any] = {}
+    for read in family.readers:
+        fields |= read(reader, fields)
+    config = DecoderConfig(**fields | family.flags)
+    return config, reader.finish(rules.own_values(config) | family.own)
+
+
+def _parse_wrapper(wrapper: Wrapper, values: dict[str, Any], source: Path) -> tuple[DecoderConfig, list[str]]:
+    reader = Reader(values, source, wrapper.inert | {"tie_word_embeddings"})
+    reader.settings("text_config", {})
+    text = language_config(values)
+    if text["model_type"] not in wrapper.families:
+        reader.refuse("model_type of text_config", text["model_type"], f"one of {list(wrapper.families)}")
+    config, unknown = _parse(text, source)
+    return dataclasses.replace(config, wrapped=True), unknown + reader.finish({})
+
+
+def language_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Gives the `config.json` of the language model alone, where the one given is of a wrapper."""
+    if values["model_type"] not in WRAPPERS:
+        return values
+    wrapper = WRAPPERS[values["model_type"]]
+    text = {"model_type": wrapper.families[0]} | wrapper.absent | (values.get("text_config") or {})
+    tied = values.get("tie_word_embeddings")
+    return text if tied is None else text | {"tie_word_embeddings": tied}
 
 
 def significant(values: dict[str, Any]) -> dict[str, Any]:

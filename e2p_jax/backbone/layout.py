@@ -1,8 +1,9 @@
-"""Lays a decoder out: its config, the shapes of its parameters, and the names they have in files."""
+"""Lays a decoder out: its config, the shapes of its parameters, and which names they have in files."""
 
 import dataclasses
 from typing import Literal
 
+from e2p_jax.backbone.names import NAMES
 from e2p_jax.backbone.rope import Rope
 
 
@@ -22,24 +23,37 @@ class DecoderConfig:
     tie_head: bool
     attention_scale: float
     """Factor on the product of a query and a key."""
-    activation: Literal["silu", "gelu", "gelu_tanh"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"]
     windows: tuple[int, ...]
     """Per layer: how many positions back a token sees (itself included); 0 is unlimited."""
     ropes: tuple[Rope, ...] = ()
     """The different rotations of queries and keys; none where positions are learned."""
     layer_ropes: tuple[int, ...] = ()
     """Per layer: which of `ropes`."""
+    interleaved: bool = False
+    """What a rotation takes together are neighbours (0 and 1, 2 and 3), not numbers half a head apart."""
+    query_growth: float = 0.0
+    query_period: int = 1
+    """Queries are multiplied by 1 + growth * log(1 + floor(position / period)), as in Llama 4."""
     learned_positions: bool = False
     """A vector for each position is added to the input embeddings (GPT-2)."""
     embedding_scale: float = 1.0
-    """Factor on token embeddings at the input; what stands in a slot is not multiplied by it."""
-    norm: Literal["rms", "rms_float32", "rms_one_plus", "layer"] = "rms"
-    """RMSNorm as in Llama, with the weight applied in float32, that with 1 + weight; LayerNorm."""
+    """Factor on token embeddings at the input; what stands in a slot is not multiplied by it (Gemma)."""
+    input_scale: float = 1.0
+    """Factor on all that enters the first layer, what stands in a slot too (Granite)."""
+    residual_scale: float = 1.0
+    """Factor on what attention and MLP add to the residual."""
+    norm: Literal["rms", "rms_float32", "rms_one_plus", "layer", "layer_unbiased"] = "rms"
+    """RMSNorm as in Llama, with the weight applied in float32, that with 1 + weight; LayerNorm with a bias, without."""
     pre_norms: bool = True
     post_norms: bool = False
     """Norms on what attention and MLP read, and on what they add to the residual."""
-    qk_norm: Literal["none", "head", "all"] = "none"
-    """Norm of queries and keys: none, over each head, or over all heads together."""
+    parallel: bool = False
+    """Attention and MLP read the same residual, and what both say is added to it at once."""
+    shared_norm: bool = False
+    """They read it through the same norm, attention's."""
+    qk_norm: Literal["none", "head", "all", "rotated"] = "none"
+    """Norm of queries and keys: none, over each head, over all heads together, or over each head once rotated."""
     gated: bool = True
     """The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
     num_experts: int = 0
@@ -50,11 +64,18 @@ class DecoderConfig:
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     """Soft caps, cap * tanh(x / cap), of attention scores and logits; 0 is none."""
+    logit_scale: float = 1.0
+    """Factor on logits."""
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    naming: Literal["llama", "sandwich", "fused", "gpt2", "mixtral", "qwen3_moe"] = "llama"
-    """Which table of tensor names."""
+    head_bias: bool = False
+    naming: str = "llama"
+    """Which table of tensor names, of `names.NAMES`."""
+    wrapped: bool = False
+    """The files hold more than the language model, which is left alone there: an image encoder."""
+    fused_by_head: bool = False
+    """A tensor of queries, keys and values holds those of the first head, then those of the second (GPT-NeoX)."""
     transposed: bool = False
     """Layer matrices are stored [in, out], as GPT-2's Conv1D keeps them."""
 
@@ -89,61 +110,16 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{name}_bias": shapes[name][:1] for name in names if name in shapes}
     norms: dict[str, tuple[int, ...]] = {}
     if c.pre_norms:
-        norms |= {"attention_norm": (width,), "mlp_norm": (width,)}
+        norms |= {"attention_norm": (width,)} | ({} if c.shared_norm else {"mlp_norm": (width,)})
     if c.post_norms:
         norms |= {"attention_post_norm": (width,), "mlp_post_norm": (width,)}
-    if c.qk_norm == "head":
+    if c.qk_norm in ("head", "rotated"):
         norms |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
     if c.qk_norm == "all":
         norms |= {"q_norm": (q,), "k_norm": (kv,)}
     if c.norm == "layer":
         norms |= {f"{name}_bias": shape for name, shape in norms.items()}
     return shapes | norms
-
-
-_LLAMA_NAMES = {
-    "embedding": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-    "layers/attention_norm": "model.layers.{}.input_layernorm",
-    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
-    **{f"layers/{name}": f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkvo"},
-    **{f"layers/{name}": f"model.layers.{{}}.self_attn.{name}" for name in ("q_norm", "k_norm")},
-    **{f"layers/{name}": f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")},
-}
-_NAMES: dict[str, dict[str, str]] = {
-    "llama": _LLAMA_NAMES,
-    "sandwich": _LLAMA_NAMES
-    | {
-        "layers/attention_post_norm": "model.layers.{}.post_attention_layernorm",
-        "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
-        "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
-    },
-    "fused": _LLAMA_NAMES
-    | {f"layers/{name}": "model.layers.{}.self_attn.qkv_proj" for name in "qkv"}
-    | {f"layers/{name}": "model.layers.{}.mlp.gate_up_proj" for name in ("gate", "up")},
-    "mixtral": _LLAMA_NAMES
-    | {"layers/router": "model.layers.{}.block_sparse_moe.gate"}
-    | {
-        f"layers/expert_{name}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}"
-        for name, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
-    },
-    "qwen3_moe": _LLAMA_NAMES
-    | {"layers/router": "model.layers.{}.mlp.gate"}
-    | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
-    "gpt2": {
-        "embedding": "transformer.wte",
-        "position_embedding": "transformer.wpe",
-        "final_norm": "transformer.ln_f",
-        "head": "lm_head",
-        "layers/attention_norm": "transformer.h.{}.ln_1",
-        **{f"layers/{name}": "transformer.h.{}.attn.c_attn" for name in "qkv"},
-        "layers/o": "transformer.h.{}.attn.c_proj",
-        "layers/mlp_norm": "transformer.h.{}.ln_2",
-        "layers/up": "transformer.h.{}.mlp.c_fc",
-        "layers/down": "transformer.h.{}.mlp.c_proj",
-    },
-}
 
 
 def tensor_names(config: DecoderConfig) -> dict[str, str]:
@@ -158,7 +134,9 @@ def tensor_names(config: DecoderConfig) -> dict[str, str]:
         paths.append("position_embedding")
     if not config.tie_head:
         paths.append("head")
-    modules = _NAMES[config.naming]
+    if config.head_bias:
+        paths.append("head_bias")
+    modules = NAMES[config.naming]
     return {
         path: f"{modules[path.removesuffix('_bias')]}.{'bias' if path.endswith('_bias') else 'weight'}"
         for path in paths

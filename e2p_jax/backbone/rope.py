@@ -29,6 +29,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
+    "stretched": (("alpha",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (
         ("factor", "original_max_position_embeddings"),
@@ -125,6 +126,8 @@ def _fits(key: str, value: Any) -> bool:
 def _rope(kind: str, settings: dict[str, Any], width: int, max_positions: int, source: Path) -> tuple[Rope, int]:
     """`parse_rope`, once the settings are there and of their types."""
     theta = float(settings["rope_theta"])
+    if kind == "stretched":
+        theta *= settings["alpha"] ** (width / (width - 2))
     plain = [theta ** (-2.0 * i / width) for i in range(width // 2)]
     if kind == "linear":
         return Rope(tuple(f / settings["factor"] for f in plain)), max_positions

@@ -95,16 +95,20 @@ class Checkpoint:
           UserError: listing all missing, unexpected, duplicated and misshapen tensors together.
         """
         present = self.names()
-        self.parts = parts(config, shapes, left_out(config, present))
+        spelled = spelling(config, present)
+        self.parts = parts(config, shapes, spelled)
         wanted: dict[str, tuple[int, ...]] = {}
         for path, part in self.parts.items():  # of the parameters in one tensor, the last one ends it
             shape = shapes[path][len(part.stack) :]
-            shape = (part.start + shape[0], *shape[1:])
+            shape = (part.start * part.groups + shape[0], *shape[1:])
             wanted |= dict.fromkeys(part.names().values(), shape[::-1] if part.transposed else shape)
         # A tied head may be saved as well; rotary tables and GPT-2's causal masks are buffers of old exports.
-        ignored = {"lm_head.weight"} if config.tie_head else set()
+        head = spelled("lm_head.weight")
+        ignored = {head} if config.tie_head else set()
         buffers = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
         extra = {name for name in present - wanted.keys() - ignored if not name.endswith(buffers)}
+        if config.wrapped:
+            extra = {name for name in extra if spelled.plain(name)}
         problems = [f"missing {name}" for name in sorted(wanted.keys() - present)]
         problems += [f"unexpected {name}" for name in sorted(extra)]
         problems += [f"{name} also stands in {shard.name}" for name, shard in sorted(self.duplicates.items())]
@@ -112,12 +116,8 @@ class Checkpoint:
             if self.tensors[name].shape != tuple(wanted[name]):
                 problems.append(f"{name} has shape {self.tensors[name].shape}, config.json says {tuple(wanted[name])}")
         embedding = self.parts["embedding"].template
-        if (
-            not problems
-            and ignored & present
-            and not np.array_equal(self.tensors["lm_head.weight"], self.tensors[embedding])
-        ):
-            problems.append(f"lm_head.weight is not {embedding}, which tie_word_embeddings says it is")
+        if not problems and ignored & present and not np.array_equal(self.tensors[head], self.tensors[embedding]):
+            problems.append(f"{head} is not {embedding}, which tie_word_embeddings says it is")
         if problems:
             raise UserError(f"{self.directory}: weights and config.json disagree: {'; '.join(problems)}")
 
@@ -132,12 +132,11 @@ class Checkpoint:
         Only what this host's devices hold is read.
         """
         part, dtype = self.parts[path], self.dtype(path)
-        rows = slice(part.start, part.start + shape[len(part.stack)])
         names = list(part.names().values())
         each = len(names) // (part.stack[0] if part.stack else 1)
         for start in range(0, len(names), each):
             whole = [self.tensors[name] for name in names[start : start + each]]
-            tensors = [(np.asarray(tensor).T if part.transposed else tensor)[rows] for tensor in whole]
+            tensors = [part.rows(tensor, shape[len(part.stack)]) for tensor in whole]
             piece = (1, *shape[1:]) if part.stack else shape
             yield jax.make_array_from_callback(piece, sharding, functools.partial(_slice, tensors, dtype))
 
@@ -237,29 +236,77 @@ class Part(NamedTuple):
 
     template: str  # `{}` is the layer, a second one the expert
     stack: tuple[int, ...]  # how many tensors make up the parameter: layers, and experts; empty where it is one
-    start: int  # its first row, of the tensor as [out, in]
+    start: int  # its first row, of the tensor as [out, in]; of each group where they are several
+    groups: int  # into which the tensor's rows fall; each holds a like part of every parameter
     transposed: bool  # the tensor is [in, out]
+
+    def rows(self, tensor: np.ndarray | Lazy, count: int) -> np.ndarray | Lazy:
+        """The parameter's own `count` rows of a tensor."""
+        if not self.transposed and self.groups == 1:
+            return tensor[self.start : self.start + count]
+        tensor = np.asarray(tensor).T if self.transposed else np.asarray(tensor)
+        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
+        return grouped[:, self.start : self.start + count // self.groups].reshape(count, *tensor.shape[1:])
+
+    def join(self, parameters: list[np.ndarray]) -> np.ndarray:
+        """The tensor that holds these parameters, of which this is the first: the way back from `rows`."""
+        whole = parameters[0]
+        if len(parameters) > 1:
+            split = [array.reshape(self.groups, -1, *array.shape[1:]) for array in parameters]
+            whole = np.concatenate(split, axis=1).reshape(-1, *whole.shape[1:])
+        return np.ascontiguousarray(whole.swapaxes(0, -1) if self.transposed else whole)
 
     def names(self) -> dict[tuple[int, ...], str]:
         """Place in the stack -> tensor, in order."""
         return {index: self.template.format(*index) for index in np.ndindex(self.stack)}
 
 
-def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> dict[str, Part]:
-    """Parameter path -> its part, given the stacked shapes and what the names lack in front."""
+class Spelling(NamedTuple):
+    """How a checkpoint spells the names of `tensor_names`: what stands in place of their root, and before the head."""
+
+    root: str
+    model: str
+    head: str
+
+    def __call__(self, name: str) -> str:
+        return self.model + name.removeprefix(self.root) if name.startswith(self.root) else self.head + name
+
+    def plain(self, name: str) -> str | None:
+        """The way back from a checkpoint's name; None where it is not the language model's."""
+        if name.startswith(self.model):
+            return self.root + name.removeprefix(self.model)
+        others = name.removeprefix(self.root).startswith(OTHER_MODELS)
+        return None if others or not name.startswith(self.head) else name.removeprefix(self.head)
+
+
+# What begins the names of a wrapper's other models.
+OTHER_MODELS = ("vision_tower.", "multi_modal_projector.", "visual.")
+
+
+def spelling(config: DecoderConfig, present: Collection[str]) -> Spelling:
+    """Chooses the spelling by `present`, a checkpoint's names; without any, it is how models are published.
+
+    A model without its head lacks the root. A language model inside a wrapper has its name before or behind that.
+    """
+    embedding = tensor_names(config)["embedding"]
+    root = embedding[: embedding.index(".") + 1]
+    plain, wrapped = Spelling(root, root, ""), Spelling(root, f"language_model.{root}", "language_model.")
+    known = [plain, Spelling(root, "", ""), wrapped, Spelling(root, f"{root}language_model.", "")]
+    default = wrapped if config.wrapped else plain
+    return next((spelled for spelled in known if spelled(embedding) in present), default)
+
+
+def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], spelled: Spelling) -> dict[str, Part]:
+    """Parameter path -> its part, given the stacked shapes and how names are spelled."""
     found: dict[str, Part] = {}
     rows: dict[str, int] = {}
     for path, name in tensor_names(config).items():
-        template = name.removeprefix(prefix)
+        template = spelled(name)
         axes = template.count("{}")
         stack, shape, start = shapes[path][:axes], shapes[path][axes:], rows.get(template, 0)
         transposed = config.transposed and axes > 0 and len(shape) == 2
-        found[path] = Part(template, stack, start, transposed)
-        rows[template] = start + shape[0]
+        by_head = config.fused_by_head and path.split("/")[-1].split("_")[0] in ("q", "k", "v")
+        groups = config.num_heads if by_head else 1
+        found[path] = Part(template, stack, start, groups, transposed)
+        rows[template] = start + shape[0] // groups
     return found
-
-
-def left_out(config: DecoderConfig, present: Collection[str]) -> str:
-    """Gives what `present`, a checkpoint's names, lack in front: a model without its head has no `transformer.`."""
-    prefix, _, bare = tensor_names(config)["embedding"].partition(".")
-    return f"{prefix}." if bare in present else ""

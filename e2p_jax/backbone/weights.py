@@ -22,7 +22,7 @@ from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.gguf import checkpoint as gguf
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
-from e2p_jax.backbone.tensor_files import Checkpoint, Part, left_out, parts
+from e2p_jax.backbone.tensor_files import Checkpoint, Part, parts, spelling
 from e2p_jax.config import config_directory
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
@@ -268,16 +268,12 @@ def named_tensors(decoder: Decoder, present: Collection[str] = ()) -> Iterator[t
     flat = parameters(decoder)
     shapes = {path: value.shape for path, value in flat.items()}
     held: dict[str, list[tuple[str, Part, tuple[int, ...]]]] = {}
-    for path, part in parts(decoder.config, shapes, left_out(decoder.config, present)).items():
+    for path, part in parts(decoder.config, shapes, spelling(decoder.config, present)).items():
         for index, name in part.names().items():
             held.setdefault(name, []).append((path, part, index))
     for name, rows in held.items():
-        read = [
-            _gather(flat[path][index] if index else flat[path]).swapaxes(0, -1 if part.transposed else 0)
-            for path, part, index in rows
-        ]
-        axis = -1 if rows[0][1].transposed else 0
-        yield name, np.ascontiguousarray(read[0] if len(read) == 1 else np.concatenate(read, axis))
+        read = [_gather(flat[path][index] if index else flat[path]) for path, _, index in rows]
+        yield name, rows[0][1].join(read)
 
 
 def _gather(value: jax.Array) -> np.ndarray:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from e2p_jax.backbone.convert import hugging_face_tensors
+from e2p_jax.backbone.families import language_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
-from e2p_jax.backbone.tensor_files import Checkpoint, fingerprint, left_out
+from e2p_jax.backbone.tensor_files import Checkpoint, Spelling, fingerprint, spelling
 from e2p_jax.backbone.weights import has_name, open_checkpoint
 from e2p_jax.export.common import refuse_foreign, refuse_not_finite, save_tokenizer, settings_of
 from e2p_jax.export.slot import user_turn
@@ -61,11 +62,14 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
 
 def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
     config = run.inputs.config
-    named = None
+    named: dict[str, Any] | None = None
     if not include_backbone:
         path, revision = run.inputs.published()
         named = {"path": path, "revision": revision, "fingerprint": digest}
-    backbone = json.loads((run.inputs.directory / "config.json").read_text())
+        if run.inputs.decoder.wrapped:
+            spelled = _spelling(run)
+            named["key_mapping"] = {f"^{spelled.model}": spelled.root, f"^{spelled.head}lm_head": "lm_head"}
+    backbone = language_config(json.loads((run.inputs.directory / "config.json").read_text()))
     if include_backbone:
         backbone.pop("quantization_config", None)
     placement = config.prefix.placement
@@ -106,20 +110,28 @@ def _write_weights(run: Run, out: Path, include_backbone: bool) -> str:
         f"projector.{names.get(name, name)}": np.asarray(value).T
         for name, value in run.model.params["projector"].items()
     }
-    prefix = _backbone_prefix(run)
+    spelled, prefix = _spelling(run), _backbone_prefix(run)
     dtype = run.model.params["backbone"]["embedding"].dtype
     held = hugging_face_tensors(run.inputs.directory, dtype) if include_backbone else ()
-    write_tensors(out, itertools.chain(projector.items(), ((prefix + name, tensor) for name, tensor in held)))
+    plain = ((spelled.plain(name), tensor) for name, tensor in held)  # of a wrapper, its language model's
+    backbone = ((f"backbone.{name}", tensor) for name, tensor in plain if name is not None)
+    write_tensors(out, itertools.chain(projector.items(), backbone))
     source = open_checkpoint(run.inputs.directory)
-    if not include_backbone or isinstance(source, FlaxCheckpoint) or not source.worked_out:
+    as_they_are = isinstance(source, FlaxCheckpoint) or not source.worked_out
+    if not include_backbone or (as_they_are and not run.inputs.decoder.wrapped):
         return run.model.fingerprint
     written = Checkpoint(out).stored.items()
     return fingerprint({name.removeprefix(prefix): tensor for name, tensor in written if name.startswith(prefix)})
 
 
 def _backbone_prefix(run: Run) -> str:
-    """Gives what the exported names of the backbone's tensors have in front of the source's."""
-    return f"backbone.{left_out(run.inputs.decoder, open_checkpoint(run.inputs.directory).names())}"
+    """Gives what the exported names of the backbone's tensors have in front of the source's, if they are its own."""
+    spelled = _spelling(run)
+    return f"backbone.{'' if spelled.model else spelled.root}"
+
+
+def _spelling(run: Run) -> Spelling:
+    return spelling(run.inputs.decoder, open_checkpoint(run.inputs.directory).names())
 
 
 _CARD = """\

@@ -17,32 +17,39 @@ from e2p_jax.parallel.mesh import row_shards, shard_vocabulary, vocabulary_shard
 
 LOGITS_AT_ONCE = 1 << 25  # on one device, float32: the targets are gone through in chunks of about so many
 
+_Head = tuple[jax.Array, jax.Array | None]  # [V, D], and [V] float32 that is added to its logits
 
-def cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float = 0.0) -> jax.Array:
-    """-log softmax(soft_cap(hidden @ head.T))[ids], holding about `LOGITS_AT_ONCE` logits per device at most.
+
+def cross_entropy(
+    hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float = 0.0, bias: jax.Array | None = None
+) -> jax.Array:
+    """-log softmax(soft_cap(hidden @ head.T + bias))[ids], holding about `LOGITS_AT_ONCE` logits per device at most.
 
     Args:
       hidden: [B, M, D].
       head: [V, D].
       ids: [B, M] int32.
       cap: soft cap of the logits, 0 for none.
+      bias: [V] float32, or none.
 
     Returns:
       [B, M] float32, nats.
     """
-    return _cross_entropy(hidden, shard_vocabulary(head), ids, cap)
+    return _cross_entropy(hidden, (shard_vocabulary(head), bias), ids, cap)
 
 
-def _values(hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float) -> jax.Array:
-    return _in_chunks(functools.partial(_nll, head=head, cap=cap), hidden, ids, head.shape[0])
+def _values(hidden: jax.Array, head: _Head, ids: jax.Array, cap: float) -> jax.Array:
+    return _in_chunks(functools.partial(_nll, head=head, cap=cap), hidden, ids, head[0].shape[0])
 
 
 def _forward(hidden: Any, head: Any, ids: Any, cap: float) -> tuple[jax.Array, Any]:
     """Values, and a function from their cotangents to those of hidden states and head."""
-    if head.perturbed:  # it is trained, and its gradient needs the cotangents: chunks are worked out again
-        return jax.vjp(lambda hidden, head: _values(hidden, head, ids.value, cap), hidden.value, head.value)
-    chunk = functools.partial(_nll_and_slope, head=head.value, cap=cap)
-    nll, slope = _in_chunks(chunk, hidden.value, ids.value, head.value.shape[0])
+    parts = [part for part in head if part is not None]
+    values = tuple(part and part.value for part in head)
+    if any(part.perturbed for part in parts):  # it is trained: its gradient needs the cotangents, chunks are done again
+        return jax.vjp(lambda hidden, head: _values(hidden, head, ids.value, cap), hidden.value, values)
+    chunk = functools.partial(_nll_and_slope, head=values, cap=cap)
+    nll, slope = _in_chunks(chunk, hidden.value, ids.value, values[0].shape[0])
     return nll, jax.tree_util.Partial(_weigh, slope)
 
 
@@ -58,25 +65,28 @@ _cross_entropy = jax.custom_vjp(_values, nondiff_argnums=(3,))
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _logits(hidden: jax.Array, head: jax.Array, cap: float) -> jax.Array:
-    return soft_cap(jnp.einsum("bmd,vd->bmv", hidden, head, preferred_element_type=jnp.float32), cap)
+def _logits(hidden: jax.Array, head: _Head, cap: float) -> jax.Array:
+    matrix, bias = head
+    logits = jnp.einsum("bmd,vd->bmv", hidden, matrix, preferred_element_type=jnp.float32)
+    return soft_cap(logits if bias is None else logits + bias[None, None], cap)
 
 
-def _nll(hidden: jax.Array, ids: jax.Array, *, head: jax.Array, cap: float) -> jax.Array:
+def _nll(hidden: jax.Array, ids: jax.Array, *, head: _Head, cap: float) -> jax.Array:
     logits = _logits(hidden, head, cap)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
 
 
-def _nll_and_slope(hidden: jax.Array, ids: jax.Array, *, head: jax.Array, cap: float) -> tuple[jax.Array, jax.Array]:
+def _nll_and_slope(hidden: jax.Array, ids: jax.Array, *, head: _Head, cap: float) -> tuple[jax.Array, jax.Array]:
     """[B, M] nats, and their gradients by the hidden states, [B, M, D]."""
     logits = _logits(hidden, head, cap)
     log_total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    is_chosen = ids[..., None] == jnp.arange(head.shape[0], dtype=ids.dtype)[None, None]
+    matrix = head[0]
+    is_chosen = ids[..., None] == jnp.arange(matrix.shape[0], dtype=ids.dtype)[None, None]
     slope = jnp.exp(logits - log_total[..., None]) - is_chosen.astype(jnp.float32)
     if cap:
         slope = slope * (1 - jnp.square(logits / cap))
-    slope = jnp.einsum("bmv,vd->bmd", slope.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    slope = jnp.einsum("bmv,vd->bmd", slope.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
     return log_total - chosen, slope.astype(hidden.dtype)
 
 

@@ -44,8 +44,9 @@ class PrefixModel(nnx.Module):
           dropout_key: turns the projector's dropout on.
 
         Returns:
-          [B, T, D] in the backbone's dtype: what its layers read. A family that scales token embeddings (Gemma)
-          does so before; a soft token stands there as it is, and is what transformers takes as `inputs_embeds`.
+          [B, T, D] in the backbone's dtype: what transformers takes as `inputs_embeds`. A family that scales token
+          embeddings (Gemma) does so before, and a soft token stands there as it is; one that scales all that it is
+          given (Granite) does so after.
         """
         x = self.backbone.embed(tokens)
         soft = self.projector(user_embeddings, dropout_key)  # [B, S, K, D]
@@ -72,5 +73,6 @@ class PrefixModel(nnx.Module):
         x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
         hidden, _ = self.hidden(x, batch["positions"], batch["segment_ids"])
         hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
-        head, cap = self.backbone.output_embedding, self.backbone.config.logit_cap
-        return cross_entropy(hidden, head, batch["target_ids"], cap) * batch["target_weights"]
+        out = self.backbone
+        hidden, head, cap = out.before_head(hidden), out.output_embedding, out.config.logit_cap
+        return cross_entropy(hidden, head, batch["target_ids"], cap, out.output_bias) * batch["target_weights"]

@@ -31,7 +31,9 @@ def test_a_fresh_decoder_has_no_opinion() -> None:
     assert float(jnp.mean(entropy)) == pytest.approx(np.log(SIZES["vocab_size"]), abs=0.05)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*list(FAMILIES)[:3], "gemma3_text", "gpt2", "mixtral", "qwen3_moe", "granite", "phi"]
+)
 def test_every_family_starts_from_random_weights(family: str) -> None:
     """Without an opinion; a tied head would prefer the last token itself."""
     values = json.loads(hf_config(family, tie_word_embeddings=False).to_json_string())

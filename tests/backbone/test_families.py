@@ -1,5 +1,6 @@
 """Every field of `config.json` is read as transformers reads it, or refused by name."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,7 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("qwen3_moe", {}, "decoder_sparse_step", 2, "refused"),
     ("qwen3_moe", {}, "mlp_only_layers", [0], "refused"),
     ("qwen3_moe", {}, "shared_expert_intermediate_size", 48, "refused"),
+    ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
     *(("gpt2", {}, key, value, "shapes") for key, value in
       [("vocab_size", 101), ("n_embd", 64), ("n_layer", 2), ("n_inner", 40), ("n_inner", None), ("n_positions", 128),
        ("tie_word_embeddings", False)]),
@@ -191,7 +193,7 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
 # Bookkeeping, generation and initialisation: written by transformers, without effect on logits.
 INERT = {
     *("architectures", "model_type", "dtype", "transformers_version", "use_cache", "initializer_range"),
-    *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "classifier_dropout"),
 }
 
 
@@ -213,6 +215,17 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             name, shape = template.format(*index), ours[path][axes:]
             shapes[name] = (shapes.get(name, (0,))[0] + shape[0], *shape[1:])
     return {name: shape[::-1] if config.transposed and ".h." in name else shape for name, shape in shapes.items()}
+
+
+def other(value: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, dict):
+        return {key: other(inner) if key != "rope_type" else inner for key, inner in value.items()}
+    if isinstance(value, list):
+        return ["sliding_attention" if kind == "full_attention" else "full_attention" for kind in value]
+    if isinstance(value, bool) or value is None:
+        return not value
+    return value * 2 + (value == 0) if isinstance(value, int | float) else f"{value}2"
 
 
 def build(values: dict[str, Any]) -> Any:
@@ -255,10 +268,13 @@ def test_no_field_is_silently_unread(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_key_that_transformers_writes_is_tried_above_or_inert(family: str) -> None:
+def test_every_key_that_transformers_writes_has_a_say_or_is_inert(family: str) -> None:
+    """With another value the model is another one, or refused; `CASES` has which, for many."""
     written = config_json(family)
     tried = {key for case_family, _, key, _, _ in CASES if case_family in ("llama", family)}
-    assert written.keys() - INERT - FAMILIES[family].inert <= tried
+    for key in written.keys() - INERT - FAMILIES[family].inert - tried:
+        with contextlib.suppress(UserError):
+            assert parse_config(written | {key: other(written[key])}, SOURCE) != parse_config(written, SOURCE), key
     changed = written | dict.fromkeys((INERT | FAMILIES[family].inert) - {"model_type"}, 7)
     assert parse_config(changed, SOURCE) == parse_config(written, SOURCE)
 
@@ -334,33 +350,15 @@ def test_both_dialects_of_gemma3_and_phi3() -> None:
 def test_an_absent_key_means_what_transformers_takes(family: str) -> None:
     """The defaults differ between families: Mistral has a window of 4096 unless it is null."""
     values: dict[str, Any] = {key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "head_dim")}
-    values |= {"num_attention_heads": 32, "model_type": family, "rms_norm_eps": 1e-6, "hidden_size": 128}
+    epsilon = "layer_norm_eps" if "layer_norm_eps" in config_json(family) else "rms_norm_eps"
+    values |= {"num_attention_heads": 32, "model_type": family, epsilon: 1e-6, "hidden_size": 256}
     values |= {"num_hidden_layers": 30}
-    if family in ("qwen2", "qwen3", "qwen3_moe"):
-        values["use_sliding_window"] = True
-    ours, theirs = parse_config(values, SOURCE), transformers.CONFIG_MAPPING[family].from_dict(dict(values))
-    assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or values["hidden_size"] // 32)
-    assert ours.tie_head == theirs.tie_word_embeddings
-    assert ours.attention_scale == getattr(theirs, "query_pre_attn_scalar", ours.head_dim) ** -0.5
-    assert ours.attention_cap == (getattr(theirs, "attn_logit_softcapping", None) or 0)
-    assert ours.logit_cap == (getattr(theirs, "final_logit_softcapping", None) or 0)
-    named = getattr(theirs, "hidden_activation", None) or theirs.hidden_act
-    assert ours.activation == {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}[named]
-    kinds = getattr(theirs, "layer_types", None)
-    sliding = kinds or ["sliding_attention"] * 30
-    window = getattr(theirs, "sliding_window", None) or 0
-    assert ours.windows == tuple(window if kind == "sliding_attention" else 0 for kind in sliding)
-    assert ours.num_experts == getattr(theirs, "num_local_experts", 0)
-    assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
-    assert ours.intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
-    rotated = getattr(theirs, "no_rope_layers", [1] * 30)
-    for layer in range(30):
-        frequencies = ours.ropes[ours.layer_ropes[layer]].frequencies
-        settings = theirs.rope_parameters
-        theta = (settings[kinds[layer]] if kinds and kinds[layer] in settings else settings)["rope_theta"]
-        expected = [rotated[layer] * theta ** (-2 * i / ours.head_dim) for i in range(ours.head_dim // 2)]
-        np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
+    for switched in (False, True):
+        values |= {"use_sliding_window": True} if switched and "use_sliding_window" in config_json(family) else {}
+        theirs = transformers.CONFIG_MAPPING[family].from_dict(dict(values))
+        written = json.loads(theirs.to_json_string(use_diff=False))
+        assert parse_config(values, SOURCE) == parse_config(written, SOURCE)
+        assert len(written) > len(values) + 5
 
 
 def test_both_names_of_the_number_of_experts() -> None:
@@ -398,7 +396,7 @@ def test_what_is_significant_is_readable_and_means_the_same(family: str) -> None
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'gpt_bigcode' is not supported; supported: \['gemma', .*, 'smollm3'\]"):
+    with pytest.raises(UserError, match=r"'gpt_bigcode' is not supported; supported: arcee, .*, smollm3"):
         parse_config(config_json("llama") | {"model_type": "gpt_bigcode"}, SOURCE)
     with pytest.raises(UserError, match=r"'qwen2_moe' is not supported \(it has an expert .*\); supported: "):
         parse_config(config_json("llama") | {"model_type": "qwen2_moe"}, SOURCE)

@@ -16,7 +16,6 @@ import transformers
 from helpers import LLAMA3, hf_config, hf_model
 
 from e2p_jax.backbone import weights
-from e2p_jax.backbone.families import FAMILIES
 from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig, TrainConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import Record
@@ -30,7 +29,12 @@ from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.table import save_table
 
 WAYS = list(itertools.product(["before_bos", "after_bos", "in_chat"], [1, 3], ["mlp", "linear"]))
-MODELS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in FAMILIES), ("llama", {"rope_parameters": LLAMA3})]
+# Families whose exports differ in kind; tests/backbone/test_family_parity.py has the others.
+EXPORTED = (
+    *("llama", "mistral", "qwen3", "phi3", "smollm3", "olmo2", "gemma", "gemma2", "gpt2", "mixtral", "qwen3_moe"),
+    *("granite", "gemma3"),  # a wrapper: what is exported is its `gemma3_text`
+)
+MODELS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in EXPORTED), ("llama", {"rope_parameters": LLAMA3})]
 USERS = ["user-1", "user-2", "user-3"]
 QUESTIONS = ["hi!", "what do you like to eat?", "where do you live, and do you have any pets?"]
 NEW = 8
@@ -143,7 +147,7 @@ def test_nll_of_every_example_is_the_same(exported: Exported):
     ours, without = nll[:3], nll[3:]
     for side in ("left", "right"):
         assert nats(exported, exported.model, side) == pytest.approx(ours, rel=1e-4), side
-    assert ours != pytest.approx(without, rel=1e-3)
+    assert ours != pytest.approx(without, rel=2e-4)
 
 
 def test_answers_are_the_same(exported: Exported):
@@ -198,11 +202,17 @@ def test_checkpointed_gradients_are_the_same(exported: Exported):
 
 def test_imported_back_it_is_the_same(exported: Exported, tmp_path: Path):
     """The backbone's tensors get back the names that they had (GPT-2's without a head), and so its fingerprint."""
+    wrapped = exported.run.inputs.decoder.wrapped
     include_backbone = exported.run.inputs.encoder.num_tokens > 1  # GPT-2's and half of the others
     export_transformers(exported.run, tmp_path / "out", include_backbone)
+    if wrapped:
+        export_transformers(exported.run, tmp_path / "named", include_backbone=False)
+        named, _ = load(tmp_path / "named")
+        assert nats(exported, named, "left") == pytest.approx(nats(exported, exported.model, "left"), rel=1e-6)
     import_transformers(tmp_path / "out", tmp_path / "run")
     again, run = open_run(tmp_path / "run"), exported.run
-    assert again.model.fingerprint == run.model.fingerprint
+    if not (include_backbone and wrapped):  # what goes along is the language model alone
+        assert again.model.fingerprint == run.model.fingerprint
     assert all(np.array_equal(again.model.params["projector"][n], v) for n, v in run.model.params["projector"].items())
 
 

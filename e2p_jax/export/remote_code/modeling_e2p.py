@@ -32,7 +32,7 @@ class E2PProjector(nn.Module):
 
     def __init__(self, config: E2PConfig):
         super().__init__()
-        e, d = config.embedding_size, config.backbone_config.hidden_size
+        e, d = config.embedding_size, config.backbone_config.get_text_config().hidden_size
         self.num_soft_tokens = config.num_soft_tokens
         self.make_layers(config, e, config.num_soft_tokens * d)
         if config.null_user:
@@ -114,6 +114,8 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         config.backbone = None  # it is in the model now, and in whatever `save_pretrained` writes
         # By the config that is here: that in `path` may have changed since, with the same weights beside it.
         kwargs["config"] = config.backbone_config
+        if named.get("key_mapping"):  # the files hold a language model among others
+            kwargs["key_mapping"] = named["key_mapping"]
         model = cls(config, AutoModelForCausalLM.from_pretrained(path, *args, **kwargs))
         model.generation_config = GenerationConfig.from_pretrained(directory, **local)
         weights = load_file(cached_file(directory, "model.safetensors", **local))

@@ -1,0 +1,76 @@
+"""The names that a decoder's parameters have in files: a table a kind, from our paths to modules of transformers.
+
+`{}` stands for the layer, then for the expert. Parameters with the same name are its rows, in the layout's order.
+"""
+
+_LLAMA = {
+    "embedding": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers/attention_norm": "model.layers.{}.input_layernorm",
+    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+    **{f"layers/{name}": f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkvo"},
+    **{f"layers/{name}": f"model.layers.{{}}.self_attn.{name}" for name in ("q_norm", "k_norm")},
+    **{f"layers/{name}": f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+NAMES: dict[str, dict[str, str]] = {
+    "llama": _LLAMA,
+    "sandwich": _LLAMA
+    | {
+        "layers/attention_post_norm": "model.layers.{}.post_attention_layernorm",
+        "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
+        "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
+    },
+    "fused": _LLAMA
+    | {f"layers/{name}": "model.layers.{}.self_attn.qkv_proj" for name in "qkv"}
+    | {f"layers/{name}": "model.layers.{}.mlp.gate_up_proj" for name in ("gate", "up")},
+    "mixtral": _LLAMA
+    | {"layers/router": "model.layers.{}.block_sparse_moe.gate"}
+    | {
+        f"layers/expert_{name}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}"
+        for name, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    },
+    "qwen3_moe": _LLAMA
+    | {"layers/router": "model.layers.{}.mlp.gate"}
+    | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
+    "glm4": _LLAMA
+    | {
+        "layers/attention_post_norm": "model.layers.{}.post_self_attn_layernorm",
+        "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "layers/mlp_post_norm": "model.layers.{}.post_mlp_layernorm",
+    }
+    | {f"layers/{name}": "model.layers.{}.mlp.gate_up_proj" for name in ("gate", "up")},
+    "hunyuan": _LLAMA
+    | {f"layers/{name[0]}_norm": f"model.layers.{{}}.self_attn.{name}_layernorm" for name in ("query", "key")},
+    "phi": _LLAMA
+    | {
+        "final_norm": "model.final_layernorm",
+        "layers/o": "model.layers.{}.self_attn.dense",
+        "layers/up": "model.layers.{}.mlp.fc1",
+        "layers/down": "model.layers.{}.mlp.fc2",
+    }
+    | {f"layers/{name}_norm": f"model.layers.{{}}.self_attn.{name}_layernorm" for name in "qk"},
+    "gpt_neox": {
+        "embedding": "gpt_neox.embed_in",
+        "final_norm": "gpt_neox.final_layer_norm",
+        "head": "embed_out",
+        "layers/attention_norm": "gpt_neox.layers.{}.input_layernorm",
+        **{f"layers/{name}": "gpt_neox.layers.{}.attention.query_key_value" for name in "qkv"},
+        "layers/o": "gpt_neox.layers.{}.attention.dense",
+        "layers/mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+        "layers/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+        "layers/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+    },
+    "gpt2": {
+        "embedding": "transformer.wte",
+        "position_embedding": "transformer.wpe",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+        "layers/attention_norm": "transformer.h.{}.ln_1",
+        **{f"layers/{name}": "transformer.h.{}.attn.c_attn" for name in "qkv"},
+        "layers/o": "transformer.h.{}.attn.c_proj",
+        "layers/mlp_norm": "transformer.h.{}.ln_2",
+        "layers/up": "transformer.h.{}.mlp.c_fc",
+        "layers/down": "transformer.h.{}.mlp.c_proj",
+    },
+}

@@ -1,0 +1,88 @@
+"""Families against transformers in float32, on tiny random models, operation by operation: nothing is compiled whole.
+
+One run of each family goes through what differs between families: names and shapes of tensors, the forward pass with
+vectors at the input, the gradient there, and decoding with a cache.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, hf_config, hf_model, load_backbone, random_tokens, whole_rows
+
+from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.prefix.loss import cross_entropy
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gemma3": {},
+    "mistral3": {},
+    "ministral3": {},
+    "granite": {},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "glm4": {},
+    "exaone4": {},
+    "exaone4-unlimited": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "seed_oss": {"attention_out_bias": True},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}},
+    "arcee": {"mlp_bias": True},
+    "cohere2": {"attention_bias": True},
+    "gpt_neox": {},
+    "gpt_neox-sequential": {"use_parallel_residual": False, "attention_bias": False},
+    "phi": {"qk_layernorm": True},
+}
+SLOTS, LENGTH, NEW = (0, 5), 12, 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) -> None:
+    theirs = hf_model(hf_config(name.split("-")[0], **{"hidden_size": 64, "num_hidden_layers": 2, **MODELS[name]}))
+    theirs.save_pretrained(tmp_path)
+    ours = load_backbone(tmp_path)
+    tokens, positions, segments = whole_rows(random_tokens(1, LENGTH, seed=8))
+    with torch.no_grad():
+        embedded = theirs.get_input_embeddings()(torch.tensor(np.array(tokens), dtype=torch.long)).numpy()
+    with jax.disable_jit():
+        assert_close(ours.embed(tokens), embedded)
+        embedded[0, list(SLOTS)] = np.random.default_rng(9).normal(size=(len(SLOTS), embedded.shape[-1]))
+        x = jnp.asarray(embedded)
+
+        def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            hidden, _ = ours(x, positions, segments)
+            out = ours.before_head(hidden[:, :-1]), ours.output_embedding, tokens[:, 1:]
+            return jnp.sum(cross_entropy(*out, ours.config.logit_cap, ours.output_bias)), ours.logits(hidden)
+
+        (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(x)
+        given = torch.tensor(embedded, requires_grad=True)
+        expected = theirs(inputs_embeds=given, use_cache=False).logits
+        assert_close(scores, expected.detach())
+        following = torch.tensor(np.asarray(tokens[:, 1:]), dtype=torch.long)
+        torch.nn.functional.cross_entropy(expected[0, :-1], following[0], reduction="sum").backward()
+        assert given.grad is not None
+        assert_close(gradient, given.grad)
+        assert decode(ours, x) == likeliest(theirs, given.detach())
+
+
+@torch.no_grad()
+def likeliest(model: torch.nn.Module, x: torch.Tensor) -> list[int]:
+    """The likeliest tokens after [1, T, D] input embeddings, each from the whole text so far."""
+    chosen: list[int] = []
+    while len(chosen) < NEW:
+        chosen.append(int(model(inputs_embeds=x, use_cache=False).logits[0, -1].argmax()))
+        x = torch.cat([x, model.get_input_embeddings()(torch.tensor([chosen[-1:]]))], dim=1)
+    return chosen
+
+
+def decode(decoder: Decoder, x: jax.Array) -> list[int]:
+    """The likeliest tokens after [1, T, D] input embeddings, one by one."""
+    cache, chosen = decoder.empty_cache(1, x.shape[1] + NEW), []
+    for step in range(NEW):
+        length = x.shape[1]
+        positions = jnp.arange(length, dtype=jnp.int32)[None] + (LENGTH + step - length)
+        hidden, cache = decoder(x, positions, jnp.ones((1, length), jnp.int32), cache)
+        chosen.append(int(jnp.argmax(decoder.logits(hidden)[0, -1])))
+        x = decoder.embed(jnp.asarray([chosen[-1:]], jnp.int32))
+    return chosen
