@@ -16,6 +16,7 @@ from e2p_jax.backbone import config_layers as layers
 from e2p_jax.backbone import config_rules as rules
 from e2p_jax.backbone.config_reader import INERT, Read, Reader, short
 from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
+from e2p_jax.backbone.packed import check_method
 from e2p_jax.errors import UserError
 from e2p_jax.json_files import read_object
 
@@ -203,7 +204,7 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
 }
 
-_REMEDY = "take config.json from the model's own repository"
+CONFIG_REMEDY = "take config.json from the model's own repository"
 
 # Families that one might expect here.
 _REFUSED = {
@@ -221,7 +222,7 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> DecoderConfig
     source = Path(directory) / "config.json"
     if not source.is_file():
         raise UserError(f"{source}: not found; backbone.path must be a Hugging Face model directory")
-    return parse_config(read_object(source, _REMEDY), source, ignored)
+    return parse_config(read_object(source, CONFIG_REMEDY), source, ignored)
 
 
 def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] = ()) -> DecoderConfig:
@@ -232,6 +233,10 @@ def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] 
       source: names it in errors.
       ignored: unknown keys that are not refused: `backbone.ignored_keys`.
     """
+    settings = values.get("quantization_config")
+    if settings is not None:  # of the tensors: how they are read changes nothing here
+        check_method(settings, source)
+        values = {key: value for key, value in values.items() if key != "quantization_config"}
     config, unknown = _parse(values, source)
     if idle := sorted(set(ignored) - set(unknown)):
         raise UserError(f"backbone.ignored_keys: {source} has no unknown keys {idle}; take them out")
@@ -244,7 +249,7 @@ def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] 
         raise UserError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
     held = config.num_layers * sum(math.prod(shape) for shape in layer_shapes(config).values())
     if held + config.vocab_size * config.hidden_size > _MOST_PARAMETERS:
-        raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters; {_REMEDY}")
+        raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters; {CONFIG_REMEDY}")
     return config
 
 

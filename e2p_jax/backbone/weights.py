@@ -17,15 +17,17 @@ from jax.experimental import multihost_utils
 
 from e2p_jax.backbone import flax_checkpoint
 from e2p_jax.backbone.decoder import Decoder
-from e2p_jax.backbone.families import read_config
+from e2p_jax.backbone.families import CONFIG_REMEDY, read_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.gguf import checkpoint as gguf
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
+from e2p_jax.backbone.packed import unpack
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
 from e2p_jax.backbone.tensor_files import Checkpoint, Part, parts, spelling
 from e2p_jax.config import config_directory
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
+from e2p_jax.json_files import read_object
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.tensors import write_tensors
 
@@ -98,14 +100,20 @@ def choose_dtype(name: str, platform: str) -> jnp.dtype:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint | FlaxCheckpoint:
-    """The weights in a model directory, of either form.
+    """The weights in a model directory, of any form.
 
     Raises:
       UserError: missing or unreadable files.
     """
     if (directory / gguf.WEIGHTS).exists():
         return gguf.GgufCheckpoint(directory)
-    return FlaxCheckpoint(directory) if _is_flax(directory) else Checkpoint(directory)
+    if _is_flax(directory):
+        return FlaxCheckpoint(directory)
+    checkpoint, config = Checkpoint(directory), directory / "config.json"
+    settings = read_object(config, CONFIG_REMEDY).get("quantization_config") if config.is_file() else None
+    if settings is not None:
+        checkpoint.tensors = unpack(checkpoint.stored, settings, config)
+    return checkpoint
 
 
 def published(directory: Path, path: str, revision: str | None) -> tuple[str, str | None]:

@@ -87,7 +87,7 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("llama", {}, "add_cross_attention", True, "refused"),
     ("llama", {}, "is_encoder_decoder", True, "refused"),
     ("llama", {}, "sliding_window", 5, "refused"),  # transformers' Llama has none
-    ("llama", {}, "quantization_config", {"quant_method": "fp8"}, "refused"),
+    ("llama", {}, "quantization_config", {"quant_method": "aqlm"}, "refused"),
     ("llama", {}, "num_attention_heads", 3, "refused"),  # two key heads cannot be shared by three
     ("mistral", {"sliding_window": None}, "sliding_window", 5, "logits"),
     ("mistral", {}, "sliding_window", 5, "logits"),
