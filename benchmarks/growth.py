@@ -110,7 +110,7 @@ def draw(curves: Sequence[dict[str, Any]], out: Path) -> None:
             axes.set_ylim(0.5 * min(milliseconds), 2 * max(milliseconds))
             axes.set_title(f"slope {c['slope']:.2f}, expected {c['expected_slope']:.2f}", fontsize=9, color=INK)
         for axes in grid[:, 0]:
-            axes.set_ylabel("ms a step")
+            axes.set_ylabel("ms per step")
         grid[0, 0].legend(fontsize=8)
         figure.savefig(out, transparent=True, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
         plt.close(figure)

@@ -59,7 +59,7 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
 
     def compile_for(config: Config, evaluation: bool = False) -> "Plan":
         plan = planning.make_plan(config, decoder, place, shape, evaluation)
-        say(f"{_mesh(plan)}, {plan.rows} rows: {_mib(plan.peak)} of {_mib(place.chip.memory)} MiB a device")
+        say(f"{_mesh(plan)}, {plan.rows} rows: {_mib(plan.peak)} of {_mib(place.chip.memory)} MiB per device")
         return plan
 
     plan = compile_for(config, evaluation=True)
@@ -78,16 +78,16 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
     else:
         console = Console(width=None if Console().is_terminal else 120)
         console.print(
-            f"{topology}, {_mesh(plan)}, {plan.rows} rows ({plan.rows_per_device:g} a device)", highlight=False
+            f"{topology}, {_mesh(plan)}, {plan.rows} rows ({plan.rows_per_device:g} per device)", highlight=False
         )
         console.print(_table(plan))
         if suggest:
             console.print(_advice(plan, most, fewest), highlight=False)
     if not plan.fits:
         raise UserError(
-            f"{plan.rows} rows of {config.data.seq_len} tokens take {_mib(plan.peak)} MiB a device, and {topology} has "
-            f"{_mib(place.chip.memory)}; lower train.rows, split over more devices with mesh.fsdp, or set "
-            "backbone.remat"
+            f"{plan.rows} rows of {config.data.seq_len} tokens take {_mib(plan.peak)} MiB per device, and "
+            f"{topology} has {_mib(place.chip.memory)}; lower train.rows, split over more devices with mesh.fsdp, or "
+            "set backbone.remat"
         )
 
 
@@ -102,7 +102,7 @@ def _mesh(plan: "Plan") -> str:
 def _table(plan: "Plan") -> rich.table.Table:
     chip = plan.topology.chip
     table = rich.table.Table()
-    table.add_column("a device, a step")
+    table.add_column("per device and step")
     for name in plan.steps:
         table.add_column(name, justify="right")
 
@@ -114,7 +114,7 @@ def _table(plan: "Plan") -> rich.table.Table:
     add(f"peak, MiB of {_mib(chip.memory)}", lambda c: _mib(c.peak))
     add("matrix TFLOP", lambda c: f"{c.flops / 1e12:,.2f}")
     add("memory traffic, MiB", lambda c: _mib(c.traffic))
-    add("FLOP a byte", lambda c: f"{c.flops / max(c.traffic, 1):,.0f}")
+    add("FLOP per byte", lambda c: f"{c.flops / max(c.traffic, 1):,.0f}")
     for kind in sorted({kind for cost in plan.steps.values() for kind in cost.collectives}):
         add(f"{kind}, times and MiB", lambda c, k=kind: "{} x  {}".format(*_collective(c, k)))  # type: ignore[misc]
     add("kernels", lambda c: str(c.kernels))
@@ -132,11 +132,11 @@ def _collective(cost: Any, kind: str) -> tuple[int, str]:
 
 
 def _advice(plan: "Plan", most: "Plan | None", fewest: "Plan | None") -> str:
-    lines = ["not one row a device fits on this mesh"]
+    lines = ["not one row per device fits on this mesh"]
     if most:
         lines = [f"most rows that fit on this mesh: --train.rows {most.rows} ({_mib(most.peak)} MiB)"]
     if fewest:
         flags = " ".join(f"--mesh.{axis} {size}" for axis, size in fewest.mesh.items())
         received = fewest.steps["train"].received
-        lines.append(f"fewest collective bytes at {plan.rows} rows: {flags} ({_mib(received)} MiB a device)")
+        lines.append(f"fewest collective bytes at {plan.rows} rows: {flags} ({_mib(received)} MiB per device)")
     return "\n".join(lines)

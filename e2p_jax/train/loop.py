@@ -172,7 +172,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
     )
     say(
         f"{distributed.hosts()}, {jax.device_count()} {jax.default_backend()} device(s), {describe_mesh(mesh)}, "
-        f"{bytes_per_device((state, frozen)) / 2**20:,.1f} MiB a device"
+        f"{bytes_per_device((state, frozen)) / 2**20:,.1f} MiB per device"
         + (f"; resumed at step {first}" if first else "")
     )
 

@@ -98,13 +98,13 @@ def test_command(
     assert train["collective_bytes"] == planned.received == sum(c["bytes"] for c in train["collectives"].values())
     assert train["flops"] > 2 * evaluate["flops"] > 0
     assert values["largest_rows"]["rows"] > 8 and values["largest_rows"]["fits"]
-    # Of a model this small one copy a device is best.
+    # Of a model this small one copy per device is best.
     assert values["fewest_collective_bytes"]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     assert "data=2 x fsdp=2 x tensor=1, 8 rows" in err
 
     code, out, _ = run([*command, "--no-suggest", "--train.rows", "4", "--mesh.fsdp", "2", "--mesh.data", "2"], capsys)
     assert code == 0 and "cpu:4, data=2 x fsdp=2 x tensor=1, 4 rows (1 a device)" in out
-    for line in ("arguments, MiB", "temporary, MiB", "matrix TFLOP", "FLOP a byte", "all-gather, times and MiB"):
+    for line in ("arguments, MiB", "temporary, MiB", "matrix TFLOP", "FLOP per byte", "all-gather, times and MiB"):
         assert line in out
 
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_ends_with_1(
     command = [str(tmp_path / "config.json"), "--topology", "cpu:4", "--embedding-width", "8"]
     code, out, err = run(command, capsys)
     assert code == 1 and "peak, MiB of 0.1" in out
-    assert "not one row a device fits" in out and "fewest" not in out
+    assert "not one row per device fits" in out and "fewest" not in out
     assert "8 rows of 128 tokens take " in err and "lower train.rows, split over more devices with mesh.fsdp" in err
 
 
