@@ -6,6 +6,7 @@ nothing is appended or renamed, and gcsfs does the work behind `epath.Path`, whi
 
 import contextlib
 import errno
+import hashlib
 import importlib.util
 import io
 import os
@@ -80,6 +81,12 @@ def run_directory(place: epath.PathLike) -> epath.Path:
 def _refuse_bucket(path: Path | epath.Path) -> None:
     if path.parts[:1] == ("gs:",):  # what pathlib leaves of gs://
         raise UserError(f"{path}: only run directories can be in a bucket; write to a directory, and copy that")
+
+
+def file_digest(path: epath.PathLike) -> str:
+    """SHA-256 of what a file holds."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.errors import UserError
+from e2p_jax.files import file_digest
 from e2p_jax.locks import locked
 from e2p_jax.registry import DATASETS
 from e2p_jax.terminal import say
@@ -51,7 +52,7 @@ def prepare(
     builder_class = DATASETS[name].load()
     builder = builder_class(config=_configuration(builder_class, name, config, options), data_dir=data_dir, bad=bad)
     directory = Path(builder.data_dir)
-    sources = {path.name: _digest(path) for path in builder.sources(manual_dir)}
+    sources = {path.name: file_digest(path) for path in builder.sources(manual_dir)}
     if not directory.exists():
         with locked(directory.parent / ".lock"):
             if not directory.exists():  # else another command has just written it
@@ -134,8 +135,3 @@ def _report(builder: "RecordBuilder") -> list[str]:
     left_out = [f"left out {count} {what}" for what, count in builder.left_out.items() if count]
     skipped = builder.bad.report()
     return [f"records: {sizes}", *left_out, *([skipped] if skipped else [])]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

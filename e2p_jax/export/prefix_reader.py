@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from e2p_jax.errors import UserError
+from e2p_jax.files import file_digest
 from e2p_jax.tensors import read_tensors
 from e2p_jax.vectors.index import UserIndex
 
@@ -187,8 +188,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 def ids_name(path: Path) -> str:
     """The name that a file of user ids has in a table: a digest of what it holds."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    return file_digest(path)[:32]
 
 
 def directory_name(path: Path) -> str:

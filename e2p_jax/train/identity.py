@@ -22,7 +22,7 @@ from e2p_jax.config_fields import fields_that
 from e2p_jax.data.control import unguarded
 from e2p_jax.data.encode import Encoder
 from e2p_jax.errors import UserError
-from e2p_jax.files import write_text
+from e2p_jax.files import file_digest, write_text
 from e2p_jax.json_files import digest, is_digest, read_object, sealed, unseal
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train.setup import Inputs, Model
@@ -161,7 +161,7 @@ def tokenizer_digest(directory: Path, encoder: Encoder) -> str:
 
     def content() -> str:
         if files != [whole]:
-            return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+            return digest([file_digest(file) for file in files])
         values = json.loads(whole.read_bytes())
         return digest({key: value for key, value in values.items() if key not in ("padding", "truncation")})
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from e2p_jax.files import file_digest
+
 NAME = "sha256.json"
 # Orbax adds the time of the commit to it after everything else is written.
 _CHANGES_AFTERWARDS = "_CHECKPOINT_METADATA"
@@ -15,7 +17,7 @@ _OBJECTS = ("state/_METADATA", "statistics/_METADATA", "data/metadata", "metrics
 
 def write_manifest(directory: epath.Path) -> None:
     """Describes all files below `directory` as they are now."""
-    sums = {name: _digest(directory / name) for name in sorted(_files(directory, ""))}
+    sums = {name: file_digest(directory / name) for name in sorted(_files(directory, ""))}
     (directory / NAME).write_text(json.dumps(sums, indent=1) + "\n")
 
 
@@ -31,7 +33,7 @@ def find_damage(directory: epath.Path) -> str | None:
         for name, written in sums.items():
             if not (directory / name).is_file():
                 return f"{name} is missing"
-            if _digest(directory / name) != written:
+            if file_digest(directory / name) != written:
                 return f"{name} differs from what was written"
     for name in _PARTS:
         if not (directory / name).is_dir():
@@ -54,8 +56,8 @@ def _object(path: epath.Path) -> dict[str, str] | None:
 def digest(directory: epath.Path) -> str:
     """SHA-256 over what the files below `directory` were when they were written: of the manifest, if there is one."""
     if (directory / NAME).exists():
-        return _digest(directory / NAME)
-    sums = {name: _digest(directory / name) for name in sorted(_files(directory, ""))}
+        return file_digest(directory / NAME)
+    sums = {name: file_digest(directory / name) for name in sorted(_files(directory, ""))}
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
@@ -65,11 +67,3 @@ def _files(directory: epath.Path, prefix: str) -> Iterator[str]:
             yield from _files(path, f"{prefix}{path.name}/")
         elif path.name not in (NAME, _CHANGES_AFTERWARDS):
             yield prefix + path.name
-
-
-def _digest(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
