@@ -21,7 +21,8 @@ from e2p_jax.vectors.table import UserTable, open_table
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Record) if field.name != "source")
+# What a prepared example holds. Tools, and what a message says beside role and content, are for JSON Lines alone.
+FIELDS = tuple(field.name for field in dataclasses.fields(Record) if field.name not in ("source", "tools"))
 
 
 class AbsentSplit(UserError):
