@@ -45,33 +45,48 @@ def user_vectors(
     population: Population,
     seed: int = 0,
 ) -> Vectors:
-    """One per record: where it is in the table, or in a small array for what is not a user's own.
+    """Of every record, as `vectors_of` has it."""
+    users, where = [record.user_id for record in records], [record.source for record in records]
+    return vectors_of(users, where, condition, table, population, seed)
+
+
+def vectors_of(
+    users: Sequence[str],
+    where: Sequence[str],
+    condition: Condition,
+    table: UserTable | None,
+    population: Population,
+    seed: int = 0,
+) -> Vectors:
+    """One per user: where it is in the table, or in a small array for what is not a user's own.
 
     `shuffled` gives every user another user's, and leaves the null user what it is; `noise` draws one per user from a
     normal distribution with the training users' mean and spread.
+
+    Args:
+      users: N user ids.
+      where: for errors, the record that each stands in.
 
     Raises:
       UserError: a user without a vector, or with one that is not finite.
     """
     kind = FRONTS[condition].vector
-    users = [record.user_id for record in records]
     if kind in ("own", "other"):
         if table is None:
             raise UserError(f"data.embeddings is not set; condition {condition!r} needs a table of user vectors")
-        where = [record.source for record in records]
         rows = table.rows(users, where)
         if kind == "other":
             known = np.flatnonzero(rows >= 0)
-            rows[known] = table.rows(other_users([users[n] for n in known], seed), where)
+            rows[known] = table.rows(other_users([users[n] for n in known.tolist()], seed), where)
         table.check(np.unique(rows))
         return Vectors(table, rows)
     if kind == "noise":
-        names, row = np.unique(np.asarray(users, str), return_inverse=True)
+        names, row = np.unique(np.asarray(users[:], str), return_inverse=True)
         size = len(names), len(population.mean)
         drawn = np.random.default_rng([seed, 2]).normal(population.mean, population.std, size)
         return Vectors(drawn.astype(np.float32), row)
     vector = population.mean if kind == "mean" else np.zeros_like(population.mean)
-    return Vectors(vector[None], np.zeros(len(records), np.int64))
+    return Vectors(vector[None], np.zeros(len(users), np.int64))
 
 
 def other_users(users: Sequence[str], seed: int) -> list[str]:

@@ -31,6 +31,7 @@ class Example(NamedTuple):
     is_target: np.ndarray  # [n] bool: this token is predicted, from the one before it
     slot_start: int  # first of the K slots, -1 where the condition has none
     user_id: str
+    source: str = ""  # of its record, for errors
 
 
 class Talk(NamedTuple):
@@ -252,7 +253,7 @@ class Encoder:
             slots = np.full(self.num_tokens, self.pad_id, np.int32)
             tokens = np.concatenate([tokens[:start], slots, tokens[start:]])
             is_target = np.concatenate([is_target[:start], np.zeros(self.num_tokens, bool), is_target[start:]])
-        return Example(tokens, is_target, start, record.user_id)
+        return Example(tokens, is_target, start, record.user_id, record.source)
 
     def encode_prompt(self, record: Record, condition: Condition) -> Example:
         """The conversation up to and with the generation prompt; no targets.
@@ -375,11 +376,15 @@ class Encoder:
             ) from error
 
     def _control_ids(self, ids: np.ndarray) -> list[int]:
-        return ids[np.isin(ids, self._counted)].tolist()
+        return ids[self._is_counted[np.minimum(ids, len(self._is_counted) - 1)]].tolist()
 
     @functools.cached_property
-    def _counted(self) -> np.ndarray:
-        return np.array(sorted(control.counted(self.tokenizer, self.controls)), np.int32)
+    def _is_counted(self) -> np.ndarray:
+        """[largest counted id + 2] bool; its last entry stands for all ids beyond."""
+        ids = list(control.counted(self.tokenizer, self.controls))
+        is_counted = np.zeros(max(ids, default=-1) + 2, bool)
+        is_counted[ids] = True
+        return is_counted
 
     def _check_rows(self, ids: np.ndarray, source: str) -> None:
         if self.vocab_size is not None and (beyond := ids[ids >= self.vocab_size]).size:

@@ -3,13 +3,24 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
+from e2p_jax.data.columns import Column, Texts, encode, span
 from e2p_jax.data.encode import Example
 
-_ARRAYS = ("tokens", "is_target", "ends", "slot_starts")
+_COLUMNS: dict[str, Any] = {
+    "tokens": np.int32,
+    "is_target": bool,
+    "ends": np.int64,
+    "slot_starts": np.int32,
+    "target_counts": np.int64,
+    "user_text": np.uint8,
+    "user_ends": np.int64,
+    "source_text": np.uint8,
+    "source_ends": np.int64,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,39 +31,43 @@ class Examples(Sequence[Example]):
     is_target: np.ndarray  # [L] bool
     ends: np.ndarray  # [N] int64: where each ends
     slot_starts: np.ndarray  # [N] int32
-    users: Sequence[str]  # N
+    target_counts: np.ndarray  # [N] int64: targets of each
+    user_text: np.ndarray  # [bytes] uint8, as are the sources'
+    user_ends: np.ndarray  # [N] int64
+    source_text: np.ndarray
+    source_ends: np.ndarray
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> "Examples":
-        """Reads them one by one: they need not be there all at once."""
-        tokens, is_target = bytearray(), bytearray()
-        ends: list[int] = []
-        slot_starts: list[int] = []
-        users: list[str] = []
+    def of(cls, examples: Iterable[Example], directory: Path | None = None) -> "Examples":
+        """Reads them one by one: they need not be there all at once.
+
+        Args:
+          directory: for files without a name that hold them; in memory without one.
+        """
+        columns = {name: Column(dtype, directory) for name, dtype in _COLUMNS.items()}
+        ends = dict.fromkeys(("tokens", "user_text", "source_text"), 0)
         for example in examples:
-            tokens += example.tokens.astype(np.int32).tobytes()
-            is_target += example.is_target.tobytes()
-            ends.append(len(is_target))
-            slot_starts.append(example.slot_start)
-            users.append(example.user_id)
-        return cls(
-            np.frombuffer(tokens, np.int32),
-            np.frombuffer(is_target, bool),
-            np.array(ends, np.int64),
-            np.array(slot_starts, np.int32),
-            users,
-        )
+            values = {"tokens": example.tokens, "user_text": encode(example.user_id)}
+            values["source_text"] = encode(example.source)
+            for name, value in values.items():
+                columns[name].add(value)
+                ends[name] += len(value)
+            columns["is_target"].add(example.is_target)
+            columns["slot_starts"].add(example.slot_start)
+            columns["target_counts"].add(example.is_target.sum())
+            for name, of in (("ends", "tokens"), ("user_ends", "user_text"), ("source_ends", "source_text")):
+                columns[name].add(ends[of])
+        return cls(**{name: column.array() for name, column in columns.items()})
 
     def save(self, directory: Path) -> None:
-        """Writes the arrays, one a file, without the users."""
-        for name in _ARRAYS:
+        """Writes the arrays, one a file."""
+        for name in _COLUMNS:
             np.save(directory / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
-    def load(cls, directory: Path, users: Sequence[str]) -> "Examples":
+    def load(cls, directory: Path) -> "Examples":
         """Maps what `save` wrote."""
-        maps = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        return cls(**{name: array.view(np.ndarray) for name, array in maps.items()}, users=users)
+        return cls(**{name: map_column(directory, name) for name in _COLUMNS})
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -64,18 +79,29 @@ class Examples(Sequence[Example]):
     def __getitem__(self, place: int | slice) -> Example | list[Example]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
-        first, last = (int(self.ends[number - 1]) if number else 0), int(self.ends[number])
-        start = int(self.slot_starts[number])
-        return Example(self.tokens[first:last], self.is_target[first:last], start, self.users[number])
+        return self.segment(place)._replace(user_id=self.users[place], source=self.sources[place])
+
+    def segment(self, place: int) -> Example:
+        """One without its texts, which a row does not need."""
+        first, last = span(self.ends, place)
+        return Example(self.tokens[first:last], self.is_target[first:last], int(self.slot_starts[place]), "")
+
+    @property
+    def users(self) -> Texts:
+        """N user ids."""
+        return Texts(self.user_text, self.user_ends)
+
+    @property
+    def sources(self) -> Texts:
+        """N places that they come from, for errors."""
+        return Texts(self.source_text, self.source_ends)
 
     @property
     def lengths(self) -> np.ndarray:
         """[N] int64: tokens of each."""
         return np.diff(self.ends, prepend=0)
 
-    @property
-    def target_counts(self) -> np.ndarray:
-        """[N] int64: targets of each."""
-        before = np.concatenate([[0], np.cumsum(self.is_target, dtype=np.int64)])
-        return np.diff(before[self.ends], prepend=0)
+
+def map_column(directory: Path, name: str) -> np.ndarray:
+    """The array of a file that NumPy wrote, read as it is asked for."""
+    return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)

@@ -3,14 +3,17 @@
 Rows have three budgets: T tokens, M targets, S segments. An example is never torn.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from e2p_jax.data.columns import Ragged
 from e2p_jax.data.encode import Example
 from e2p_jax.data.examples import Examples
 
+_BLOCK = 1 << 12  # examples that are Python's numbers at once
 _TRIES = 16  # lengths looked at for each place but the last two of a row
 
 
@@ -30,58 +33,78 @@ def choose_budget(examples: Examples, seq_len: int) -> Budget:
     """
     lengths, targets = examples.lengths, examples.target_counts
     want = 1.1 * seq_len * targets.sum() / lengths.sum()
-    most = min(seq_len, -(-max(int(want), targets.max()) // 64) * 64)
+    most = min(seq_len, -(-max(int(want), int(targets.max())) // 64) * 64)
     return Budget(seq_len, most, max(1, int(seq_len // np.percentile(lengths, 5))))
 
 
-def plan_rows(examples: Examples, budget: Budget) -> list[list[int]]:
+def plan_rows(examples: Examples, budget: Budget) -> Ragged:
     """Rows of example numbers, every example in exactly one: the shorter of two plans.
 
     Best fit wastes least where rows hold two or three examples, `fill_exactly` where they hold more.
     """
-    lengths, targets = examples.lengths.tolist(), examples.target_counts.tolist()
+    lengths, targets = examples.lengths, examples.target_counts
     return min((plan(lengths, targets, budget) for plan in (best_fit, fill_exactly)), key=len)
 
 
-def best_fit(lengths: list[int], targets: list[int], budget: Budget) -> list[list[int]]:
-    """Best-fit decreasing (Johnson, 1973): longest first, each into the fullest row that still takes it."""
-    rows: list[list[int]] = []
-    room: list[int] = []  # targets left in a row
-    by_space: list[list[int]] = [[] for _ in range(budget.tokens + 1)]  # open rows by tokens left
+def best_fit(lengths: np.ndarray, targets: np.ndarray, budget: Budget) -> Ragged:
+    """Best-fit decreasing (Johnson, 1973): longest first, each into the fullest row that still takes it.
+
+    Args:
+      lengths: [N] int64.
+      targets: [N] int64.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    row_of = array("q")  # of each, in this order
+    room, held = array("i"), array("i")  # by row: targets left, examples in it
+    by_space = [array("q") for _ in range(budget.tokens + 1)]  # open rows by tokens left
+    most_room = [0] * (budget.tokens + 1)  # no open row with as many tokens left has room for more targets
     spaces = 0  # bit n is set where by_space[n] is not empty: the fullest fitting row is one shift away
-    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        space, row = lengths[number], -1
-        while (open_spaces := spaces >> space) and row < 0:
+    for length, wanted in _pairs(lengths, targets, order):
+        space, place = length, -1
+        while (open_spaces := spaces >> space) and place < 0:
             space += (open_spaces & -open_spaces).bit_length() - 1
-            row = next((r for r in reversed(by_space[space]) if room[r] >= targets[number]), -1)
-            space += row < 0
-        if row < 0:
-            row, space = len(rows), budget.tokens
-            rows.append([])
+            rows = by_space[space]
+            if wanted <= most_room[space]:
+                place = next((p for p in range(len(rows) - 1, -1, -1) if room[rows[p]] >= wanted), -1)
+                if place < 0:
+                    most_room[space] = max(room[row] for row in rows)
+            space += place < 0
+        if place < 0:
+            row, space = len(room), budget.tokens
             room.append(budget.targets)
+            held.append(0)
         else:
-            by_space[space].remove(row)
-            if not by_space[space]:
+            row = rows.pop(place)
+            if not rows:
                 spaces &= ~(1 << space)
-        rows[row].append(number)
-        room[row] -= targets[number]
-        left = space - lengths[number]
-        if left and len(rows[row]) < budget.segments:
+                most_room[space] = 0
+        row_of.append(row)
+        room[row] -= wanted
+        held[row] += 1
+        left = space - length
+        if left and held[row] < budget.segments:
             by_space[left].append(row)
+            most_room[left] = max(most_room[left], room[row])
             spaces |= 1 << left
-    return rows
+    by_row = np.argsort(np.frombuffer(row_of, np.int64), kind="stable")
+    return Ragged(order[by_row], np.cumsum(held, dtype=np.int64))
 
 
-def fill_exactly(lengths: list[int], targets: list[int], budget: Budget) -> list[list[int]]:
+def fill_exactly(lengths: np.ndarray, targets: np.ndarray, budget: Budget) -> Ragged:
     """Row by row: the longest examples left, then the one, two or three that leave least of the row, as minimum bin
     slack does (Gupta & Ho, 1999).
+
+    Args:
+      lengths: [N] int64.
+      targets: [N] int64.
     """
     stock = _Stock(lengths, targets, budget.tokens)
-    rows: list[list[int]] = []
-    mean = sum(lengths) / max(len(lengths), 1)
+    taken, ends = array("q"), array("q")
+    mean = lengths.sum() / max(len(lengths), 1)
     while stock.present:
-        row, space, room = [stock.take(stock.longest(budget.tokens))], budget.tokens, budget.targets
-        space, room = space - lengths[row[0]], room - targets[row[0]]
+        length = stock.longest(budget.tokens)
+        row = [stock.take(length)]
+        space, room = budget.tokens - length, budget.targets - stock.targets[row[0]]
         while len(row) < budget.segments and 0 < stock.shortest() <= space:
             most = min(3, budget.segments - len(row))
             chosen = stock.filling(space, room, most) if space <= 3 * mean else (stock.longest(space),)
@@ -89,36 +112,46 @@ def fill_exactly(lengths: list[int], targets: list[int], budget: Budget) -> list
                 break
             for length in chosen:
                 row.append(stock.take(length))
-                space, room = space - length, room - targets[row[-1]]
-        rows.append(row)
-    return rows
+                space, room = space - length, room - stock.targets[row[-1]]
+        taken.extend(row)
+        ends.append(len(taken))
+    return Ragged(stock.order[np.frombuffer(taken, np.int64)], np.array(ends, np.int64))
+
+
+def _pairs(lengths: np.ndarray, targets: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Length and targets of each, as Python's numbers, block by block."""
+    for first in range(0, len(order), _BLOCK):
+        block = order[first : first + _BLOCK]
+        yield from zip(lengths[block].tolist(), targets[block].tolist(), strict=True)
 
 
 class _Stock:
     """Examples left to place, by length; sets of lengths are the bits of whole numbers."""
 
-    def __init__(self, lengths: list[int], targets: list[int], longest: int):
-        self.targets, self._top = targets, longest
-        self._by_length: list[list[int]] = [[] for _ in range(longest + 1)]
-        for number in sorted(range(len(lengths)), key=lambda n: -targets[n]):
-            self._by_length[lengths[number]].append(number)
-        self.present = sum(1 << length for length in set(lengths))
-        self._mirrored = sum(1 << (longest - length) for length in set(lengths))
+    def __init__(self, lengths: np.ndarray, targets: np.ndarray, longest: int):
+        self.order = np.lexsort((-targets, lengths))  # [N] int64, example numbers: by length, fewest targets last
+        self.targets = array("i", targets[self.order].astype(np.intc).tobytes())
+        counts = np.bincount(lengths, minlength=longest + 1)
+        self._left: list[int] = counts.tolist()  # of each length
+        self._end: list[int] = counts.cumsum().tolist()  # where what is left of each ends in the order
+        there = np.flatnonzero(counts).tolist()
+        self._top = longest
+        self.present = sum(1 << length for length in there)
+        self._mirrored = sum(1 << (longest - length) for length in there)
 
     def take(self, length: int) -> int:
-        """The example of this length with the fewest targets."""
-        number = self._by_length[length].pop()
-        if not self._by_length[length]:
+        """The place in the order of the example of this length with the fewest targets."""
+        self._left[length] -= 1
+        self._end[length] -= 1
+        if not self._left[length]:
             self.present ^= 1 << length
             self._mirrored ^= 1 << (self._top - length)
-        return number
+        return self._end[length]
 
     def targets_of(self, chosen: tuple[int, ...]) -> int:
         """Targets of the examples that `take` would give for these lengths."""
         return sum(
-            self.targets[number]
-            for length in set(chosen)
-            for number in self._by_length[length][-chosen.count(length) :]
+            sum(self.targets[self._end[length] - chosen.count(length) : self._end[length]]) for length in set(chosen)
         )
 
     def longest(self, space: int) -> int:
@@ -150,7 +183,7 @@ class _Stock:
             tried ^= 1 << length
             rest = self._summing(total - length, count - 1)
             chosen = (length, *(rest or ()))
-            if rest and all(len(self._by_length[each]) >= chosen.count(each) for each in chosen):
+            if rest and all(self._left[each] >= chosen.count(each) for each in chosen):
                 return chosen
         return None
 

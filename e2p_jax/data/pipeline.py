@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from e2p_jax.data.columns import Ragged
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
@@ -33,17 +34,17 @@ class PackedDataset:
 
     examples: Examples
     vectors: Vectors  # one per example
-    rows: Sequence[Sequence[int]]
+    rows: Ragged  # of example numbers
     budget: Budget
     num_tokens: int  # K
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The batch made of these rows; a negative number is a row of padding."""
         batch = empty_rows(len(rows), self.budget, self.vectors.width)
-        members = [self.rows[row] if row >= 0 else () for row in rows]
+        members = [self.rows[row].tolist() if row >= 0 else [] for row in rows]
         vectors = iter(self.vectors.gather([number for numbers in members for number in numbers]))
         for place, numbers in enumerate(members):
-            examples = [self.examples[number] for number in numbers]
+            examples = [self.examples.segment(number) for number in numbers]
             fill_row(batch, place, examples, list(itertools.islice(vectors, len(numbers))), self.num_tokens)
         return batch
 
@@ -53,10 +54,8 @@ class PackedDataset:
         size = max(_BLOCK // (4 * self.vectors.width), 1)
         for first in range(0, len(self.vectors), size):
             digest.update(self.vectors.gather(slice(first, first + size)).data)
-        for array in (self.examples.tokens, self.examples.is_target, self.examples.ends):
+        for array in (self.examples.tokens, self.examples.is_target, self.examples.ends, self.rows.values):
             digest.update(np.ascontiguousarray(array).data)
-        for row in self.rows:
-            digest.update(np.asarray(row, np.int64).tobytes())
         return digest.digest()
 
     @property
@@ -97,10 +96,10 @@ def rows_at(dataset: PackedDataset, seed: int, places: np.ndarray) -> list[int]:
     return [int(epoch_order(seed, int(e), len(dataset.rows))[i]) for e, i in zip(epochs, within, strict=True)]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """The rows of an epoch, shuffled."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+    """[rows] int32: the rows of an epoch, shuffled."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(rows, dtype=np.int32))
 
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
@@ -139,10 +138,10 @@ def train_iterator(
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def eval_batches(dataset: PackedDataset, mesh: Mesh, batch_rows: int) -> Iterator[tuple[Batch, list[Sequence[int]]]]:
+def eval_batches(dataset: PackedDataset, mesh: Mesh, batch_rows: int) -> Iterator[tuple[Batch, list[np.ndarray]]]:
     """Every row once: the batch, and for each of its rows the example numbers of its segments."""
-    local = local_rows(mesh, batch_rows)
+    local, nobody = local_rows(mesh, batch_rows), np.zeros(0, np.int64)
     for first in range(0, len(dataset.rows), batch_rows):
         numbers = [n if n < len(dataset.rows) else -1 for n in range(first, first + batch_rows)]
         batch = dataset.batch([numbers[i] for i in local])
-        yield to_devices(batch, mesh, batch_rows), [dataset.rows[n] if n >= 0 else () for n in numbers]
+        yield to_devices(batch, mesh, batch_rows), [dataset.rows[n] if n >= 0 else nobody for n in numbers]

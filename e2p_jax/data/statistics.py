@@ -1,19 +1,20 @@
 """Counts what a config's data comes to: lengths, targets, rows, drops, vectors, and leaks between splits."""
 
-import collections
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import rich.table
+import xxhash
 
 from e2p_jax.config import Config
+from e2p_jax.data.columns import Ragged
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import choose_budget, plan_rows
 from e2p_jax.data.training import read_training
 from e2p_jax.datasets.records import Record
+from e2p_jax.vectors.population import Moments, blocks
 from e2p_jax.vectors.table import UserTable
 
 _PERCENTILES = {"least": 0, "p5": 5, "median": 50, "p95": 95, "most": 100}
@@ -48,7 +49,8 @@ def statistics(config: Config, encoder: Encoder, table: UserTable | None) -> dic
         }
     result: dict[str, Any] = {"condition": config.data.condition, "splits": splits, "skipped": read.skipped}
     if table is not None:
-        result["vectors"] = _vectors(table, read.examples.users)
+        rows = np.unique(table.rows(read.examples.users, read.examples.sources))
+        result["vectors"] = _vectors(table, rows[rows >= 0])
     return result
 
 
@@ -61,20 +63,19 @@ def _encode(records: Sequence[Record], encoder: Encoder, config: Config) -> tupl
 def _sizes(examples: Examples, encoder: Encoder) -> dict[str, Any]:
     budget = choose_budget(examples, encoder.max_length)
     rows = plan_rows(examples, budget)
-    records_a_user = collections.Counter(examples.users)
-    digests = _digests(examples)
+    records_a_user = np.unique(_users(examples), return_counts=True)[1]
     return {
         "records": len(examples),
         "users": len(records_a_user),
-        "users_with_several_records": sum(count > 1 for count in records_a_user.values()),
-        "repeated_conversations": len(digests) - len(set(digests)),
+        "users_with_several_records": int((records_a_user > 1).sum()),
+        "repeated_conversations": len(examples) - len(np.unique(_conversations(examples))),
         "tokens": len(examples.tokens),
         "targets": int(examples.target_counts.sum()),
         "tokens_a_record": _spread(examples.lengths),
         "targets_a_record": _spread(examples.target_counts),
         "rows": len(rows),
         "row_budget": {name: int(size) for name, size in budget._asdict().items()},
-        "segments_a_row": _spread(np.array([len(row) for row in rows])),
+        "segments_a_row": _spread(np.diff(rows.ends, prepend=0)),
         "full": len(examples.tokens) / (len(rows) * budget.tokens),
         "targets_full": int(examples.target_counts.sum()) / (len(rows) * budget.targets),
     }
@@ -84,45 +85,54 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {name: float(np.percentile(values, at)) for name, at in _PERCENTILES.items()}
 
 
-def _digests(examples: Examples) -> list[bytes]:
-    return [hashlib.sha256(example.tokens.tobytes()).digest() for example in examples]
+def _hashes(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """[N] uint64: in place of what would not fit in memory, where there are millions."""
+    return np.fromiter((xxhash.xxh3_64_intdigest(array.tobytes()) for array in arrays), np.uint64)
+
+
+def _users(examples: Examples) -> np.ndarray:
+    return _hashes(Ragged(examples.user_text, examples.user_ends))
+
+
+def _conversations(examples: Examples) -> np.ndarray:
+    return _hashes(Ragged(examples.tokens, examples.ends))
 
 
 def _leaks(examples: Examples, train: Examples) -> dict[str, int]:
     """The overlap of a split with training."""
-    users, digests = set(train.users), set(_digests(train))
+    users, trained = _users(examples), _users(train)
     return {
-        "users_in_train": len(set(examples.users) & users),
-        "records_of_users_in_train": sum(user in users for user in examples.users),
-        "conversations_in_train": sum(digest in digests for digest in _digests(examples)),
+        "users_in_train": len(np.intersect1d(users, trained)),
+        "records_of_users_in_train": int(np.isin(users, trained).sum()),
+        "conversations_in_train": int(np.isin(_conversations(examples), _conversations(train)).sum()),
     }
 
 
 def _absent(examples: Examples, table: UserTable | None) -> int | None:
     if table is None:
         return None
-    users = sorted(set(examples.users))
-    return int((table.rows(users, users) < 0).sum())
+    absent = table.rows(examples.users, examples.sources) < 0
+    return len(np.unique(_users(examples)[absent]))
 
 
-def _vectors(table: UserTable, users: Sequence[str]) -> dict[str, Any]:
-    """Of the training users who have one."""
-    names = sorted(set(users))
-    rows = table.rows(names, names)
-    vectors = table.gather(rows[rows >= 0])
-    if not len(vectors):
+def _vectors(table: UserTable, rows: np.ndarray) -> dict[str, Any]:
+    """Of the training users who have one, block by block."""
+    if not len(rows):
         return {"table": table.source, "users": len(table), "width": table.width}
-    norms, std = np.linalg.norm(vectors, axis=1), vectors.std(axis=0)
+    moments = Moments.of(blocks(table, rows))
+    norms = np.concatenate([np.linalg.norm(block, axis=1) for block in blocks(table, rows)])
+    # Zero has two signs.
+    hashes = _hashes(vector for block in blocks(table, rows) for vector in block + np.float32(0))
     return {
         "table": table.source,
         "users": len(table),
         "width": table.width,
         "dtype": table.vectors.dtype.name,
         "norm": _spread(norms),
-        "largest_mean": float(np.abs(vectors.mean(axis=0)).max()),
-        "std": _spread(std),
-        "dimensions_that_never_vary": int((std <= 1e-6).sum()),
-        "users_with_the_vector_of_another": len(vectors) - len(np.unique(vectors, axis=0)),
+        "largest_mean": float(np.abs(moments.mean).max()),
+        "std": _spread(moments.std),
+        "dimensions_that_never_vary": int((moments.std <= 1e-6).sum()),
+        "users_with_the_vector_of_another": len(rows) - len(np.unique(hashes)),
     }
 
 

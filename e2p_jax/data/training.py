@@ -5,11 +5,14 @@ of the data's bytes, the tokenizer, the template and every setting that has a sa
 all, and holds the checksums of its files: what does not agree with them is made anew.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,20 @@ import numpy as np
 
 import e2p_jax
 from e2p_jax.config import Config, DataConfig
-from e2p_jax.data.encode import Encoder
-from e2p_jax.data.examples import Examples
+from e2p_jax.data.columns import Ragged
+from e2p_jax.data.encode import Encoder, Example
+from e2p_jax.data.examples import Examples, map_column
 from e2p_jax.data.packing import Budget, choose_budget, plan_rows
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits, load_training
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.files import replace_directory, user_cache
+from e2p_jax.files import explain_full_disk, replace_directory, user_cache
 from e2p_jax.json_files import digest, object_in
+from e2p_jax.parallel.distributed import is_first
 
-_LAYOUT = 2  # of a cache directory
+_LAYOUT = 3  # of a cache directory
 _META = "meta.json"
 
 
@@ -36,10 +41,9 @@ _META = "meta.json"
 class Training:
     """The records of a run."""
 
-    examples: Examples  # of the training records, under `data.condition`
+    examples: Examples  # of the training records, under `data.condition`; on disk
     budget: Budget
-    rows: Sequence[Sequence[int]]  # the plan: which examples share a row
-    records: Sequence[Record]  # the training records' users and sources, without their text
+    rows: Ragged  # the plan: which examples share a row; on disk once it is cached
     dev: list[Record]
     reported: dict[str, list[Record]]  # by split
     dropped_messages: int
@@ -52,24 +56,37 @@ def read_training(config: Config, encoder: Encoder) -> Training:
     Raises:
       UserError: naming the record or split at fault, or a cache that cannot be written.
     """
-    place = cache_directory(config.data.cache)
-    if place is None:
-        return _read(config, encoder)
-    place = place / _key(config, encoder)
+    folder = cache_directory(config.data.cache)
+    if folder is None:
+        return _read(config, encoder, Path(tempfile.gettempdir()))
+    place = folder / _key(config, encoder)
     try:
         return _load(place)
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-        training = _read(config, encoder)
-    if _key(config, encoder) != place.name:  # the data was written to meanwhile: which of the two was read?
-        return training
+    except FileNotFoundError as error:
+        fault = "a file is missing" if error.filename != str(place / _META) else ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fault = str(error) if isinstance(error, ValueError) else "damaged"
+    if fault and is_first():
+        print(f"data.cache: {place} is made anew ({fault})", file=sys.stderr)
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    training = _read(config, encoder, folder)
+    if _key(config, encoder) == place.name:  # else it was written to meanwhile: which of the two was read?
+        with _explained(folder):
+            _save(training, place)
+    return training
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     try:
-        _save(training, place)
+        yield
     except (OSError, UserError) as error:  # the latter from `replace_directory`, in words that know no `none`
         reason = getattr(error.__cause__ or error, "strerror", None) or error
         raise UserError(
-            f"data.cache: {place.parent} cannot be written ({reason}); name another directory, or none"
+            f"data.cache: {folder} cannot be written ({reason}); name another directory, or none"
         ) from error
-    return training
 
 
 def cache_directory(setting: str) -> Path | None:
@@ -81,24 +98,25 @@ def cache_directory(setting: str) -> Path | None:
     return Path(setting).expanduser()
 
 
-def _read(config: Config, encoder: Encoder) -> Training:
+def _read(config: Config, encoder: Encoder, directory: Path) -> Training:
+    """Holds the training split in files without a name in `directory`."""
     condition = config.data.condition
     bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
     reported = load_splits(config.data.path, config.data.eval_splits, bad)
     learned, dev = load_training(config.data, reported, bad)
-    dropped, records = 0, []
+    dropped = 0
 
-    def fitted() -> Iterator[Any]:
+    def fitted() -> Iterator[Example]:
         nonlocal dropped
         for record in learned:
             fit = encoder.fit(record, [condition])
             dropped += fit.dropped_messages
-            records.append(Record(record.user_id, (), (), source=record.source))
             yield fit.examples[condition]
 
-    examples = Examples.of(fitted())
+    with explain_full_disk(directory):
+        examples = Examples.of(fitted(), directory)
     budget = choose_budget(examples, encoder.max_length)
-    return Training(examples, budget, plan_rows(examples, budget), records, dev, reported, dropped, bad.report())
+    return Training(examples, budget, plan_rows(examples, budget), dev, reported, dropped, bad.report())
 
 
 def _key(config: Config, encoder: Encoder) -> str:
@@ -107,7 +125,7 @@ def _key(config: Config, encoder: Encoder) -> str:
     data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in without}
     tokenizer = encoder.tokenizer
     settings = {
-        "layout": _LAYOUT,
+        "layout": 2,  # of this key; that of the files is in `meta.json`, so that an old one is found
         "version": e2p_jax.__version__,
         "data": data,
         "content": fingerprint(config.data),
@@ -144,10 +162,9 @@ def _save(training: Training, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)  # a damaged one
     with replace_directory(place) as temporary:
         training.examples.save(temporary)
-        np.save(temporary / "rows.npy", np.concatenate([np.asarray(row, np.int64) for row in training.rows]))
-        np.save(temporary / "row_ends.npy", np.cumsum([len(row) for row in training.rows]))
+        np.save(temporary / "rows.npy", training.rows.values)
+        np.save(temporary / "row_ends.npy", training.rows.ends)
         texts = {
-            "records": [(record.user_id, record.source) for record in training.records],
             "dev": list(map(dataclasses.asdict, training.dev)),
             "reported": {name: list(map(dataclasses.asdict, held)) for name, held in training.reported.items()},
             "budget": list(map(int, training.budget)),
@@ -155,7 +172,7 @@ def _save(training: Training, place: Path) -> None:
             "skipped": training.skipped,
         }
         (temporary / "records.json").write_text(json.dumps(texts), encoding="utf-8")
-        meta = {"files": {path.name: _digest(path) for path in sorted(temporary.iterdir())}}
+        meta = {"layout": _LAYOUT, "files": {path.name: _digest(path) for path in sorted(temporary.iterdir())}}
         (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -164,16 +181,16 @@ def _load(place: Path) -> Training:
     Raises:
       OSError, ValueError, KeyError, TypeError: it is not there, or not as it was written.
     """
-    files = object_in((place / _META).read_bytes())["files"]
-    if files != {path.name: _digest(path) for path in place.iterdir() if path.name != _META}:
-        raise ValueError(f"{place}: its files are not those that were written")
+    meta = object_in((place / _META).read_bytes())
+    if meta.get("layout") != _LAYOUT:
+        raise ValueError("it has the layout of another version")
+    if meta["files"] != {path.name: _digest(path) for path in place.iterdir() if path.name != _META}:
+        raise ValueError("its files are not those that were written")
     texts = json.loads((place / "records.json").read_text(encoding="utf-8"))
-    records = [Record(user, (), (), source=source) for user, source in texts["records"]]
     return Training(
-        Examples.load(place, [record.user_id for record in records]),
+        Examples.load(place),
         Budget(*texts["budget"]),
-        [row.tolist() for row in np.split(np.load(place / "rows.npy"), np.load(place / "row_ends.npy")[:-1])],
-        records,
+        Ragged(map_column(place, "rows"), map_column(place, "row_ends")),
         list(map(_record, texts["dev"])),
         {name: list(map(_record, held)) for name, held in texts["reported"].items()},
         texts["dropped_messages"],

@@ -14,7 +14,7 @@ import numpy as np
 from e2p_jax.config import DataConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.bad_records import BadRecords
-from e2p_jax.datasets.records import Record, held_out_users, read_jsonl
+from e2p_jax.datasets.records import Record, hold_out, read_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.vectors.table import UserTable, open_table
 
@@ -128,9 +128,12 @@ def load_training(
     if data.dev_split != "auto":
         return records(), load_records(data.path, data.dev_split, bad)
     shown = {record.user_id for others in reported.values() for record in others}
-    dev = held_out_users({record.user_id for record in records()} - shown)
-    held = [record for record in records() if record.user_id in dev] if dev else []
-    return (record for record in records() if record.user_id not in dev), held
+    is_chosen = hold_out(record.user_id for record in records() if record.user_id not in shown)
+
+    def is_dev(record: Record) -> bool:
+        return is_chosen(record.user_id) and record.user_id not in shown
+
+    return (record for record in records() if not is_dev(record)), [record for record in records() if is_dev(record)]
 
 
 def _open_prepared(place: Path) -> "tfds.core.DatasetBuilder":

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.errors import UserError
@@ -92,24 +94,38 @@ def read_jsonl(path: Path, split: str, bad: BadRecords | None = None) -> Iterato
     def parsed() -> Iterator[tuple[Record, str | None]]:
         return bad.parse(_lines(path), _record_and_split, path)
 
-    users: set[str] = set()
     named = split == "all"
-    for record, name in () if named else parsed():
-        users.add(record.user_id)
-        if named := name is not None:
-            break
-    held_out = set() if named else held_out_users(users)
-    del users
+
+    def users() -> Iterator[str]:
+        nonlocal named
+        for record, name in parsed():
+            if named := name is not None:
+                return
+            yield record.user_id
+
+    is_held_out = hold_out(() if named else users())
     for record, name in parsed():
-        own = (name or "train") if named else ("validation" if record.user_id in held_out else "train")
+        own = (name or "train") if named else ("validation" if is_held_out(record.user_id) else "train")
         if split in ("all", own):
             yield record
 
 
-def held_out_users(users: set[str]) -> set[str]:
-    """One in twenty, two at least, by a hash of the id; none of three or fewer."""
-    ordered = sorted(users, key=lambda user: hashlib.sha256(user.encode()).digest())
-    return set(ordered[: max(2, len(users) // 20)]) if len(users) > 3 else set()
+def hold_out(users: Iterable[str]) -> Callable[[str], bool]:
+    """Chooses one in twenty of them, two at least, by a hash of the id; none of three or fewer.
+
+    Args:
+      users: each as often as he comes; read one by one, 8 bytes of each are held.
+
+    Returns:
+      Whether one of these users was chosen.
+    """
+    hashes = np.unique(np.fromiter(map(_hash, users), np.uint64))
+    last = int(hashes[max(2, len(hashes) // 20) - 1]) if len(hashes) > 3 else -1
+    return lambda user: _hash(user) <= last
+
+
+def _hash(user: str) -> int:
+    return int.from_bytes(hashlib.sha256(user.encode()).digest()[:8])
 
 
 def read_prompts(path: Path) -> list[Record]:

@@ -1,16 +1,17 @@
 """Measures what is left of a prefix when the vector behind it is not what it was in training."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import FRONTS, other_users
+from e2p_jax.data.conditions import FRONTS
+from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.measures import interval
 from e2p_jax.train.run import Run
-from e2p_jax.train.score import Scorer
+from e2p_jax.train.score import Scorer, pack_groups
 from e2p_jax.vectors.source import Vectors
 
 Disturbance = Callable[[np.ndarray, np.ndarray, float, np.random.Generator], np.ndarray]
@@ -83,27 +84,31 @@ def robustness(run: Run, records: Sequence[Record], condition: Condition = "e2p"
     examples = [fit.examples[condition] for fit in fitted]
     targets = np.array([int(example.is_target.sum()) for example in examples])
     users = [record.user_id for record in kept]
-    vectors = run.vectors(kept, condition).gather()
-    own = (vectors - population.mean) / population.std
-    by_user = dict(zip(users, own, strict=True))
-    other = np.stack([by_user[user] for user in other_users(users, seed=0)])
-
-    def raw(standardised: np.ndarray) -> Vectors:
-        return Vectors.of((standardised * population.std + population.mean).astype(np.float32))
-
     assert FRONTS[condition].vector == "own"
-    has_null = run.inputs.config.train.null_user_rate > 0
-    cold = Vectors.of(np.full_like(vectors, np.nan)) if has_null else raw(np.zeros_like(own))
-    groups = {("as trained", 0.0): (examples, Vectors.of(vectors)), ("cold start", 0.0): (examples, cold)}
-    groups["none", 0.0] = ([fit.examples["none"] for fit in fitted], Vectors.of(vectors))
-    for name, (_, disturb, levels) in DISTURBANCES.items():
-        for number, level in enumerate(levels):
-            rng = np.random.default_rng([2, number])
-            groups[name, level] = (examples, raw(disturb(own, other, level, rng)))
+    conditions: tuple[Condition, ...] = (condition, "shuffled", "mean")
+    own, other, mean = (run.vectors(kept, c) for c in conditions)
+    nobody = Vectors(np.full((1, own.width), np.nan, np.float32), np.zeros(len(kept), np.int64))
+    groups = {condition: (examples, own), "none": ([fit.examples["none"] for fit in fitted], own)}
+    packed = pack_groups(groups, encoder)
+
+    def datasets() -> Iterator[tuple[str, float, PackedDataset]]:
+        """One level's vectors at a time."""
+        yield "as trained", 0.0, packed[condition]
+        cold = nobody if run.inputs.config.train.null_user_rate > 0 else mean
+        yield "cold start", 0.0, dataclasses.replace(packed[condition], vectors=cold)
+        yield "none", 0.0, packed["none"]
+        for name, (_, disturb, levels) in DISTURBANCES.items():
+            for number, level in enumerate(levels):
+                a, b = ((vectors.gather() - population.mean) / population.std for vectors in (own, other))
+                changed = disturb(a, b, level, np.random.default_rng([2, number]))
+                raw = (changed * population.std + population.mean).astype(np.float32)
+                yield name, level, dataclasses.replace(packed[condition], vectors=Vectors.of(raw))
+
     scorer = Scorer(run)
     samples = run.inputs.config.evaluate.bootstrap_samples
     points = []
-    for (name, level), nll in scorer.nll(groups).items():
+    for name, level, dataset in datasets():
+        nll = scorer.example_nll(dataset)
         found = interval("nll_per_target", np.stack([nll, targets], axis=1), users, samples)
         points.append(Point(name, level, *found))
     start = points[0]

@@ -12,6 +12,7 @@ import numpy as np
 from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import copy_companions
 from e2p_jax.config import Config, MeshConfig, from_json
+from e2p_jax.data.columns import Ragged
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
 from e2p_jax.data.pipeline import PackedDataset, train_iterator
@@ -157,7 +158,7 @@ def _with_projector(model: Model, checkpoint: Checkpoint, names: Mapping[str, st
 def _first_position(model: Model, config: Config) -> dict[str, Any]:
     """Gives the position where the data of a run begins, whatever the data."""
     nobody = Vectors.of(np.zeros((0, 1), np.float32))
-    nothing = PackedDataset(Examples.of(()), nobody, (), Budget(config.data.seq_len, 1, 1), 1)
+    nothing = PackedDataset(Examples.of(()), nobody, Ragged.of(()), Budget(config.data.seq_len, 1, 1), 1)
     train = config.train
     iterator = train_iterator(nothing, model.mesh, batch_rows=train.rows, steps=train.steps, seed=train.seed)
     return iterator.get_state()

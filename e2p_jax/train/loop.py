@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from e2p_jax.config import Config, TrainConfig
-from e2p_jax.data.conditions import FRONTS, user_vectors
+from e2p_jax.data.conditions import FRONTS, vectors_of
 from e2p_jax.data.pipeline import PackedDataset, rows_at, to_devices, train_iterator
 from e2p_jax.data.training import read_training
 from e2p_jax.datasets.records import Record
@@ -59,8 +59,9 @@ def read_data(inputs: Inputs) -> Data:
     """
     config, condition = inputs.config, inputs.config.data.condition
     read = read_training(config, inputs.encoder)
-    population, warnings = _population(inputs, read.records)
-    vectors = user_vectors(read.records, condition, inputs.table, population)
+    users, where = read.examples.users, read.examples.sources
+    population, warnings = _population(inputs, users, where)
+    vectors = vectors_of(users, where, condition, inputs.table, population)
     train = PackedDataset(read.examples, vectors, read.rows, read.budget, inputs.encoder.num_tokens)
     held_out = {}
     for name, others in ({"dev": read.dev} | read.reported if read.dev else read.reported).items():
@@ -69,16 +70,15 @@ def read_data(inputs: Inputs) -> Data:
     return Data(train, held_out, population, warnings, read.dropped_messages, read.skipped)
 
 
-def _population(inputs: Inputs, records: Sequence[Record]) -> tuple[Population, list[str]]:
+def _population(inputs: Inputs, users: Sequence[str], where: Sequence[str]) -> tuple[Population, list[str]]:
     """The statistics of the training users' vectors, each user counted once, and what to warn of."""
     table, condition = inputs.table, inputs.config.data.condition
     if table is None:
         return Population.standard(1), []
-    places = {record.user_id: record.source for record in records}
-    rows = table.rows(list(places), list(places.values()))
+    rows = np.unique(table.rows(users, where))
     known = rows[rows >= 0]  # the null user has no part in the statistics
     if not len(known):
-        raise UserError(f"{table.source}: holds none of the {len(places)} training users; give their table")
+        raise UserError(f"{table.source}: holds none of the {len(set(users))} training users; give their table")
     return training_population(table, known, told_apart=FRONTS[condition].vector in ("own", "other"))
 
 

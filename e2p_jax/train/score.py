@@ -140,8 +140,9 @@ class Scorer:
 
     def nll(self, groups: Mapping[Key, tuple[Sequence[Example], Vectors]]) -> dict[Key, np.ndarray]:
         """Examples and their vectors by group -> [N] nats by group."""
+        return {key: self.example_nll(dataset) for key, dataset in pack_groups(groups, self.encoder).items()}
+
+    def example_nll(self, dataset: PackedDataset) -> np.ndarray:
+        """[N] nats; datasets of one row's shape share one compilation."""
         with jax.set_mesh(self.mesh):
-            return {
-                key: example_nll(dataset, self.evaluate, self.mesh, self.batch_rows)
-                for key, dataset in pack_groups(groups, self.encoder).items()
-            }
+            return example_nll(dataset, self.evaluate, self.mesh, self.batch_rows)

@@ -31,7 +31,7 @@ class Population(NamedTuple):
     def of(cls, vectors: np.ndarray) -> "Population":
         """Of [N, E] vectors, one per user, N at least 1."""
         size = max(_BLOCK // (4 * vectors.shape[1]), 1)
-        return _Moments.of(vectors[first : first + size] for first in range(0, len(vectors), size)).population()
+        return Moments.of(vectors[first : first + size] for first in range(0, len(vectors), size)).population()
 
     @classmethod
     def standard(cls, width: int) -> "Population":
@@ -39,13 +39,15 @@ class Population(NamedTuple):
         return cls(np.zeros(width, np.float32), np.ones(width, np.float32))
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
+    """Count, mean and spread of users' vectors."""
+
     users: int
     mean: np.ndarray  # [E] float64
     std: np.ndarray  # [E] float64
 
     @classmethod
-    def of(cls, blocks: Iterable[np.ndarray]) -> "_Moments":
+    def of(cls, blocks: Iterable[np.ndarray]) -> "Moments":
         """Of blocks of [n, E] vectors, by Chan, Golub and LeVeque's pairwise update (1979)."""
         users, mean, squares = 0, np.zeros(1), np.zeros(1)
         for block in blocks:
@@ -88,7 +90,7 @@ def training_population(table: UserTable, rows: np.ndarray, *, told_apart: bool)
         because several users all have the same one, or because next to some, who are named, the others do not differ.
     """
     rows = np.sort(rows)
-    moments = _Moments.of(_blocks(table, rows))
+    moments = Moments.of(blocks(table, rows))
     population = moments.population()
     _refuse_range(table, population)
     if not told_apart or len(rows) < 2:  # with one user there is nobody to be told from
@@ -101,8 +103,8 @@ def training_population(table: UserTable, rows: np.ndarray, *, told_apart: bool)
     return population, _outliers(table, rows, moments)
 
 
-def _blocks(table: UserTable, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """[n, E] float32 each."""
+def blocks(table: UserTable, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """[n, E] float32 each: the vectors of rows, so many at once as hardly take memory."""
     size = max(_BLOCK // (4 * table.width), 1)
     for first in range(0, len(rows), size):
         yield table.gather(rows[first : first + size])
@@ -119,20 +121,20 @@ def _refuse_range(table: UserTable, population: Population) -> None:
             )
 
 
-def _outliers(table: UserTable, rows: np.ndarray, moments: _Moments) -> list[str]:
+def _outliers(table: UserTable, rows: np.ndarray, moments: Moments) -> list[str]:
     """Warns where a few users' numbers are so large that the others' are nearly one and the same."""
     if len(rows) < _ENOUGH:
         return []
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]
     values = np.sort(table.gather(sample), axis=0)
     cut = max(int(len(values) * _OUTERMOST), min(3, len(values) // 4))
-    inner = _Moments.of([values[cut:-cut]])
+    inner = Moments.of([values[cut:-cut]])
     swamped = moments.varies & inner.varies & (moments.std > _SWAMPED * inner.std)
     if not swamped.any():
         return []
     far = [np.zeros(0, np.int64)]
     size = max(_BLOCK // (4 * table.width), 1)
-    for number, block in enumerate(_blocks(table, rows)):
+    for number, block in enumerate(blocks(table, rows)):
         distance = np.abs(block[:, swamped] - inner.mean[swamped])
         far.append(number * size + np.flatnonzero((distance > _SWAMPED * inner.std[swamped]).any(axis=1)))
     users = rows[np.concatenate(far)]

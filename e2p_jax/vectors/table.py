@@ -23,7 +23,7 @@ from e2p_jax.vectors.arrays import map_array
 from e2p_jax.vectors.formats import read_file
 from e2p_jax.vectors.index import UserIndex
 
-_BLOCK = 1 << 12  # rows gathered at once: they stay in the processor's cache until they are float32
+_BLOCK = 1 << 12  # rows looked up or gathered at once: they stay in the processor's cache until they are float32
 _WINDOW = 1 << 26  # bytes of a mapped file that are gathered from, about, before they are given back
 _PAGE = 1 << 21  # bytes that looking at one row maps at most
 _SAME = 1e-3  # of a vector's length: two copies of it may differ by what float16 rounds away
@@ -88,13 +88,15 @@ class UserTable:
         """[N] int64, for `gather`: each user's row; -1 for the null user.
 
         Args:
-          users: N user ids.
+          users: N user ids, read block by block.
           where: for errors, the record that each stands in.
 
         Raises:
           UserError: naming the first user who is not here.
         """
-        rows = self.index.find(users)
+        rows = np.empty(len(users), np.int64)
+        for first in range(0, len(users), _BLOCK):
+            rows[first : first + _BLOCK] = self.index.find(users[first : first + _BLOCK])
         if self.missing == "error" and len(absent := np.flatnonzero(rows < 0)):
             user, place = users[int(absent[0])], where[int(absent[0])]
             raise UserError(f"{place}: user {shown(user)} has no vector in {self.source}{self._remedy(user)}")

@@ -11,9 +11,11 @@ import rich.console
 
 from e2p_jax.cli import main
 from e2p_jax.data.show import show_row
+from e2p_jax.data.statistics import _vectors
 from e2p_jax.datasets import synthetic
+from e2p_jax.vectors import population
 from e2p_jax.vectors.source import Vectors
-from e2p_jax.vectors.table import save_table
+from e2p_jax.vectors.table import UserTable, save_table
 
 
 @pytest.fixture
@@ -64,6 +66,24 @@ def test_statistics(flags: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["data", "stats", "quickstart", *flags]) == 0
     text = capsys.readouterr().out
     assert re.search(r"conversations also in train *│ *│ *0 │ *1", text) and f"{train['full']:.1%}" in text
+
+
+def test_vectors_are_counted_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of the whole table, which is never in memory."""
+    vectors = np.random.default_rng(0).normal(3.0, 2.0, (300, 8)).astype(np.float32)
+    vectors[[7, 8]] = vectors[3], vectors[4]
+    vectors[[20, 21]] = [[0.0], [-0.0]]
+    table = UserTable([f"u{n}" for n in range(300)], vectors, "table")
+    sizes, gather = [], UserTable.gather
+    monkeypatch.setattr(UserTable, "gather", lambda self, rows: sizes.append(len(rows)) or gather(self, rows))
+    monkeypatch.setattr(population, "_BLOCK", 40 * 8 * 4)
+    found = _vectors(table, np.arange(300))
+    assert max(sizes) == 40
+    assert found["users_with_the_vector_of_another"] == 3
+    norms = np.linalg.norm(vectors, axis=1)
+    assert found["norm"]["median"] == pytest.approx(np.median(norms)) and found["norm"]["most"] == norms.max()
+    assert found["largest_mean"] == pytest.approx(np.abs(vectors.mean(axis=0)).max(), rel=1e-6)
+    assert found["std"]["most"] == pytest.approx(vectors.std(axis=0).max(), rel=1e-6)
 
 
 def test_rows_in_words(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from e2p_jax.config import MeshConfig
 from e2p_jax.data import pipeline
+from e2p_jax.data.columns import Ragged
 from e2p_jax.data.encode import Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget
@@ -43,7 +44,7 @@ def dataset() -> PackedDataset:
 
     numbers = [10 * row + side for row in range(ROWS) for side in (1, 2)]
     vectors = np.array(numbers, np.float32)[:, None] * np.ones((1, 3), np.float32)
-    rows = [[2 * row, 2 * row + 1] for row in range(ROWS)]
+    rows = Ragged.of([[2 * row, 2 * row + 1] for row in range(ROWS)])
     return PackedDataset(Examples.of(map(example, numbers)), Vectors.of(vectors), rows, Budget(8, 6, 2), 1)
 
 
@@ -70,6 +71,14 @@ def test_batches_are_a_function_of_seed_and_step(dataset: PackedDataset) -> None
     )
     assert first == again == longer[:20]
     assert first != other
+
+
+def test_an_epochs_order_takes_four_bytes_a_row() -> None:
+    """Two are held at most, and the order is the one that runs were begun with."""
+    orders = [pipeline.epoch_order(5, epoch, 1000) for epoch in range(3)]
+    assert {order.nbytes for order in orders} == {4000} and pipeline.epoch_order.cache_info().currsize <= 2
+    for epoch, order in enumerate(orders):
+        np.testing.assert_array_equal(order, np.random.default_rng([5, epoch]).permutation(1000))
 
 
 @pytest.mark.parametrize("done", [0, 1, 7, 19])
@@ -140,7 +149,7 @@ def test_digest_is_of_the_gathered_vectors_whatever_the_block(
     monkeypatch.setattr(pipeline, "_BLOCK", block)
     held, examples = dataset.vectors.gather(), dataset.examples
     expected = hashlib.sha256(held.tobytes())
-    for array in (examples.tokens, examples.is_target, examples.ends, np.concatenate(dataset.rows)):
+    for array in (examples.tokens, examples.is_target, examples.ends, dataset.rows.values):
         expected.update(array.tobytes())
     assert dataset.digest() == expected.digest()
     places = np.random.default_rng(0).permutation(20)[: len(held)]  # the same vectors, elsewhere in a table

@@ -13,13 +13,17 @@ import pytest
 
 from e2p_jax.config import Config, DataConfig
 from e2p_jax.data import training
+from e2p_jax.data.conditions import vectors_of
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
+from e2p_jax.data.packing import choose_budget, plan_rows
 from e2p_jax.data.training import Training, read_training
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.prepared import load_training
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
+from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import UserTable
 
 
 @pytest.fixture
@@ -35,13 +39,26 @@ def read(config: Config, tokenizer: Any) -> Training:
 
 
 def assert_same(ours: Training, theirs: Training) -> None:
-    for name in ("tokens", "is_target", "ends", "slot_starts"):
+    for name in ("tokens", "is_target", "ends", "slot_starts", "target_counts"):
         a, b = getattr(ours.examples, name), getattr(theirs.examples, name)
         assert a.dtype == b.dtype, name
         np.testing.assert_array_equal(a, b, err_msg=name)
-    assert list(ours.examples.users) == list(theirs.examples.users)
-    for field in ("rows", "budget", "records", "dev", "reported", "dropped_messages", "skipped"):
+    for name in ("users", "sources"):
+        assert list(getattr(ours.examples, name)) == list(getattr(theirs.examples, name)), name
+    assert list(map(list, ours.rows)) == list(map(list, theirs.rows))
+    for field in ("budget", "dev", "reported", "dropped_messages", "skipped"):
         assert getattr(ours, field) == getattr(theirs, field), field
+
+
+def peak_of(work: Callable[[], Any]) -> tuple[Any, int, int]:
+    """What it gives; bytes that are held after, and at most, beyond what was held before."""
+    tracemalloc.start()
+    try:
+        result = work()
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return result, held, most
 
 
 def forbid(*_: Any) -> None:
@@ -51,7 +68,7 @@ def forbid(*_: Any) -> None:
 def test_columns_give_back_the_examples() -> None:
     rng = np.random.default_rng(0)
     given = [
-        Example(rng.integers(0, 99, n, dtype=np.int32), rng.random(n) < 0.5, int(n) % 3 - 1, f"user {n}")
+        Example(rng.integers(0, 99, n, dtype=np.int32), rng.random(n) < 0.5, int(n) % 3 - 1, f"us\xe9r {n}", "f:1" * n)
         for n in rng.integers(1, 30, 20)
     ]
     examples = Examples.of(iter(given))
@@ -59,11 +76,33 @@ def test_columns_give_back_the_examples() -> None:
     for ours, theirs in zip([*examples, examples[-1], *examples[3:5]], [*given, given[-1], *given[3:5]], strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         np.testing.assert_array_equal(ours.is_target, theirs.is_target)
-        assert (ours.slot_start, ours.user_id) == (theirs.slot_start, theirs.user_id)
+        assert ours[2:] == theirs[2:]
     assert examples.lengths.tolist() == [len(e.tokens) for e in given]
     assert examples.target_counts.tolist() == [int(e.is_target.sum()) for e in given]
     with pytest.raises(IndexError):
         examples[20]
+
+
+def test_millions_of_conversations_are_numbers_on_disk(tmp_path: Path) -> None:
+    """Ready: 8 bytes of each, the row of its vector. On the way: a few numbers of each, and none of its tokens."""
+    count, rng = 6_000, np.random.default_rng(0)
+    kinds = [(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1) for n in rng.integers(20, 200, 50)]
+    given = (Example(*kinds[n % 50], 0, f"user {n}", f"/a/file.jsonl:{n}") for n in range(count))
+    table = UserTable([f"user {n}" for n in range(count)], np.ones((count, 1), np.float16), "table")
+
+    def start() -> tuple[Any, ...]:
+        examples = Examples.of(given, tmp_path)
+        rows = plan_rows(examples, choose_budget(examples, 512))
+        users, where = examples.users, examples.sources
+        vectors = vectors_of(users, where, "e2p", table, Population.standard(1))
+        return examples, vectors, len(rows)
+
+    start_small = Examples.of(iter([Example(*kinds[0], 0, "", "")] * 40), tmp_path)  # imports, and NumPy's own
+    plan_rows(start_small, choose_budget(start_small, 512))
+    (examples, vectors, _), held, most = peak_of(start)
+    assert held < 20 * count and most < 350 * count, (held / count, most / count)
+    assert not list(tmp_path.iterdir()) and not examples.tokens.flags.writeable
+    assert vectors.rows.tolist() == list(range(count)) and examples.sources[-1] == f"/a/file.jsonl:{count - 1}"
 
 
 def test_second_start_reads_the_cache(
@@ -76,7 +115,8 @@ def test_second_start_reads_the_cache(
     monkeypatch.setattr(training, "_read", forbid)
     again = read(config, tokenizer)
     assert_same(again, first)
-    assert not again.examples.tokens.flags.writeable  # it is mapped
+    for array in (again.examples.tokens, again.examples.user_text, again.rows.values):
+        assert not array.flags.writeable  # it is mapped
     assert len(first.dev) == 2 and all(record.messages for record in first.dev)
     assert [path.name[0] for path in Path(config.data.cache).iterdir() if path.name.startswith(".")] == []
     # What has no say in the tokens shares them.
@@ -92,13 +132,8 @@ def test_training_records_are_read_one_by_one(tmp_path: Path, dev: str) -> None:
         lines = [line | {"split": "selection" if n < 3 else "train"} for n, line in enumerate(lines)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = DataConfig(path=str(tmp_path / "r.jsonl"), dev_split=dev)
-    tracemalloc.start()
-    try:
-        learned, held = load_training(data, {})
-        users = [record.user_id for record in learned]
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    learned, held = load_training(data, {})
+    users, _, peak = peak_of(lambda: [record.user_id for record in learned])
     assert sum(len(json.dumps(line)) for line in lines) > 20e6 and peak < 5e6
     others = [record.user_id for record in held]
     left = 300 - len(others) if dev != "auto" else 300 - 15 - len(others)  # 15 are of `validation`
@@ -158,7 +193,17 @@ def test_directories_are_told_apart_by_content_and_names(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["tokens.npy", "is_target.npy", "ends.npy", "slot_starts.npy", "rows.npy", "records.json", "meta.json"]
+    "name",
+    [
+        "tokens.npy",
+        "is_target.npy",
+        "ends.npy",
+        "user_text.npy",
+        "source_ends.npy",
+        "rows.npy",
+        "records.json",
+        "meta.json",
+    ],
 )
 @pytest.mark.parametrize("fault", ["cut", "flip", "gone"])
 def test_damaged_cache_is_made_anew(config: Config, make_tokenizer: Callable, name: str, fault: str) -> None:
@@ -174,6 +219,20 @@ def test_damaged_cache_is_made_anew(config: Config, make_tokenizer: Callable, na
         (place / name).write_bytes(content[:-5] if fault == "cut" else content)
     assert_same(read(config, tokenizer), first)
     assert {path.name: path.read_bytes() for path in place.iterdir()} == whole
+
+
+def test_another_layout_is_made_anew_and_said(
+    config: Config, make_tokenizer: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    first = read(config, tokenizer)
+    (place,) = Path(config.data.cache).iterdir()
+    meta = json.loads((place / "meta.json").read_text())
+    (place / "meta.json").write_text(json.dumps({"files": meta["files"]}))  # as the second layout had it
+    assert capsys.readouterr().err == ""
+    assert_same(read(config, tokenizer), first)
+    assert capsys.readouterr().err == f"data.cache: {place} is made anew (it has the layout of another version)\n"
+    assert json.loads((place / "meta.json").read_text()) == meta
 
 
 @pytest.mark.parametrize(

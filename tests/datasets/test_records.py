@@ -1,7 +1,9 @@
 """The record contract: what is read, and how each malformed line is refused."""
 
 import dataclasses
+import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from e2p_jax.datasets import records
 from e2p_jax.datasets.bad_records import BadRecords
-from e2p_jax.datasets.records import Record
+from e2p_jax.datasets.records import Record, hold_out
 from e2p_jax.errors import UserError
 
 USER = {"role": "user", "content": "any pets?"}
@@ -85,6 +87,22 @@ def test_without_splits_one_user_in_twenty_is_held_out(tmp_path: Path) -> None:
     train, validation = split_of(["a", "b", "c", "d", "a"])
     assert len(set(validation)) == 2  # another user's vector is needed to compare with
     assert split_of(["a", "b", "a"]) == (["a", "b", "a"], [])
+
+
+def test_who_is_held_out_is_told_from_hashes_alone() -> None:
+    """The users whose digests come first, as ever; the ids themselves are not kept."""
+    users = [f"user {n}" for n in range(20_000)]
+    tracemalloc.start()
+    try:
+        is_held_out = hold_out(user for user in [*users, *users])
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    ordered = sorted(users, key=lambda user: hashlib.sha256(user.encode()).digest())
+    assert [user for user in ordered if is_held_out(user)] == ordered[:1000]
+    assert most < 60 * len(users)
+    few = hold_out(users[:3])
+    assert not any(map(few, users[:3])) and sum(map(hold_out(users[:4]), users[:4])) == 2
 
 
 def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:

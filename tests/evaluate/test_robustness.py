@@ -1,5 +1,6 @@
 """Disturbed vectors: what each disturbance is, and that the curves are those of the disturbed vectors."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from e2p_jax.datasets import synthetic
 from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.evaluate.robustness import DISTURBANCES, dimensions, noise, robustness, rotation, staleness
 from e2p_jax.train.run import open_run
+from e2p_jax.vectors.source import Vectors
 
 
 @pytest.fixture
@@ -39,10 +41,23 @@ def test_noise_dimensions_and_staleness(vectors):
     np.testing.assert_allclose(staleness(own, other, 0.25, rng), 0.75 * own + 0.25 * other)
 
 
-def test_curves_are_scores_with_the_disturbed_vectors(learned_run: Path):
+of = Vectors.of
+
+
+def held(made: list[weakref.ref]) -> None:
+    """A level's vectors are gone before those of the next but one are there."""
+    assert sum(array() is not None for array in made) <= 2
+
+
+def test_curves_are_scores_with_the_disturbed_vectors(learned_run: Path, monkeypatch: pytest.MonkeyPatch):
     run = open_run(learned_run)
     records = [synthetic.record(user) for user in range(24)]
+    made: list[weakref.ref] = []
+    monkeypatch.setattr(
+        Vectors, "of", classmethod(lambda cls, array: made.append(weakref.ref(array)) or held(made) or of(array))
+    )
     points = {(p.disturbance, p.level): p for p in robustness(run, records)}
+    assert len(made) == sum(len(levels) for _, _, levels in DISTURBANCES.values())
     table = evaluate(run, records, "all", ["e2p", "none", "mean", "shuffled"])
     expected = {name: scores.per_target for name, scores in table.scores.items()}
     for place, name in {

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from e2p_jax.datasets.builder import RecordBuilder, RecordConfig
 from e2p_jax.datasets.persona_chat import release
 from e2p_jax.datasets.persona_chat.dialogues import Dialogue, Whose, user_id
-from e2p_jax.datasets.records import Record, held_out_users
+from e2p_jax.datasets.records import Record, hold_out
 from e2p_jax.errors import UserError
 from e2p_jax.vectors.arrays import map_array
 from e2p_jax.vectors.table import save_table
@@ -127,9 +127,9 @@ class Builder(RecordBuilder):
         if config.form.has_parts:
             splits["train"], splits["validation_seen"] = _hold_out(splits.get("train", []))
         else:
-            users = held_out_users({record.user_id for record in splits["train"]})
-            splits["validation"] = [record for record in splits["train"] if record.user_id in users]
-            splits["train"] = [record for record in splits["train"] if record.user_id not in users]
+            is_held_out = hold_out(record.user_id for record in splits["train"])
+            splits["validation"] = [record for record in splits["train"] if is_held_out(record.user_id)]
+            splits["train"] = [record for record in splits["train"] if not is_held_out(record.user_id)]
         if not config.candidates:
             return {name: [dataclasses.replace(r, candidates=()) for r in records] for name, records in splits.items()}
         rankings = [record for dialogue in answered.get("valid", []) for record in dialogue.rankings(config.whose)]
