@@ -103,7 +103,7 @@ def test_command(
     assert "data=2 x fsdp=2 x tensor=1, 8 rows" in err
 
     code, out, _ = run([*command, "--no-suggest", "--train.rows", "4", "--mesh.fsdp", "2", "--mesh.data", "2"], capsys)
-    assert code == 0 and "cpu:4, data=2 x fsdp=2 x tensor=1, 4 rows (1 a device)" in out
+    assert code == 0 and "cpu:4, data=2 x fsdp=2 x tensor=1, 4 rows (1 per device)" in out
     for line in ("arguments, MiB", "temporary, MiB", "matrix TFLOP", "FLOP per byte", "all-gather, times and MiB"):
         assert line in out
 
