@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xla_flags import xla_flags
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
 from e2p_jax.datasets import synthetic
@@ -35,9 +36,8 @@ def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """What processes started by a test inherit."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(devices=2))
     monkeypatch.setenv("E2P", f"{sys.executable} -m e2p_jax")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "JAX_NUM", "JAX_PROC"))]:
         monkeypatch.delenv(name)
     return monkeypatch

@@ -1,7 +1,8 @@
-"""Trains one small run on four meshes, in as many processes as it was started: meshes.py CONFIG.json OUT."""
+"""Trains one small run on meshes, in as many processes as it was started: meshes.py CONFIG.json OUT MESH..."""
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from e2p_jax.config import Config, MeshConfig, from_json
@@ -16,11 +17,12 @@ MESHES = {
 }
 
 
-def train_all(config: Config, out: Path) -> None:
-    for name, mesh in MESHES.items():
-        train(dataclasses.replace(config, mesh=mesh), out / name)
+def train_each(config: Config, out: Path, names: Iterable[str] = MESHES) -> None:
+    for name in names:
+        train(dataclasses.replace(config, mesh=MESHES[name]), out / name)
 
 
 if __name__ == "__main__":
     with session(Processes()):
-        train_all(from_json(Path(sys.argv[1]).read_text(), Path(sys.argv[1])), Path(sys.argv[2]))
+        stored, out, *names = sys.argv[1:]
+        train_each(from_json(Path(stored).read_text(), Path(stored)), Path(out), names)
