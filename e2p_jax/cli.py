@@ -15,6 +15,7 @@ from e2p_jax.commands.data import data_command, embed, prepare
 from e2p_jax.commands.evaluate import drift, evaluate, report
 from e2p_jax.commands.export import convert, export, import_run, prefixes
 from e2p_jax.commands.generate import demo, generate
+from e2p_jax.commands.inspect import inspect
 from e2p_jax.commands.plan import plan_command
 from e2p_jax.commands.train import compare_command, train_command
 from e2p_jax.errors import RESTART, Preempted, UsageError, UserError, explain_open_files
@@ -55,6 +56,7 @@ def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
         "prepare": prepare,
         "embed": embed,
         "convert": convert,
+        "inspect": inspect,
         "data": with_config(data_command, rest if command == ["data"] else []),
         "export": export,
         "prefixes": prefixes,

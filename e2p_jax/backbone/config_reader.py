@@ -34,7 +34,7 @@ INERT = frozenset(
     """.split()  # noqa: SIM905 (a hundred names read better as prose)
 )
 # Keys of a kind, by how they begin: written by those who publish a model again.
-_INERT_STARTS = ("unsloth_",)
+INERT_STARTS = ("unsloth_",)
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu2": "relu2"} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"
@@ -124,7 +124,7 @@ class Reader:
         unread = {
             key: value
             for key, value in self.values.items()
-            if key not in self.read and value is not None and not key.startswith(_INERT_STARTS)
+            if key not in self.read and value is not None and not key.startswith(INERT_STARTS)
         }
         for key in unread.keys() & own.keys():
             if unread[key] != own[key]:

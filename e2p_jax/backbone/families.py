@@ -14,7 +14,7 @@ from typing import Any
 
 from e2p_jax.backbone import config_layers as layers
 from e2p_jax.backbone import config_rules as rules
-from e2p_jax.backbone.config_reader import INERT, Read, Reader, short
+from e2p_jax.backbone.config_reader import INERT, INERT_STARTS, Read, Reader, short
 from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
 from e2p_jax.backbone.packed import check_method
 from e2p_jax.errors import UserError
@@ -289,6 +289,23 @@ def language_config(values: dict[str, Any]) -> dict[str, Any]:
     text = {"model_type": wrapper.families[0]} | wrapper.absent | (values.get("text_config") or {})
     tied = values.get("tie_word_embeddings")
     return text if tied is None else text | {"tie_word_embeddings": tied}
+
+
+def unknown_keys(values: dict[str, Any], source: Path) -> list[str]:
+    """What `parse_config` refuses unless it is to be ignored.
+
+    Raises:
+      UserError: the architecture is unknown, or a key has a value that is not supported.
+    """
+    return _parse(values, source)[1]
+
+
+def inert_keys(values: dict[str, Any]) -> list[str]:
+    """The keys of a readable `config.json` that change nothing, those of the language model in it among them."""
+    name, text = values["model_type"], language_config(values)
+    inert = INERT | FAMILIES[text["model_type"]].inert | (WRAPPERS[name].inert if name in WRAPPERS else frozenset())
+    there = {key for held in (values, text) for key, value in held.items() if value is not None}
+    return sorted(key for key in there - {"model_type"} if key in inert or key.startswith(INERT_STARTS))
 
 
 def significant(values: dict[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,11 @@ COMPANIONS = (
 )
 
 
-def resolve(path: str, revision: str | None) -> Path:
+def resolve(path: str, revision: str | None, *, weights: bool = True) -> Path:
     """`embedded`, a directory, a GGUF file, or a hub id -> a local directory.
 
-    For a file, what `gguf.checkpoint.unfold` makes of it; for an id, the snapshot in the hub's cache.
+    For a file, what `gguf.checkpoint.unfold` makes of it; for an id, the snapshot in the hub's cache, where `weights`
+    says whether it has any.
 
     Raises:
       UserError: not a directory, and the hub does not have it or cannot be reached; a file that cannot be read.
@@ -67,7 +68,8 @@ def resolve(path: str, revision: str | None) -> Path:
         raise UserError(f"backbone.path {path!r}: no such directory, and not a hub id like org/model")
     import huggingface_hub
 
-    wanted = ["model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    tensors = ("model*.safetensors", "model.safetensors.index.json")
+    wanted = [*tensors, *COMPANIONS] if weights else list(COMPANIONS)
     try:
         return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -75,13 +77,13 @@ def resolve(path: str, revision: str | None) -> Path:
         raise UserError(
             f"backbone.path {path!r}: not a directory here, not in {huggingface_hub.constants.HF_HUB_CACHE}, and not "
             f"to be had from the hub ({type(error).__name__}). Where there is a network, run `hf download {path}{at} "
-            f"--local-dir DIR` (it needs {', '.join(wanted[:2])}, config.json and the tokenizer files), copy DIR here "
+            f"--local-dir DIR` (it needs {', '.join(tensors)}, config.json and the tokenizer files), copy DIR here "
             "and set backbone.path to it"
         ) from error
 
 
 def find_config(path: str, revision: str | None) -> Path:
-    """The directory with a backbone's config.json, where that alone is asked for.
+    """The directory with a backbone's config.json and tokenizer, where its weights are not asked for.
 
     Published shapes that `configs/backbones` holds under their hub id are found without the hub.
 
@@ -89,7 +91,7 @@ def find_config(path: str, revision: str | None) -> Path:
       UserError: as `resolve` does.
     """
     shipped = config_directory() / "backbones" / path
-    return shipped if (shipped / "config.json").is_file() else resolve(path, revision)
+    return shipped if (shipped / "config.json").is_file() else resolve(path, revision, weights=False)
 
 
 def choose_dtype(name: str, platform: str) -> jnp.dtype:
@@ -122,6 +124,11 @@ def published(directory: Path, path: str, revision: str | None) -> tuple[str, st
     Of a Flax checkpoint, which they cannot read, it is the Hugging Face model that it was made from.
     """
     return FlaxCheckpoint(directory).name if _is_flax(directory) else (path, revision)
+
+
+def form_of(directory: Path) -> str:
+    """Whose files a model directory holds."""
+    return "GGUF" if (directory / gguf.WEIGHTS).exists() else "Flax" if _is_flax(directory) else "Hugging Face"
 
 
 def has_name(directory: Path, path: str) -> bool:

@@ -1,5 +1,6 @@
 """A GGUF file as a model directory: what it says in Hugging Face's files, and beside them the file itself."""
 
+import collections
 import hashlib
 import json
 from pathlib import Path
@@ -28,6 +29,14 @@ class GgufCheckpoint(Checkpoint):
         stored = {f"{name} {tensor.kind}": tensor.data for name, tensor in held.tensors.items()}
         self._hold(directory, [path], opened, stored, tensors(held, read_config(directory)))
         self.duplicates = {}
+
+
+def kinds(directory: Path) -> dict[str, int]:
+    """How many tensors of the directory's `model.gguf` are stored in which way."""
+    path = (directory / WEIGHTS).resolve()
+    held = file.read_file(path)
+    names = file.library(path).GGMLQuantizationType
+    return dict(collections.Counter(names(tensor.kind).name for tensor in held.tensors.values()).most_common())
 
 
 def unfold(path: Path) -> Path:

@@ -1,0 +1,94 @@
+"""`e2p inspect`: what it says of a model is what a run would find, and what it refuses a run would refuse."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.monitoring
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf_writer import write_model
+from helpers import hf_config, hf_model, load_backbone
+
+from e2p_jax.backbone.quantize import KINDS, Kind
+from e2p_jax.backbone.weights import load, parameters
+from e2p_jax.cli import main
+from e2p_jax.plan.inspect import inspect
+
+
+def changed(source: Path, out: Path, **keys: Any) -> Path:
+    """The model directory without its weights, other keys in config.json; None takes one out."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    values = json.loads((out / "config.json").read_text()) | keys
+    (out / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return out
+
+
+def test_without_weights_it_says_what_a_run_finds(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Nothing is compiled."""
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+    found = inspect(str(changed(tiny_backbone, tmp_path / "bare")), None)
+    assert not compiled and not found["refused"]
+    leaves = parameters(load_backbone(tiny_backbone))
+    assert found["memory"]["parameters"] == sum(leaf.size for leaf in leaves.values())
+    assert found["memory"]["bytes"]["float32"] == sum(leaf.nbytes for leaf in leaves.values())
+    assert {name: found["sizes"][name] for name in ("num_layers", "hidden_size", "num_kv_heads")} == {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_kv_heads": 1,
+    }
+    replies = "".join(piece["text"] for piece in found["sample"] if piece["target"])
+    assert replies == " long walks.<|end|> old films, too.<|end|>"
+    assert {piece["text"] for piece in found["sample"] if piece["stop"]} == {"<|end|>"} == set(found["stops"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_a_quantised_backbone_is_what_is_loaded(tiny_backbone: Path, kind: Kind) -> None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loaded = load(tiny_backbone, dtype=np.dtype("bfloat16"), sharding=lambda path, shape: place, quantization=kind)
+    held = sum(leaf.nbytes for leaf in parameters(loaded).values())
+    assert inspect(str(tiny_backbone), None)["memory"]["bytes"][kind] == held
+
+
+def test_what_differs_from_layer_to_layer(tiny_backbone: Path, tmp_path: Path) -> None:
+    gemma = hf_config("gemma3_text", vocab_size=4096, num_hidden_layers=4).to_dict() | {"unsloth_version": "1"}
+    place = changed(tiny_backbone, tmp_path / "gemma", rope_theta=None, hidden_act=None, **gemma)
+    found = inspect(str(place), None)
+    assert not found["refused"]
+    assert found["windows"] == [{"layers": 2, "positions": 5}, {"layers": 2, "positions": None}]
+    assert [rope["layers"] for rope in found["ropes"]] == [2, 2]
+    assert found["ropes"][0]["wavelengths"] != found["ropes"][1]["wavelengths"]
+    assert {"unsloth_version", "initializer_range"} <= set(found["inert_keys"])
+
+
+def test_every_reason_to_refuse_is_there_at_once(
+    tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"mystery": 1, "quantization_config": {"quant_method": "aqlm"}, "vocab_size": 100}
+    place = changed(tiny_backbone, tmp_path / "bad", **bad)
+    assert main(["inspect", str(place), "--json"]) == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    quantised, unknown, tokenizer = found["refused"]
+    assert "quantised by 'aqlm'" in quantised and "'mystery'" in unknown and "belongs to another model" in tokenizer
+    assert found["unknown_keys"] == ["mystery"] and found["sizes"]["vocab_size"] == 100
+    assert "refused: " in err and "2 more reasons" in err and err.count("\n") == 1
+    place = changed(tiny_backbone, tmp_path / "other", model_type="rwkv7")
+    found = inspect(str(place), None)
+    assert "sizes" not in found and "model_type 'rwkv7' is not supported" in found["refused"][0]
+    assert found["sample"]  # its tokenizer is one all the same
+
+
+def test_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_model(
+        tmp_path / "m.gguf", hf_model(hf_config(hidden_size=64, intermediate_size=96)), GGMLQuantizationType.Q4_0
+    )
+    main(["inspect", str(path)])
+    out = capsys.readouterr().out
+    assert "llama, GGUF" in out and "Q4_0" in out and "parameters; 3 layers of width 64" in out
+    assert main(["inspect", str(tmp_path / "absent")]) == 1
