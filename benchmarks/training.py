@@ -99,7 +99,7 @@ def main(
     turns: int = 16,
     repeats: int = 5,
     remat: bool = False,
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto",
+    attention: Literal["auto", "xla", "splash", "cudnn", "mosaic"] = "auto",
     peers: tuple[PeerName, ...] = ("naive", "smart", "flex", "peft", "tunix"),
     clock: measure.Clock = "wall",
     json_out: Path | None = None,

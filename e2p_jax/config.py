@@ -46,8 +46,9 @@ class BackboneConfig:
     """random: only config.json and the tokenizer are read, to train a small backbone from nothing."""
     remat: bool = rounding(False)
     """Recompute each layer in the backward pass instead of keeping what its products gave."""
-    attention: Literal["auto", "xla", "splash", "cudnn"] = rounding("auto")
-    """Training's kernel: auto is splash on TPU, XLA elsewhere; cudnn, on NVIDIA, has not been measured yet."""
+    attention: Literal["auto", "xla", "splash", "cudnn", "mosaic"] = rounding("auto")
+    """Training's kernel: auto is splash on TPU; on NVIDIA, from Hopper on, cudnn, or mosaic (tokamax) where scores have
+    a soft cap; XLA elsewhere."""
     lora_rank: int = result(0, NOT_NEGATIVE)
     """Rank of low-rank adapters beside every layer matrix, parameters `lora/**`; 0 is none."""
 

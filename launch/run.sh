@@ -45,6 +45,8 @@ read -ra e2p <<<"${E2P:-e2p}"
 # A checkpoint of a large model opens many files at once.
 ulimit -Sn "$(ulimit -Hn)"
 export PYTHONUNBUFFERED=1
+# Of a GPU's memory jax takes 0.75 for its arrays; nothing else runs there. What `e2p plan` counts with, too.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 places() { # one line of environment for every process
   if [[ -z $processes ]]; then

@@ -1,8 +1,9 @@
 """Masked attention over packed rows."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -11,56 +12,85 @@ import jax.numpy as jnp
 from e2p_jax.backbone.blocks import block_attention, soft_cap
 from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.errors import UserError
-from e2p_jax.parallel.mesh import on_each_device
+from e2p_jax.parallel.mesh import by_device, on_each_device
+from e2p_jax.products import einsum
 
-Kind = Literal["xla", "splash", "cudnn"]
-Choice = Literal["auto", "xla", "splash", "cudnn"]
-_PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
+Kind = Literal["xla", "splash", "cudnn", "mosaic"]
+Choice = Literal["auto", "xla", "splash", "cudnn", "mosaic"]
+_PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "mosaic": "gpu"}
+# XLA writes a kernel's results right into the stack that the backward pass reads, by a second run of it.
+COMPILER_OPTIONS = {"mosaic": {"xla_gpu_enable_dynamic_slice_fusion": False}}
+_BEST: dict[str, tuple[Kind, ...]] = {
+    "tpu": ("splash",),
+    "gpu": ("cudnn", "mosaic"),
+}  # of a platform, the first that can
 
 
-def runs_on(kind: Choice, platform: str) -> bool:
-    """Tells whether devices of a platform can do what `backbone.attention` asks for."""
-    return platform in _PLATFORMS.get(kind, (platform,))
+def choose(kind: Choice, device: Any, config: DecoderConfig, dtype: jnp.dtype) -> Kind:
+    """Chooses what `backbone.attention` means on a device; auto is plain XLA where no kernel can do it.
 
-
-def choose(kind: Choice, platform: str, config: DecoderConfig) -> Kind:
-    """Chooses what `backbone.attention` means on devices of a platform; auto is splash on TPU and XLA elsewhere.
+    Args:
+      device: gives `platform`, and of a GPU `compute_capability`.
+      dtype: of the activations.
 
     Raises:
-      UserError: the platform has no such kernel, or the kernel cannot do what the backbone needs.
+      UserError: the device has no such kernel, or the kernel cannot do what the backbone needs.
     """
     if kind == "auto":
-        return "splash" if platform == "tpu" else "xla"
-    if not runs_on(kind, platform):
-        needed = _PLATFORMS[kind][0].upper()
-        raise UserError(f"backbone.attention={kind} needs a {needed}, here is {platform}; set it to auto")
-    if kind == "cudnn" and config.attention_cap:
-        raise UserError("backbone.attention=cudnn has no soft cap, which this backbone's scores need; set it to auto")
+        return next(
+            one for one in (*_BEST.get(device.platform, ()), "xla") if lacking(one, device, config, dtype) is None
+        )
+    if lack := lacking(kind, device, config, dtype):
+        raise UserError(f"backbone.attention={kind} {lack}; set it to auto")
     return kind
 
 
-def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig) -> Callable[..., jax.Array]:
+def lacking(kind: Choice, device: Any, config: DecoderConfig, dtype: jnp.dtype) -> str | None:
+    """Says what a kind of attention lacks on a device, as `choose` takes it, for a backbone; None is nothing."""
+    platform = _PLATFORMS.get(kind, device.platform)
+    if device.platform != platform:
+        return f"needs a {platform.upper()}, here is {device.platform}"
+    if platform != "gpu" or kind not in _BEST["gpu"]:
+        return None
+    if dtype == jnp.float32:
+        return "multiplies bfloat16 alone, and backbone.dtype is float32"
+    if float(device.compute_capability) < 9:
+        return f"needs Hopper or newer (compute capability 9.0), here is {device.compute_capability}"
+    if kind == "cudnn" and config.attention_cap:
+        return "has no soft cap, which this backbone's scores need"
+    if kind == "cudnn" and (config.head_dim % 8 or config.head_dim > 256):
+        return f"takes heads of multiples of 8 up to 256, and this backbone's are {config.head_dim} wide"
+    if kind == "mosaic" and importlib.util.find_spec("tokamax") is None:
+        return "needs tokamax (pip install 'e2p-jax[kernels]')"
+    return None
+
+
+def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segments: int) -> Callable[..., jax.Array]:
     """Attention of rows to themselves: (q [B, T, H, C], k and v [B, T, G, C], window=[]) -> [B, T, H, C].
 
     Args:
       kind: of `choose`.
       segment_ids: [B, T] int32.
       config: gives the scale and the cap of the scores, and the windows that occur.
+      segments: S, the most that a row has.
     """
-    scale, cap = config.attention_scale, config.attention_cap
-    if kind == "cudnn":
-        from e2p_jax.backbone.kernels import cudnn_attention
-
-        index = jnp.arange(segment_ids.shape[1])
-        visible = visibility(segment_ids, segment_ids, index, index)
-        return lambda q, k, v, window: cudnn_attention(q, k, v, within(visible, window), scale=scale)
-    if kind == "splash":
-        from e2p_jax.backbone.kernels import splash_attention  # Pallas takes long to import
-
-        attend = on_each_device(functools.partial(splash_attention, windows=config.windows, scale=scale, cap=cap))
+    scale, cap, windows = config.attention_scale, config.attention_cap, config.windows
+    of_rows = segment_ids  # what a kernel wants to know of them, worked out once for all layers
+    if kind == "xla":
+        attend: Callable[..., jax.Array] = functools.partial(block_attention, scale=scale, cap=cap)
     else:
-        attend = on_each_device(functools.partial(block_attention, scale=scale, cap=cap))
-    return lambda q, k, v, window: attend(q, k, v, segment_ids, window)
+        from e2p_jax.backbone import kernels  # Pallas takes long to import
+
+        if kind == "splash":
+            attend = functools.partial(kernels.splash_attention, windows=windows, scale=scale, cap=cap)
+        elif kind == "cudnn":
+            of_rows = by_device(functools.partial(kernels.packed_layout, segments=segments), segment_ids)
+            attend = functools.partial(kernels.cudnn_attention, windows=windows, scale=scale)
+        else:
+            of_rows = kernels.first_keys(segment_ids)
+            attend = functools.partial(kernels.mosaic_attention, scale=scale, cap=cap)
+    attend = on_each_device(attend)
+    return lambda q, k, v, window: attend(q, k, v, of_rows, window)
 
 
 def visibility(
@@ -120,11 +150,11 @@ def attention(
     q = q.reshape(batch, length, groups, repeats, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, groups, repeats * length, width) * jnp.asarray(scale or width**-0.5, q.dtype)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, S, C]
-    scores = jnp.einsum("bgtc,bgsc->bgts", q, k, preferred_element_type=jnp.float32)
+    scores = einsum("bgtc,bgsc->bgts", q, k, out=jnp.float32)
     scores = soft_cap(scores, cap).reshape(batch, groups, repeats, length, -1)
     # Added, not selected: XLA on CPU fuses a select into both softmax reductions and runs 2x slower.
     bias = jnp.where(within(visible, window), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bgts,bgsc->bgtc", weights.reshape(batch, groups, repeats * length, -1), v)
+    mixed = einsum("bgts,bgsc->bgtc", weights.reshape(batch, groups, repeats * length, -1), v)
     mixed = mixed.reshape(batch, groups, repeats, length, width)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

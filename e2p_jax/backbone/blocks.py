@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from e2p_jax.products import einsum
+
 BLOCK = 128  # W; a row of another length than a multiple of it is one block
 SAVED = "attention"  # the name under which a checkpoint policy finds what the backward pass needs of the forward
 HIDDEN = -1e30  # in place of a hidden score: finite, so that no NaN comes out of a block without a visible one
@@ -28,7 +30,7 @@ class _Mask(NamedTuple):
         """[B, G, R*W, W] float32 of the queries of block i and the keys of block j: hidden ones low, and as capped."""
         batch, groups, queries, _ = q.shape
         width = k.shape[2]
-        scores = jnp.einsum("bgqc,bgkc->bgqk", q, k, preferred_element_type=jnp.float32)
+        scores = einsum("bgqc,bgkc->bgqk", q, k, out=jnp.float32)
         scores = soft_cap(scores, cap)
         place = jnp.arange(width)
         distance = ((i - j) * width + place[:, None] - place[None])[None]
@@ -113,7 +115,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask, cap: float) 
             scores, _ = mask.scores(q[i], k[j], i, j, cap)
             new = jnp.maximum(most, scores.max(axis=-1))
             weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
-            part = jnp.einsum("bgqk,bgkc->bgqc", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+            part = einsum("bgqk,bgkc->bgqc", weights.astype(v.dtype), v[j], out=jnp.float32)
             return new, total * shrink + weights.sum(axis=-1), mixed * shrink[..., None] + part
 
         rows = q.shape[1:4]
@@ -129,7 +131,7 @@ def _backward(cap: float, saved: tuple, out_grad: jax.Array) -> tuple:
     q, k, v, mask, out, log_total = saved
 
     def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+        return einsum(equation, a, b, out=jnp.float32)
 
     def queries(key_grads: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
         grad = out_grad[i]

@@ -21,6 +21,7 @@ from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shape
 from e2p_jax.backbone.quantize import multiply
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
+from e2p_jax.products import einsum
 
 
 class Cache(NamedTuple):
@@ -118,7 +119,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
         hidden = self.before_head(hidden)
-        scores = jnp.einsum("...d,vd->...v", hidden, self.output_embedding, preferred_element_type=jnp.float32)
+        scores = einsum("...d,vd->...v", hidden, self.output_embedding, out=jnp.float32)
         if (bias := self.output_bias) is not None:
             scores = scores + jnp.expand_dims(bias, tuple(range(scores.ndim - 1)))
         return soft_cap(scores, self.config.logit_cap)
@@ -145,6 +146,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array,
         cache: Cache | None = None,
         adapters: dict[str, jax.Array] | None = None,
+        most_segments: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the layers and the final norm.
 
@@ -154,6 +156,7 @@ class Decoder(nnx.Module):
           segment_ids: [B, T] int32; attention stays inside a segment.
           cache: keys and values so far; the T new positions are appended to it.
           adapters: stacked parameters beside the layers' own, of `backbone/lora.py`.
+          most_segments: S, those that a row has at most; None is as many as positions. A kernel may allot for each.
 
         Returns:
           [B, T, D] hidden states, and the cache with the new positions (None without a cache).
@@ -164,7 +167,7 @@ class Decoder(nnx.Module):
         if cache is None:
             kv: tuple[Any, Any] = (None, None)
             filled, segments = jnp.zeros((), jnp.int32), segment_ids
-            attend = whole_rows(self.execution.attention, segment_ids, c)
+            attend = whole_rows(self.execution.attention, segment_ids, c, most_segments or length)
         else:
             filled, kv = cache.filled, (cache.keys, cache.values)
             segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, filled))
@@ -275,7 +278,7 @@ def route(x: jax.Array, params: dict[str, jax.Array], config: DecoderConfig) -> 
 
     Computed in float32, the scores from the products on, where transformers rounds them first.
     """
-    scores = jnp.einsum("...i,xi->...x", x, params["router"].astype(x.dtype), preferred_element_type=jnp.float32)
+    scores = einsum("...i,xi->...x", x.astype(jnp.float32), params["router"].astype(jnp.float32))
     share = jax.nn.softmax(scores)
     chosen = jnp.argsort(share, axis=-1, descending=True)[..., : config.experts_per_token]  # `top_k` gathers all rows
     share = share * jnp.sum(jax.nn.one_hot(chosen, config.num_experts, dtype=jnp.float32), axis=-2)
@@ -286,8 +289,8 @@ def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:
     """Returns x @ W.T + b with W [out, in], quantised or not; bias `<name>_bias` and low-rank adapter as there are."""
     y = multiply(x, params, name)
     if f"{name}_lora_out" in params:
-        low = jnp.einsum("...i,ri->...r", x, params[f"{name}_lora_in"].astype(x.dtype))
-        y = y + jnp.einsum("...r,or->...o", low, params[f"{name}_lora_out"].astype(x.dtype))
+        low = einsum("...i,ri->...r", x, params[f"{name}_lora_in"].astype(x.dtype))
+        y = y + einsum("...r,or->...o", low, params[f"{name}_lora_out"].astype(x.dtype))
     bias = params.get(f"{name}_bias")
     return y if bias is None else y + jnp.expand_dims(bias.astype(x.dtype), tuple(range(y.ndim - 1)))
 

@@ -1,16 +1,20 @@
-"""Attention kernels of accelerators, the TPU's splash attention and cuDNN's; both compute `attention.attention`.
+"""Attention kernels of accelerators: the TPU's splash attention, cuDNN's and tokamax's; all are `attention.attention`.
 
-Neither has run on its hardware yet. Splash compiles ahead of time for TPU and is compared with the XLA path in
-Pallas's interpreter; cuDNN is only known to be called as its interface asks.
+None has run on its hardware yet. All compile ahead of time, and splash is compared with the XLA path in Pallas's
+interpreter.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from e2p_jax.backbone.blocks import SAVED
+from e2p_jax.parallel.private_jax import cudnn_primitives
 
 SPLASH_BLOCKS = (512, 256, 128)  # the first that divides T; 128 lanes are the least
 
@@ -53,7 +57,6 @@ def splash_attention(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    distinct = sorted({w if 0 < w < length else 0 for w in windows})
 
     def of_width(width: int) -> Callable[..., jax.Array]:
         shape = (length, length)
@@ -74,22 +77,183 @@ def splash_attention(
 
         return device
 
+    ways = [of_width(width) for width in _distinct(windows, length)]
+    return _of_window(ways, window, windows, length)(q, k, v, segment_ids)
+
+
+def _distinct(windows: Sequence[int], length: int) -> list[int]:
+    """Widths that hide anything of rows of T positions; 0 is none, and that of all windows that hide nothing."""
+    return sorted({width if 0 < width < length else 0 for width in windows})
+
+
+def _of_window(
+    ways: Sequence[Callable[..., jax.Array]], window: jax.Array | int, windows: Sequence[int], length: int
+) -> Callable[..., jax.Array]:
+    """Of one way for each of the distinct windows, that of a layer's window, which is known when it runs."""
+    if len(ways) == 1:
+        return ways[0]
     window = jnp.asarray(window, jnp.int32)
-    which = jnp.searchsorted(jnp.asarray(distinct, jnp.int32), jnp.where(window < length, window, 0))
-    return jax.lax.switch(which, [of_width(width) for width in distinct], q, k, v, segment_ids)
+    which = jnp.searchsorted(jnp.asarray(_distinct(windows, length), jnp.int32), jnp.where(window < length, window, 0))
+    return functools.partial(jax.lax.switch, which, ways)
 
 
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float) -> jax.Array:
-    """Fused attention of cuDNN, forward and backward; the mask goes in as a bias, so that no block is skipped.
+def _begins(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] bool: another segment than just before, or the row, begins here."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
+def packed_layout(segment_ids: jax.Array, segments: int) -> jax.Array:
+    """What cuDNN wants to know of the rows of one device, which it takes as one long row.
 
     Args:
-      q: [B, T, H, C], bfloat16 or float16.
+      segment_ids: [B, T] int32, each segment in one piece; padding is one more, for nothing may stay unwritten.
+      segments: S, the most that a row has.
+
+    Returns:
+      [B, 2M + 1] int32, M being S + 1: of all pieces in their order, M + 1 columns of where they begin, in positions
+      from the start of the first row, then M of how long they are. Behind the last stand the end and 0.
+    """
+    batch, length = segment_ids.shape
+    pieces, end = min(segments + 1, length), batch * length
+    index = jnp.arange(end, dtype=jnp.int32)
+    starts = jnp.sort(jnp.where(_begins(segment_ids).ravel(), index, end))
+    starts = jnp.pad(starts, (0, batch), constant_values=end)[: batch * (pieces + 1)]
+    lengths = jnp.diff(starts)[: batch * pieces]
+    return jnp.concatenate([starts.reshape(batch, -1), lengths.reshape(batch, -1)], axis=1)
+
+
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: jax.Array,
+    window: jax.Array | int,
+    windows: Sequence[int],
+    *,
+    scale: float,
+) -> jax.Array:
+    """Attention of whole rows by cuDNN, every segment a sequence of its own length: Hopper and newer; on one device.
+
+    Args:
+      q: [B, T, H, C], bfloat16 or float16; C a multiple of 8, at most 256.
       k: [B, T, G, C].
       v: [B, T, G, C].
-      mask: [B, T, T] bool, True where a query sees a key.
+      layout: of `packed_layout`.
+      window: scalar int32, one of `windows`.
+      windows: those that occur in any layer; each is a call of its own.
       scale: of the scores.
 
     Returns:
       [B, T, H, C].
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
+    length = q.shape[1]
+    ways = [functools.partial(_kept, _Cudnn(scale, width)) for width in _distinct(windows, length)]
+    return _of_window(ways, window, windows, length)(q, k, v, layout)
+
+
+class _Cudnn(NamedTuple):
+    """cuDNN's calls, for `_kept`."""
+
+    scale: float
+    window: int
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, layout: jax.Array, trains: bool) -> tuple:
+        return tuple(self._call(0, q, k, v, layout, is_training=trains))
+
+    def backward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, layout: jax.Array, out: jax.Array, rest: tuple, grad: jax.Array
+    ) -> tuple:
+        return tuple(self._call(1, q, k, v, layout, *rest, out, grad))
+
+    def _call(
+        self, which: int, q: jax.Array, k: jax.Array, v: jax.Array, layout: jax.Array, *more: jax.Array, **options: bool
+    ) -> list[jax.Array]:
+        *calls, common = cudnn_primitives()
+        starts, lengths = jnp.split(layout, [layout.shape[1] // 2 + 1], axis=1)
+        places = [starts * (x.shape[2] * x.shape[3]) for x in (q, k)]  # in numbers, not positions
+        absent = jnp.zeros(0, q.dtype)
+        inputs = q, k, v, absent, lengths, lengths, *places, absent, absent, *more
+        settings = common | {"scale": self.scale, "sliding_window_length": self.window or None}
+        return calls[which].bind(*inputs, **settings, **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kept(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, of_rows: jax.Array) -> jax.Array:
+    """A kernel whose results a checkpoint policy finds by the name `SAVED`, so that it runs once in a training step."""
+    return kernel.forward(q, k, v, of_rows, False)[0]
+
+
+def _kept_forward(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, of_rows: jax.Array) -> tuple[jax.Array, tuple]:
+    out, *rest = jax.tree.map(lambda x: checkpoint_name(x, SAVED), kernel.forward(q, k, v, of_rows, True))
+    return out, (q, k, v, of_rows, out, tuple(rest))
+
+
+def _kept_backward(kernel: Any, saved: tuple, grad: jax.Array) -> tuple:
+    return *kernel.backward(*saved, grad), None
+
+
+_kept.defvjp(_kept_forward, _kept_backward)
+
+
+def first_keys(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] int32 -> [B, T] int32: the first place of each place's own segment."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    return jax.lax.cummax(jnp.where(_begins(segment_ids), index, 0), axis=1)
+
+
+def mosaic_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    window: jax.Array | int,
+    *,
+    scale: float,
+    cap: float = 0.0,
+) -> jax.Array:
+    """Attention of whole rows by tokamax's Mosaic kernels of Hopper and newer, soft cap included; on one device.
+
+    Args:
+      q: [B, T, H, C], bfloat16 or float16.
+      k: [B, T, G, C].
+      v: [B, T, G, C].
+      first: of `first_keys`.
+      window: scalar; a query sees at most this many positions, itself included; 0 is unlimited.
+      scale: of the scores.
+      cap: soft cap of the scores, 0 for none.
+
+    Returns:
+      [B, T, H, C].
+    """
+    window = jnp.asarray(window, jnp.int32)
+    near = jnp.arange(q.shape[1], dtype=jnp.int32)[None] - window + 1
+    first = jnp.where(window > 0, jnp.maximum(first, near), first)
+    return _kept(_Mosaic(scale, cap), q, k, v, first)
+
+
+class _Mosaic(NamedTuple):
+    """tokamax's calls, for `_kept`."""
+
+    scale: float
+    cap: float
+
+    def _bound(self, q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> tuple[Any, Any]:
+        from tokamax._src.ops.attention.base import Mask
+        from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
+
+        op = PallasMosaicGpuFlashAttention()
+        mask = Mask(k_start=first[:, None], is_causal=True)
+        return op, op.bind(q, k, v, mask=mask, logits_scale=self.scale, logits_soft_cap=self.cap or None)
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, trains: bool) -> tuple:
+        op, bound = self._bound(q, k, v, first)
+        result = op(*bound.args, **bound.kwargs | {"return_residuals": trains})
+        return result if trains else (result,)
+
+    def backward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, out: jax.Array, rest: tuple, grad: jax.Array
+    ) -> tuple:
+        op, bound = self._bound(q, k, v, first)
+        given = {name: value for name, value in bound.kwargs.items() if name != "return_residuals"}
+        grads = op.vjp(*rest, out, grad, *bound.args, **given)
+        return grads["q"], grads["k"], grads["v"]

@@ -86,8 +86,8 @@ class Execution:
 
     remat: bool = False
     """Recompute each layer in the backward pass, its products too."""
-    attention: Literal["xla", "splash", "cudnn"] = "xla"
-    """Whose attention: plain XLA, the TPU's splash kernel, or cuDNN's; see `attention.choose`."""
+    attention: Literal["xla", "splash", "cudnn", "mosaic"] = "xla"
+    """Whose attention: plain XLA, the TPU's splash kernel, cuDNN's or tokamax's; see `attention.choose`."""
 
 
 PLAIN = Execution()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
+from e2p_jax.products import einsum
 
 PyTree = Any
 
@@ -32,6 +33,6 @@ def merge(layers: dict[str, jax.Array], adapters: dict[str, jax.Array]) -> dict[
     merged = dict(layers)
     for name in layers:
         if f"{name}_lora_out" in adapters:
-            change = jnp.einsum("lor,lri->loi", adapters[f"{name}_lora_out"], adapters[f"{name}_lora_in"])
+            change = einsum("lor,lri->loi", adapters[f"{name}_lora_out"], adapters[f"{name}_lora_in"])
             merged[name] = layers[name].astype(jnp.float32) + change
     return merged

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2p_jax.products import einsum
+
 Kind = Literal["int8", "int4", "nf4"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 KINDS: tuple[Kind, ...] = ("int8", "int4", "nf4")
@@ -88,12 +90,12 @@ def full(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def multiply(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:
     """[..., in] -> [..., out]: x @ W.T with the matrix W that is stored under `name`, quantised or not."""
     if name in params:
-        return jnp.einsum("...i,oi->...o", x, params[name].astype(x.dtype))
+        return einsum("...i,oi->...o", x, params[name].astype(x.dtype))
     kind = next(kind for kind in KINDS if f"{name}_{kind}" in params)
 
     # Dequantised again in the backward pass: kept for it, the matrices of all layers would stand there in full.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        return jnp.einsum("...i,oi->...o", x, dequantize(codes, scale, kind, x.dtype))
+        return einsum("...i,oi->...o", x, dequantize(codes, scale, kind, x.dtype))
 
     return product(x, params[f"{name}_{kind}"], params[f"{name}_scale"])

@@ -34,7 +34,7 @@ def plan_command(_: str, defaults: Config) -> Callable[..., None]:
         Of the backbone, config.json is enough.
 
         Args:
-          topology: v5e:4x4, v5p:2x4x4, v6e:8x8, or cpu:N.
+          topology: v5e:4x4, v5p:2x4x4, v6e:8x8; h100:8, h200:8, a100:8, b200:8, of two hosts h100:2x8; or cpu:N.
           embedding_width: E, of the user vectors; this and the next two a run learns from its data.
           targets: M, targets per row. Default: half of data.seq_len.
           segments: S, conversations per row.
@@ -53,8 +53,9 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
     import dataclasses
 
     from e2p_jax.plan import plan as planning
+    from e2p_jax.plan.topology import find_topology
 
-    place = planning.find_topology(topology)
+    place = find_topology(topology)
     decoder = planning.read_backbone(config)
 
     def compile_for(config: Config, evaluation: bool = False) -> "Plan":
@@ -117,7 +118,9 @@ def _table(plan: "Plan") -> rich.table.Table:
     add("FLOP per byte", lambda c: f"{c.flops / max(c.traffic, 1):,.0f}")
     for kind in sorted({kind for cost in plan.steps.values() for kind in cost.collectives}):
         add(f"{kind}, times and MiB", lambda c, k=kind: "{} x  {}".format(*_collective(c, k)))  # type: ignore[misc]
-    add("kernels", lambda c: str(c.kernels))
+    for kernel in sorted({kernel for cost in plan.steps.values() for kernel in cost.kernels}):
+        add(f"{kernel}, times", lambda c, k=kernel: str(c.kernels.get(k, 0)))  # type: ignore[misc]
+    add("loops, and of unknown length", lambda c: f"{c.loops}, {c.unknown_loops}")
     for part in ("compute", "memory", "interconnect"):
         if part in plan.steps["train"].seconds(chip):
             add(f"ms at the peak of {part}", lambda c, p=part: f"{1000 * c.seconds(chip)[p]:,.1f}")  # type: ignore[misc]

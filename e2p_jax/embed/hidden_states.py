@@ -19,6 +19,7 @@ from e2p_jax.data.encode import load_tokenizer
 from e2p_jax.embed.contexts import vectors_of_contexts
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
+from e2p_jax.products import einsum
 
 _MULTIPLE = 64  # texts are padded to a multiple, so that few lengths are compiled
 _TOKENS = 1 << 12  # about, in a batch
@@ -89,8 +90,8 @@ def _means(decoder: Decoder, texts: Sequence[np.ndarray]) -> np.ndarray:
     def run(decoder: Decoder, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         inside = (positions < lengths[:, None]).astype(jnp.int32)
-        hidden, _ = decoder(decoder.embed(tokens), positions, inside)
-        summed = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), inside.astype(jnp.float32))
+        hidden, _ = decoder(decoder.embed(tokens), positions, inside, most_segments=1)
+        summed = einsum("btd,bt->bd", hidden.astype(jnp.float32), inside.astype(jnp.float32))
         return summed / lengths[:, None].astype(jnp.float32)
 
     out = np.zeros((len(texts), decoder.config.hidden_size), np.float32)

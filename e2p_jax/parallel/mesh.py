@@ -93,23 +93,34 @@ def shard_rows(x: jax.Array) -> jax.Array:
 
 
 def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend` (q [B, T, H, C], k and v [B, T, G, C], segment_ids [B, T], window [], -> [B, T, H, C]) by each device of
+    """`attend` (q [B, T, H, C], k and v [B, T, G, C], of_rows [B, ...], window [], -> [B, T, H, C]) by each device of
     the mesh around it for its own rows and heads: what one skips is not the others' concern, and nothing is sent. Rows
     or heads that their axes do not divide stay whole.
     """
 
-    def mapped(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: jax.Array) -> jax.Array:
+    def mapped(q: jax.Array, k: jax.Array, v: jax.Array, of_rows: jax.Array, window: jax.Array) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return attend(q, k, v, segment_ids, window)
+            return attend(q, k, v, of_rows, window)
         tensor = mesh.shape["tensor"]
-        rows = ROWS if q.shape[0] % row_shards() == 0 else None
-        split = P(rows, None, "tensor" if q.shape[2] % tensor == k.shape[2] % tensor == 0 else None)
+        rows = _rows_of(q)
+        split = P(*rows, None, "tensor" if q.shape[2] % tensor == k.shape[2] % tensor == 0 else None)
         # Its variance check knows nothing of Pallas calls.
-        sharded = jax.shard_map(attend, in_specs=(split, split, split, P(rows), P()), out_specs=split, check_vma=False)
-        return sharded(q, k, v, segment_ids, window)
+        sharded = jax.shard_map(attend, in_specs=(split, split, split, rows, P()), out_specs=split, check_vma=False)
+        return sharded(q, k, v, of_rows, window)
 
     return mapped
+
+
+def by_device(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function` ([B, ...] -> [B, ...]) of the rows that a device has for `on_each_device`, by each device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(x)
+    return jax.shard_map(function, in_specs=_rows_of(x), out_specs=_rows_of(x))(x)
+
+
+def _rows_of(x: jax.Array) -> P:
+    return P(ROWS if x.shape[0] % row_shards() == 0 else None)
 
 
 def vocabulary_shards(size: int) -> int:

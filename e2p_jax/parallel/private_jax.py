@@ -6,6 +6,7 @@ processes meet before; and it starts the preemption service, whose handler of SI
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -41,12 +42,31 @@ def start_preemption_service() -> None:
         start()
 
 
+def cudnn_primitives() -> tuple[Any, Any, dict[str, Any]]:
+    """CuDNN's attention, forward and backward, and what every call of a packed layout hands them.
+
+    `jax.nn.dot_product_attention` has no packed layout, and the function behind it asks the card that it runs on what
+    it can do, where a program may be compiled for one that is not there, and scaled the offsets of keys and values by
+    the number of queries' heads before 0.11.2 (jax-ml/jax#39521).
+
+    Raises:
+      UserError: this version of jax has it elsewhere.
+    """
+    with _admitted("set backbone.attention to xla"):
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+        forward, backward = cudnn._dot_product_attention_fwd_p, cudnn._dot_product_attention_bwd_p
+        mask, layout = cudnn.MaskType.PADDING_CAUSAL, cudnn.AttentionLayout.BTNH.value
+    common = {"seed": 0, "dropout_rate": 0.0, "variadic_args": (False, False), "mask_type": mask, "layout": layout}
+    return forward, backward, common
+
+
 @contextlib.contextmanager
 def _admitted(otherwise: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"jax {jax.__version__}: not a version whose way to join processes is known here ({error}); "
+            f"jax {jax.__version__}: not a version whose inner parts are known here ({error}); "
             f"pip install 'jax>=0.8,<0.12', or {otherwise}"
         ) from error

@@ -23,6 +23,8 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
+_KERNELS = ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu", "__gpu$xla.gpu.triton")  # targets of custom calls
+
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{[\d,]*(?::[^}]*?)?\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -204,13 +206,18 @@ class Program:
             for instruction in self.computations[name].values():
                 yield instruction, self.computations[name], times
 
-    def custom_calls(self, target: str) -> list[Instruction]:
-        """Custom calls whose target begins with `target`."""
-        return [
-            instruction
-            for instruction, _, _ in self.instructions()
-            if instruction.opcode == "custom-call" and f'custom_call_target="{target}' in instruction.attributes
-        ]
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Kernels written by hand -> how often they run: those of Pallas, cuDNN's attention."""
+        found: dict[str, int] = {}
+        for instruction, _, times in self.instructions():
+            if instruction.opcode == "custom-call" and (name := _kernel(instruction)):
+                found[name] = found.get(name, 0) + times
+        return found
+
+    @property
+    def loops(self) -> int:
+        return sum(instruction.opcode == "while" for instruction, _, _ in self.instructions())
 
     @functools.cached_property
     def flops(self) -> float:
@@ -239,7 +246,7 @@ class Program:
         if opcode == "dynamic-update-slice":
             return 2 * operands[1].hbm_bytes
         called = instruction.attribute("calls")
-        if opcode != "fusion" or called is None:
+        if opcode not in ("fusion", "fusion-start") or called is None:
             return instruction.hbm_bytes * (not opcode.endswith("-start")) + sum(o.hbm_bytes for o in operands)
         inside = self.computations[called]
         parameters = {int(i.attributes.split(",")[0]): i for i in inside.values() if i.opcode == "parameter"}
@@ -304,12 +311,24 @@ def _read(inside: Mapping[str, Instruction], parameter: Instruction) -> int:
     return total
 
 
+def _kernel(call: Instruction) -> str | None:
+    """Name of the kernel that a custom call runs; None where XLA itself made the call."""
+    target = re.search(r'custom_call_target="([^"]*)"', call.attributes)
+    if target is None or not target[1].startswith(
+        ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu", "__gpu$xla.gpu.triton")
+    ):
+        return None
+    return target[1] if target[1].startswith("__cudnn") else re.sub(r"\.\d+$", "", call.name)
+
+
 def _numbers(text: str | None) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text or "")]
 
 
 def _flops(instruction: Instruction, around: Computation) -> float:
     if instruction.opcode == "custom-call":
+        if "__cudnn$fmha" in instruction.attributes:
+            return _attention_flops(instruction, around)
         stated = re.search(r'"cost_estimate":\s*(\{[^}]*\})', instruction.attributes.replace('\\"', '"'))
         return float(json.loads(stated[1]).get("flops", 0)) if stated else 0.0
     if instruction.opcode == "dot":
@@ -319,6 +338,15 @@ def _flops(instruction: Instruction, around: Computation) -> float:
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, around)
     return 0.0
+
+
+def _attention_flops(call: Instruction, around: Computation) -> float:
+    """Of cuDNN's attention as if every row were one causal segment: half of all pairs, in two products forward, five
+    backward. Of shorter segments it skips more.
+    """
+    batch, length, heads, width = around[call.operands[0]].arrays[0].shape
+    products = 5 if "SoftmaxBackward" in call.attributes else 2
+    return products * batch * heads * length**2 * width
 
 
 def _convolution_flops(instruction: Instruction, around: Computation) -> float:

@@ -1,12 +1,9 @@
-"""Compiling a run's steps for a pod that is not here: memory, FLOPs, collectives, and what would be better.
+"""Compiling a run's steps for devices that are not here: memory, FLOPs, collectives, and what would be better.
 
-libtpu compiles for TPUs on any Linux machine; the steps are those of `e2p train`, around shapes instead of weights.
+The steps are those of `e2p train`, around shapes instead of weights.
 """
 
-import contextlib
 import dataclasses
-import importlib.util
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,82 +19,12 @@ from e2p_jax.data.packing import Budget, empty_rows
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import bytes_per_device, make_mesh, row_sharding
 from e2p_jax.plan.hlo import Program
+from e2p_jax.plan.topology import Chip, Topology
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_eval_step, jit_train_step
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published peaks of one device; 0 where nothing is published."""
-
-    memory: int
-    """Bytes that a program may use."""
-    flops: float = 0.0
-    """A second, in bfloat16."""
-    bandwidth: float = 0.0
-    """Bytes per second from memory."""
-    interconnect: float = 0.0
-    """Bytes per second from its neighbours."""
-
-
 _ROW_TRIALS = 4
-# What libtpu would ask a metadata server for, and complain about; and that no other process can hold a TPU.
-_NO_MACHINE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-}
-GIB = 2**30
-# Memory is what libtpu gives to programs; the rest from cloud.google.com/tpu/docs, a page for each.
-CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9),
-    "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9),
-    "v6e": Chip(int(31.25 * GIB), 918e12, 1600e9, 400e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Devices to compile for."""
-
-    name: str
-    devices: list[jax.Device]
-    chip: Chip
-
-
-def find_topology(name: str) -> Topology:
-    """`v5e:4x4`, `v5p:2x4x4`, `v6e:16x16`, or `cpu:N`, whose N devices share this machine's memory.
-
-    Raises:
-      UserError: not one of these, or there is no libtpu to compile with.
-    """
-    kind, _, size = name.partition(":")
-    if kind == "cpu" and size.isdigit() and int(size) > 0:
-        count = int(size)
-        with contextlib.suppress(RuntimeError):  # jax has started already, with as many as it has
-            jax.config.update("jax_num_cpu_devices", count)
-        devices = jax.devices("cpu")[:count]
-        if len(devices) < count:
-            raise UserError(f"--topology {name}: this process has {len(devices)} CPU devices; start one of its own")
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Topology(name, devices, Chip(memory // count))
-    if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", size):
-        raise UserError(f"--topology {name}: give cpu:N, or a chip and its grid: v5e:4x4, v5p:2x4x4, v6e:8x8")
-    for variable, value in _NO_MACHINE.items():
-        os.environ.setdefault(variable, value)
-    from jax.experimental import topologies
-
-    try:
-        return Topology(name, list(topologies.get_topology_desc(name, "tpu").devices), CHIPS[kind])
-    except Exception as error:  # libtpu and jax raise several
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError(
-                f"--topology {name}: libtpu is not installed, and compiles for TPUs; pip install 'e2p-jax[tpu]' into "
-                "an environment (no TPU is needed), or plan for cpu:N"
-            ) from error
-        raise UserError(f"--topology {name}: libtpu does not give it: {str(error).splitlines()[0]}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +49,11 @@ class Cost:
     """Read from and written to memory."""
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """Kind -> times, and bytes that come to a device."""
-    kernels: int = 0
-    """Pallas kernels in the program."""
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Name of a kernel that was written by hand -> times that it runs."""
+    loops: int = 0
+    unknown_loops: int = 0
+    """Those of which the program does not say how often they run: what is in them counts once."""
 
     @property
     def received(self) -> int:
@@ -221,7 +151,7 @@ def make_plan(
     steps = {"train": (jit_train_step(model, config.train), (state, frozen, batch))}
     if evaluation:
         steps["evaluate"] = jit_eval_step(model), (state.trainable, frozen, batch)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_device(topology.devices[0]):  # of which tokamax asks what it can do
         costs = {name: _compile(step, arguments) for name, (step, arguments) in steps.items()}
     return Plan(topology, dict(mesh.shape), config.train.rows, costs)
 
@@ -259,7 +189,9 @@ def _compile(step: Any, arguments: tuple) -> Cost:
         flops=program.flops,
         traffic=program.hbm_bytes,
         collectives={kind: (count, received[kind]) for kind, count in sorted(collectives.items())},
-        kernels=len(program.custom_calls("tpu_custom_call")),
+        kernels=program.kernels,
+        loops=program.loops,
+        unknown_loops=len(program.unknown_loops),
     )
 
 

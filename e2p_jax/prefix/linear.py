@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e2p_jax.prefix.projector import Matrix, row
+from e2p_jax.products import einsum
 
 TORCH_NAMES = {"skip": "skip.weight", "bias": "skip.bias"}
 TORCH = """\
@@ -33,4 +34,4 @@ def parameters(rows: int, columns: int, hidden_size: int, matrix: Matrix, gain: 
 
 def project(projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
     """[..., E] -> [..., K*D]."""
-    return x @ projector.skip[...] + row(projector.bias, x)
+    return einsum("...i,io->...o", x, projector.skip[...]) + row(projector.bias, x)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from e2p_jax.backbone.blocks import soft_cap
 from e2p_jax.parallel.mesh import row_shards, shard_vocabulary, vocabulary_shards
+from e2p_jax.products import einsum
 
 LOGITS_AT_ONCE = 1 << 25  # on one device, float32: the targets are gone through in chunks of about so many
 
@@ -67,7 +68,7 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _logits(hidden: jax.Array, head: _Head, cap: float) -> jax.Array:
     matrix, bias = head
-    logits = jnp.einsum("bmd,vd->bmv", hidden, matrix, preferred_element_type=jnp.float32)
+    logits = einsum("bmd,vd->bmv", hidden, matrix, out=jnp.float32)
     return soft_cap(logits if bias is None else logits + bias[None, None], cap)
 
 
@@ -86,7 +87,7 @@ def _nll_and_slope(hidden: jax.Array, ids: jax.Array, *, head: _Head, cap: float
     slope = jnp.exp(logits - log_total[..., None]) - is_chosen.astype(jnp.float32)
     if cap:
         slope = slope * (1 - jnp.square(logits / cap))
-    slope = jnp.einsum("bmv,vd->bmd", slope.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
+    slope = einsum("bmv,vd->bmd", slope.astype(matrix.dtype), matrix, out=jnp.float32)
     return log_total - chosen, slope.astype(hidden.dtype)
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from e2p_jax.prefix import linear
 from e2p_jax.prefix.projector import Matrix, row
+from e2p_jax.products import einsum
 
 TORCH_NAMES = {**linear.TORCH_NAMES, "up": "up.weight", "up_bias": "up.bias", "down": "down.weight"}
 TORCH = """\
@@ -41,8 +42,8 @@ def parameters(rows: int, columns: int, hidden_size: int, matrix: Matrix) -> dic
 
 def project(projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
     """[..., E] -> [..., K*D]."""
-    h = jax.nn.silu(x @ projector.up[...] + row(projector.up_bias, x))
+    h = jax.nn.silu(einsum("...i,io->...o", x, projector.up[...]) + row(projector.up_bias, x))
     if dropout_key is not None and projector.dropout:
         keep = jax.random.bernoulli(dropout_key, 1 - projector.dropout, h.shape)
         h = jnp.where(keep, h / (1 - projector.dropout), 0.0)
-    return linear.project(projector, x, None) + h @ projector.down[...]
+    return linear.project(projector, x, None) + einsum("...i,io->...o", h, projector.down[...])

@@ -56,11 +56,16 @@ class PrefixModel(nnx.Module):
         return jnp.where(slots[..., None] >= 0, at_slots, x)
 
     def hidden(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+        most_segments: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The backbone's layers with the adapters, where there are any; see `Decoder.__call__`."""
         adapters = None if self.lora is None else nnx.to_pure_dict(nnx.state(self.lora, nnx.Param))
-        return self.backbone(x, positions, segment_ids, cache, adapters)
+        return self.backbone(x, positions, segment_ids, cache, adapters, most_segments)
 
     def target_nll(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Negative log-likelihood of every target, in nats, 0 where the weight is 0.
@@ -71,7 +76,8 @@ class PrefixModel(nnx.Module):
         chex.assert_equal_shape([batch["tokens"], batch["positions"], batch["segment_ids"], batch["slots"]])
         chex.assert_equal_shape([batch["target_positions"], batch["target_ids"], batch["target_weights"]])
         x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
-        hidden, _ = self.hidden(x, batch["positions"], batch["segment_ids"])
+        most = batch["user_embeddings"].shape[1]
+        hidden, _ = self.hidden(x, batch["positions"], batch["segment_ids"], most_segments=most)
         hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
         out = self.backbone
         hidden, head, cap = out.before_head(hidden), out.output_embedding, out.config.logit_cap

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from e2p_jax import config as config_lib
-from e2p_jax.backbone.attention import runs_on
 from e2p_jax.config import Condition, Config, MeshConfig, TrainConfig
 from e2p_jax.data.conditions import user_vectors
 from e2p_jax.datasets.records import Record
@@ -135,7 +133,7 @@ def _on_this_machine(config: Config) -> Config:
     """A run's config with what its training machine had and this one has not, a kernel or as many devices, replaced:
     neither changes what is computed.
     """
-    if not runs_on(config.backbone.attention, jax.devices()[0].platform):
+    if config.backbone.attention != "xla":
         config = config.change(backbone={"attention": "auto"})
     try:
         make_mesh(config.mesh)

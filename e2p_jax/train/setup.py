@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from e2p_jax.backbone import weights
-from e2p_jax.backbone.attention import choose
+from e2p_jax.backbone.attention import COMPILER_OPTIONS, choose
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, read_config
 from e2p_jax.backbone.layout import Execution
@@ -97,6 +97,7 @@ class Model:
     params: PyTree  # pure dict of arrays, or of their shapes; what trains in float32
     mask: PyTree  # pure dict of booleans
     fingerprint: str  # of the backbone's weights, "random" for random ones, "none" where there are only shapes
+    compiler_options: dict[str, bool] = dataclasses.field(default_factory=dict)  # of the train step
 
     @property
     def merged(self) -> Any:
@@ -115,9 +116,9 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
     Raises:
       UserError: `train.trainable` or `backbone.attention` does not fit.
     """
-    platform = mesh.devices.flat[0].platform
-    dtype = weights.choose_dtype(config.backbone.dtype, platform)
-    execution = Execution(config.backbone.remat, choose(config.backbone.attention, platform, decoder))
+    device = mesh.devices.flat[0]
+    dtype = weights.choose_dtype(config.backbone.dtype, device.platform)
+    execution = Execution(config.backbone.remat, choose(config.backbone.attention, device, decoder, dtype))
     kind = config.backbone.quantization
     backbone = weights.abstract(decoder, dtype=dtype, execution=execution, quantization=kind)
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))
@@ -136,7 +137,8 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
         return leaf.update(dtype=dtype, sharding=param_sharding(mesh, path_name(path), leaf.shape))
 
     params = jax.tree_util.tree_map_with_path(place, nnx.to_pure_dict(state), mask)
-    return Model(mesh, graph, params, mask, fingerprint="none")
+    options = COMPILER_OPTIONS.get(execution.attention, {})
+    return Model(mesh, graph, params, mask, "none", options)
 
 
 def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> Projector:
@@ -322,7 +324,8 @@ def jit_train_step(model: Model, config: TrainConfig, max_traces: int | None = N
     """(state, frozen, batch) -> (state, metrics), the state donated; more than `max_traces` traces are an error."""
     optimizer, rate = make_optimizer(config, model.mask), schedule(config)
     step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation)
-    return jax.jit(chex.assert_max_traces(step, n=max_traces) if max_traces else step, donate_argnums=0)
+    step = chex.assert_max_traces(step, n=max_traces) if max_traces else step
+    return jax.jit(step, donate_argnums=0, compiler_options=model.compiler_options)
 
 
 def jit_eval_step(model: Model, max_traces: int | None = None) -> Callable[..., Any]:

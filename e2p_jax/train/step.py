@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from e2p_jax.prefix.model import Batch
+from e2p_jax.products import einsum
 from e2p_jax.train.partition import join
 
 PyTree = Any
@@ -87,6 +88,6 @@ def make_eval_step(graph: nnx.GraphDef, mask: PyTree) -> Callable[[PyTree, PyTre
         nll = model.target_nll(batch)  # [B, M]
         segment = jnp.take_along_axis(batch["segment_ids"], batch["target_positions"], axis=1) - 1
         members = segment[:, :, None] == jnp.arange(batch["user_embeddings"].shape[1])[None, None]
-        return jnp.einsum("bm,bms->bs", nll, members.astype(nll.dtype))
+        return einsum("bm,bms->bs", nll, members.astype(nll.dtype))
 
     return eval_step

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ from helpers import LLAMA3, SIZES, mesh_of, prefix_model, random_batch
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from e2p_jax.backbone.attention import attention, choose, visibility, within
+from e2p_jax.backbone import kernels
+from e2p_jax.backbone.attention import attention, choose, visibility
 from e2p_jax.backbone.families import parse_config
-from e2p_jax.backbone.kernels import cudnn_attention, splash_attention
+from e2p_jax.backbone.kernels import cudnn_attention, packed_layout, splash_attention
 from e2p_jax.backbone.layout import Execution
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import AXES, on_each_device, param_sharding, row_sharding
@@ -67,52 +69,110 @@ def test_splash_is_attention(mesh: dict[str, int] | None) -> None:
     assert len(values) == 2  # the window of 40 hides something, that of 5000 nothing
 
 
-def test_cudnn_is_asked_for_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same arguments, given to JAX's own attention on a machine without the card."""
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", functools.partial(_without_card, function=jax.nn.dot_product_attention)
-    )
-    q, k, v, _, segments = rows(length=128)
+class _CuDNN:
+    """Stands in for cuDNN's attention of packed rows: what it says of itself that it does with pointers and lengths."""
+
+    def __init__(self, backward: bool):
+        self.backward = backward
+
+    def bind(self, q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array, **options: Any) -> list[jax.Array]:
+        _, lengths, _, q_starts, kv_starts, _, _, *given = rest
+        assert options["mask_type"].name == "PADDING_CAUSAL"
+        batch, length, heads, _ = q.shape
+        sequences = batch * lengths.shape[1]
+        if self.backward:
+            statistics, _, out_grad = given
+            assert statistics.shape == (sequences, heads, length)
+        out = [np.full(x.shape, np.nan, np.float32).reshape(-1) for x in ((q, k, v) if self.backward else (q,))]
+        for number in range(sequences):
+            count = int(lengths.ravel()[number])
+            if not count:
+                continue
+            first, kv_first = int(q_starts.ravel()[number]), int(kv_starts.ravel()[number])
+
+            def part(x: jax.Array, first: int, count: int = count) -> jax.Array:
+                size = x.shape[2] * x.shape[3]
+                return jnp.ravel(x)[first : first + count * size].reshape(1, count, *x.shape[2:])
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array, count: int = count) -> jax.Array:
+                one, index = jnp.ones((1, count), jnp.int32), jnp.arange(count)
+                visible = visibility(one, one, index, index)
+                return attention(q, k, v, visible, options["sliding_window_length"] or 0, scale=options["scale"])
+
+            places, inputs = (first, kv_first, kv_first), (part(q, first), part(k, kv_first), part(v, kv_first))
+            mixed, pull = jax.vjp(attend, *inputs)
+            results = pull(part(out_grad, first)) if self.backward else (mixed,)
+            for into, place, result in zip(out, places, results, strict=False):
+                into[place : place + result.size] = np.ravel(result)
+        whole = [jnp.asarray(x.reshape(y.shape)) for x, y in zip(out, (q, k, v), strict=False)]
+        training = options.get("is_training")
+        return whole + [jnp.zeros((sequences, heads, length))] * bool(training and not self.backward)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_cudnn_is_told_where_segments_lie(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of the reference come out where each piece is found, grouped heads and padding included."""
+    _, _, common = kernels.cudnn_primitives()
+    monkeypatch.setattr(kernels, "cudnn_primitives", lambda: (_CuDNN(False), _CuDNN(True), common))
+    q, k, v, out, segments = rows(batch=3, length=128)
+    segments = segments.at[0].set(1).at[1, :100].set(2)  # one whole, one of two pieces, one of four
     index = jnp.arange(q.shape[1])
     visible = visibility(segments, segments, index, index)
-    ours = cudnn_attention(q, k, v, within(visible, 40), scale=0.3)
-    np.testing.assert_allclose(ours, attention(q, k, v, visible, 40, scale=0.3), atol=2e-6)
+    layout = packed_layout(segments, 3)
+    assert layout.shape == (3, 9)
 
-
-def _without_card(*arrays: jax.Array, implementation: str, function: Any, **options: Any) -> jax.Array:
-    assert implementation == "cudnn"
-    return function(*arrays, implementation="xla", **options)
+    ours = functools.partial(cudnn_attention, layout=layout, window=window, windows=(window,), scale=0.3)
+    reference = functools.partial(attention, visible=visible, window=window, scale=0.3)
+    np.testing.assert_allclose(ours(q, k, v), reference(q, k, v), atol=2e-6)
+    for one, other in zip(jax.vjp(ours, q, k, v)[1](out), jax.vjp(reference, q, k, v)[1](out), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def config(**changes: Any) -> Any:
     return parse_config({**SIZES, "model_type": "llama", "rms_norm_eps": 1e-5, **changes}, Path("config.json"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "platform", "chosen"),
-    [
-        ("auto", "tpu", "splash"),
-        ("auto", "gpu", "xla"),
-        ("auto", "cpu", "xla"),
-        ("xla", "tpu", "xla"),
-        ("cudnn", "gpu", "cudnn"),
-    ],
-)
-def test_choice(kind: Any, platform: str, chosen: str) -> None:
-    assert choose(kind, platform, config()) == chosen
+def device(name: str) -> Any:
+    """`gpu:9.0` is one of that compute capability."""
+    platform, _, capability = name.partition(":")
+    return SimpleNamespace(platform=platform, compute_capability=capability)
+
+
+has_tokamax = importlib.util.find_spec("tokamax") is not None
 
 
 @pytest.mark.parametrize(
-    ("kind", "platform", "cap", "message"),
+    ("kind", "place", "cap", "dtype", "chosen"),
     [
-        ("splash", "cpu", 0.0, "backbone.attention=splash needs a TPU, here is cpu; set it to auto"),
-        ("cudnn", "tpu", 0.0, "backbone.attention=cudnn needs a GPU"),
-        ("cudnn", "gpu", 30.0, "has no soft cap"),
+        ("auto", "tpu", 0.0, "bfloat16", "splash"),
+        ("auto", "cpu", 0.0, "float32", "xla"),
+        ("xla", "tpu", 0.0, "bfloat16", "xla"),
+        ("auto", "gpu:9.0", 0.0, "bfloat16", "cudnn"),
+        ("auto", "gpu:10.0", 0.0, "float16", "cudnn"),
+        ("auto", "gpu:8.0", 0.0, "bfloat16", "xla"),
+        ("auto", "gpu:9.0", 0.0, "float32", "xla"),
+        ("auto", "gpu:9.0", 30.0, "bfloat16", "mosaic" if has_tokamax else "xla"),
+        ("cudnn", "gpu:9.0", 0.0, "bfloat16", "cudnn"),
     ],
 )
-def test_refused_choice(kind: Any, platform: str, cap: float, message: str) -> None:
+def test_choice(kind: Any, place: str, cap: float, dtype: str, chosen: str) -> None:
+    assert choose(kind, device(place), dataclasses.replace(config(), attention_cap=cap), jnp.dtype(dtype)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "changes", "dtype", "message"),
+    [
+        ("splash", "cpu", {}, "bfloat16", "backbone.attention=splash needs a TPU, here is cpu; set it to auto"),
+        ("cudnn", "tpu", {}, "bfloat16", "backbone.attention=cudnn needs a GPU"),
+        ("cudnn", "gpu:9.0", {"attention_cap": 30.0}, "bfloat16", "has no soft cap"),
+        ("cudnn", "gpu:8.0", {}, "bfloat16", "needs Hopper or newer .* here is 8.0"),
+        ("mosaic", "gpu:9.0", {}, "float32", "multiplies bfloat16 alone, and backbone.dtype is float32"),
+        ("cudnn", "gpu:9.0", {"head_dim": 20}, "bfloat16", "multiples of 8 up to 256, and this backbone's are 20"),
+    ],
+)
+def test_refused_choice(kind: Any, place: str, changes: dict[str, Any], dtype: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        choose(kind, platform, dataclasses.replace(config(), attention_cap=cap))
+        choose(kind, device(place), dataclasses.replace(config(), **changes), jnp.dtype(dtype))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler (libtpu) is not installed")

@@ -104,6 +104,31 @@ def test_traffic_counts_slices_as_slices() -> None:
     assert program(collect, a).hbm_bytes < 50 * 8 * megabyte  # and writes its row, not all of them
 
 
+def test_a_layer_that_is_fetched_ahead_counts_as_a_layer() -> None:
+    """As XLA writes it for NVIDIA: copied by a fusion that starts early, and is waited for where it is used."""
+    text = (
+        "%slice (p: f32[5,64], i: s32[]) -> f32[1,64] {\n  %p = f32[5,64]{1,0} parameter(0)\n"
+        "  %i = s32[] parameter(1)\n  %z = s32[] constant(0)\n"
+        "  ROOT %d = f32[1,64]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,64}\n}\n"
+        "ENTRY %main (w: f32[5,64], n: s32[]) -> f32[1,64] {\n  %w = f32[5,64]{1,0} parameter(0)\n"
+        "  %n = s32[] parameter(1)\n  %start = ((f32[5,64]{1,0}, s32[]), f32[1,64]{1,0}, u32[]) fusion-start(%w, %n), "
+        "kind=kLoop, calls=%slice\n  ROOT %done = f32[1,64]{1,0} fusion-done(%start)\n}\n"
+    )
+    assert Program(text).hbm_bytes == 2 * 4 * 64 + 4  # read and written, and its number
+
+
+def test_attention_of_cudnn_counts_as_one_causal_segment_a_row() -> None:
+    call = '(bf16[2,4,64,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k), custom_call_target="__cudnn$fmhaSoftmax"'
+    text = (
+        "ENTRY %main (q: bf16[2,64,4,16], k: bf16[2,64,2,16]) -> bf16[2,64,4,16] {\n"
+        "  %q = bf16[2,64,4,16]{3,2,1,0} parameter(0)\n  %k = bf16[2,64,2,16]{3,2,1,0} parameter(1)\n"
+        f"  %f = {call}\n  ROOT %b = {call.replace('Softmax', 'SoftmaxBackward')}\n}}\n"
+    )
+    ours = Program(text)
+    assert ours.kernels == {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
+    assert ours.flops == (2 + 5) * 2 * 4 * 64 * 64 * 16  # two multiplications of half of all pairs, and five
+
+
 @pytest.mark.parametrize(
     ("spec", "result", "kind", "received"),
     [
@@ -140,7 +165,7 @@ def test_what_a_tpu_program_says() -> None:
         "all-gather": (8, 16384, 14336),  # two fusions hold parts of one
         "all-reduce": (16, 260, 488),
     }
-    assert ours.flops == 1000 and len(ours.custom_calls("tpu_custom_call")) == 1
+    assert ours.flops == 1000 and ours.kernels == {"custom-call": 1}
     (start,) = [i for i, _, _ in ours.instructions() if i.opcode.startswith("collective-permute-start")]
     assert start.hbm_bytes == 2048 + 8  # one of its buffers stays on the core
 
