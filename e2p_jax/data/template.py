@@ -154,7 +154,7 @@ def choose_template(
     original = try_out(tokenizer, pin_date(original, date, name), name)
     if thinking != "auto":
         steady = _steady(tokenizer, original, thinking, stops)
-        if steady is not None and steady.thinks:
+        if steady is not None and steady.thinks and _works(tokenizer, steady):
             return Chosen(steady.source, f"{name}: chat template: {steady.note} (data.thinking={thinking})")
         if thinking == "full":
             raise UserError(f"{name}: data.thinking=full, but its chat template shows no thoughts; leave it at auto")
@@ -163,7 +163,7 @@ def choose_template(
     wrapped = add_markers(original)
     fault = _fault(tokenizer, wrapped, original)
     steady = _steady(tokenizer, original, "empty", stops)
-    if steady is not None and (steady.late or fault is not None):
+    if steady is not None and (steady.late or fault is not None) and _works(tokenizer, steady):
         return Chosen(steady.source, f"{name}: chat template: {steady.note} (data.thinking=auto)")
     if fault is not None:
         raise UserError(
@@ -176,19 +176,25 @@ def choose_template(
 def _steady(
     tokenizer: PreTrainedTokenizerBase, original: str, thinking: Thinking, stops: Collection[int]
 ) -> Steady | None:
-    """None where it cannot be made, or marks nothing."""
+    """None where it cannot be made."""
     try:
-        steady = make_steady(tokenizer, _MARKERS.sub(r"{#\1 \2#}", original), thinking, stops)
-        return steady if steady is not None and any(_mask(tokenizer, steady.source)) else None
+        return make_steady(tokenizer, _MARKERS.sub(r"{#\1 \2#}", original), thinking, stops)
     except Exception:  # whatever a template may raise
         return None
+
+
+def _works(tokenizer: PreTrainedTokenizerBase, steady: Steady) -> bool:
+    try:
+        return _marks(tokenizer, steady.source)
+    except Exception:  # whatever a template may raise
+        return False
 
 
 def _fault(tokenizer: PreTrainedTokenizerBase, wrapped: str, original: str) -> str | None:
     """Why `add_markers` does not do; None where it does."""
     try:
         same = _render(tokenizer, wrapped) == _render(tokenizer, original)
-        return None if same and any(_mask(tokenizer, wrapped)) else "it would render differently with them"
+        return None if same and _marks(tokenizer, wrapped) else "it would render differently with them"
     except Exception as error:  # whatever a template may raise
         return reason(error)
 
@@ -215,8 +221,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:
     return tokenizer.apply_chat_template(_PROBE, chat_template=template, tokenize=False)
 
 
-def _mask(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Tells whether anything is a target."""
     rendered: Any = tokenizer.apply_chat_template(
         _PROBE, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
     )
-    return rendered["assistant_masks"]
+    return any(rendered["assistant_masks"])
