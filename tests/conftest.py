@@ -34,7 +34,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
 disable-component-update disable-sync""".split()  # noqa: SIM905 (as one would type them)
+# Files and folders whose tests train, export, start processes or go through every family: most of the time.
+SLOW = """backbone/test_convert backbone/test_family_parity backbone/test_gguf backbone/test_parity
+backbone/test_quantize datasets/test_prepare datasets/test_tfds_builders embed evaluate/test_compare
+evaluate/test_drift evaluate/test_generate evaluate/test_rank evaluate/test_robustness export launch
+parallel/test_distributed plan/test_plan report test_benchmarks test_cli test_lint test_package
+test_registry train/test_collectives train/test_identity train/test_loop train/test_open train/test_step
+train/test_unlucky""".split()  # noqa: SIM905 (as above)
 SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is slow, and puts it first: at the end of a run no worker waits for another's long test."""
+    places = [Path(__file__).parent / name for name in SLOW]
+    for item in items:
+        if any(item.path.with_suffix("").is_relative_to(place) for place in places):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture
