@@ -13,6 +13,7 @@ import numpy as np
 from e2p_jax.config import Condition
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import UserTable
@@ -78,7 +79,7 @@ def vectors_of(
         if kind == "other":
             known = np.flatnonzero(rows >= 0)
             rows[known] = table.rows(other_users([users[n] for n in known.tolist()], seed), where)
-        table.check(np.unique(rows))
+        table.check(distinct(rows))
         return Vectors(table, rows)
     if kind == "noise":
         names, row = np.unique(np.asarray(users[:], str), return_inverse=True)

@@ -25,7 +25,7 @@ from e2p_jax.parallel.mesh import row_sharding
 from e2p_jax.prefix.model import Batch
 from e2p_jax.vectors.source import Vectors
 
-_BLOCK = 1 << 28  # bytes of vectors that are digested at once
+_BLOCK = 1 << 24  # bytes of vectors that are digested at once
 
 
 @dataclasses.dataclass(frozen=True)

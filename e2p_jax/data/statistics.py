@@ -14,6 +14,7 @@ from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import choose_budget, plan_rows
 from e2p_jax.data.training import read_training
 from e2p_jax.datasets.records import Record
+from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Moments, blocks
 from e2p_jax.vectors.table import UserTable
 
@@ -49,7 +50,7 @@ def statistics(config: Config, encoder: Encoder, table: UserTable | None) -> dic
         }
     result: dict[str, Any] = {"condition": config.data.condition, "splits": splits, "skipped": read.skipped}
     if table is not None:
-        rows = np.unique(table.rows(read.examples.users, read.examples.sources))
+        rows = distinct(table.rows(read.examples.users, read.examples.sources))
         result["vectors"] = _vectors(table, rows[rows >= 0])
     return result
 
@@ -68,7 +69,7 @@ def _sizes(examples: Examples, encoder: Encoder) -> dict[str, Any]:
         "records": len(examples),
         "users": len(records_a_user),
         "users_with_several_records": int((records_a_user > 1).sum()),
-        "repeated_conversations": len(examples) - len(np.unique(_conversations(examples))),
+        "repeated_conversations": len(examples) - len(distinct(_conversations(examples))),
         "tokens": len(examples.tokens),
         "targets": int(examples.target_counts.sum()),
         "tokens_a_record": _spread(examples.lengths),
@@ -112,7 +113,7 @@ def _absent(examples: Examples, table: UserTable | None) -> int | None:
     if table is None:
         return None
     absent = table.rows(examples.users, examples.sources) < 0
-    return len(np.unique(_users(examples)[absent]))
+    return len(distinct(_users(examples)[absent]))
 
 
 def _vectors(table: UserTable, rows: np.ndarray) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _vectors(table: UserTable, rows: np.ndarray) -> dict[str, Any]:
         "largest_mean": float(np.abs(moments.mean).max()),
         "std": _spread(moments.std),
         "dimensions_that_never_vary": int((moments.std <= 1e-6).sum()),
-        "users_with_the_vector_of_another": len(rows) - len(np.unique(hashes)),
+        "users_with_the_vector_of_another": len(rows) - len(distinct(hashes)),
     }
 
 

@@ -14,6 +14,7 @@ from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.errors import UserError
 from e2p_jax.files import existing, write_text
 from e2p_jax.text_files import Line, decode_json, read_lines, shortened
+from e2p_jax.vectors.index import distinct
 
 ROLES = ("system", "user", "assistant", "tool")
 _MORE = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("name", "tool_call_id")}  # keys of a message
@@ -119,7 +120,7 @@ def hold_out(users: Iterable[str]) -> Callable[[str], bool]:
     Returns:
       Whether one of these users was chosen.
     """
-    hashes = np.unique(np.fromiter(map(_hash, users), np.uint64))
+    hashes = distinct(np.fromiter(map(_hash, users), np.uint64))
     last = int(hashes[max(2, len(hashes) // 20) - 1]) if len(hashes) > 3 else -1
     return lambda user: _hash(user) <= last
 

@@ -36,6 +36,7 @@ from e2p_jax.train.setup import (
     jit_train_step,
     read_inputs,
 )
+from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Population, training_population
 
 
@@ -75,7 +76,7 @@ def _population(inputs: Inputs, users: Sequence[str], where: Sequence[str]) -> t
     table, condition = inputs.table, inputs.config.data.condition
     if table is None:
         return Population.standard(1), []
-    rows = np.unique(table.rows(users, where))
+    rows = distinct(table.rows(users, where))
     known = rows[rows >= 0]  # the null user has no part in the statistics
     if not len(known):
         raise UserError(f"{table.source}: holds none of the {len(set(users))} training users; give their table")

@@ -182,6 +182,12 @@ def build(text: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return words
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """[n], ascending, each once; `np.unique` would put millions of numbers into a hash table, at 56 bytes of each."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]
+
+
 def _read(index: Path, ids: Path) -> np.ndarray | None:
     """The words of an index file; none if it is damaged, or of other ids, or by another version of this code."""
     try:

@@ -126,3 +126,9 @@ def test_lines_that_are_no_ids_are_named(tmp_path: Path, content: bytes, message
 def test_ids_that_are_no_text_are_named(user: str, message: str) -> None:
     with pytest.raises(UserError, match=f"here: row 1: user id .* {message}"):
         UserIndex.of(["b", user], "here")
+
+
+def test_distinct_numbers_are_those_of_a_set() -> None:
+    values = np.random.default_rng(0).integers(-5, 20_000, 30_000)
+    once = sorted(set(values.tolist()))
+    assert user_index.distinct(values).tolist() == once and user_index.distinct(values[:0]).tolist() == []
