@@ -1,11 +1,12 @@
 """XLA's flags for tests, and for the processes that they start."""
 
 from importlib.metadata import version
+from importlib.util import find_spec
 
-# Nearly all time of these small models is compilation: nothing is optimised for speed, and the old emitters, which
-# jaxlib 0.11 no longer has, take a quarter of the new ones' time.
+# Nearly all time of these small models is compilation: nothing is optimised for speed, and the old emitters take a
+# quarter of the new ones' time. jaxlib 0.11 and libtpu no longer know the flag, and end at flags that they do not know.
 QUICK = "--xla_backend_optimization_level=0"
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11) and find_spec("libtpu") is None:
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 

@@ -58,14 +58,12 @@ def test_examples_are_well_typed(tmp_path: Path):
     pages = ["library.md", "serving.md", "export.md"]
     for page in pages:
         (tmp_path / page).with_suffix(".py").write_text("\n".join(python_blocks(page)))
-    files = [str((tmp_path / page).with_suffix(".py")) for page in pages]
-    settings = ["--config-file", str(DOCS.parent / "pyproject.toml"), "--cache-dir", str(DOCS.parent / ".mypy_cache")]
-    out, err, code = mypy.api.run([*files, *settings])
-    assert code == 0, out + err
     wrong = tmp_path / "wrong.py"  # the examples are looked at with the package's types, not as `Any`
     wrong.write_text((tmp_path / "library.py").read_text() + "nats.nothing\nreplies + 1\n")
-    out, err, code = mypy.api.run([str(wrong), *settings])
-    assert code == 1 and out.count("error:") == 2, out
+    files = [str((tmp_path / page).with_suffix(".py")) for page in [*pages, wrong.name]]
+    settings = ["--config-file", str(DOCS.parent / "pyproject.toml"), "--cache-dir", str(DOCS.parent / ".mypy_cache")]
+    out, err, _ = mypy.api.run([*files, *settings])
+    assert re.findall(r"(\w+)\.py:\d+: error:", out) == ["wrong", "wrong"], out + err
 
 
 def test_api_reference_is_made_from_the_docstrings(tmp_path: Path):
