@@ -30,9 +30,11 @@ from helpers import (
     whole_rows,
 )
 
-from e2p_jax.backbone.families import read_config
-from e2p_jax.backbone.gguf.file import Stored
+from e2p_jax.backbone.families import parse_config, read_config
+from e2p_jax.backbone.gguf.config import make_config, make_generation_config
+from e2p_jax.backbone.gguf.file import Stored, read_file
 from e2p_jax.backbone.gguf.tensors import _tensor
+from e2p_jax.backbone.gguf.tokenizer import write_tokenizer
 from e2p_jax.backbone.weights import abstract, open_checkpoint, parameters, resolve
 from e2p_jax.cli import main
 from e2p_jax.data.encode import load_tokenizer
@@ -154,7 +156,7 @@ def test_ropes_that_are_more_than_a_base(tmp_path: Path) -> None:
     [
         ({"general.architecture": "rwkv7"}, "architecture 'rwkv7' is not supported; supported: .*'llama'"),
         ({"llama.logit_scale": 2.0}, "keys that would be ignored: llama.logit_scale"),
-        ({"llama.block_count": None}, "no llama.block_count"),
+        ({"llama.block_count": None}, "no llama.block_count above 0"),
         ({"llama.expert_count": 8}, "architecture 'llama' with experts"),
         ({"llama.attention.value_length": 8}, "keys and values of different lengths"),
         ({"llama.attention.head_count": [4, 2, 4]}, r"head_count is \[4, 2, 4\], and one number is supported"),
@@ -169,6 +171,32 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path, keys: dict[str, An
     with pytest.raises(UserError, match=rf"m\.gguf: .*{message}") as caught:
         resolve(str(write_model(tmp_path / "m.gguf", hf_model(hf_config()), keys=keys)), None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "pre"),
+    [("llama", "gpt2", "gpt-2"), ("gemma3_text", "llama", "plain"), ("phi3", "llama", "spaced")],
+)
+def test_metadata_of_any_kind_is_read_or_refused(tmp_path: Path, family: str, kind: str, pre: str) -> None:
+    """Every key absent, of another type, out of range."""
+    values = vocabulary(kind, pre)
+    model = hf_model(hf_config(family, vocab_size=len(values["tokens"]), eos_token_id=2))
+    file = read_file(write_model(tmp_path / "m.gguf", model, tokenizer=values))
+    scaling = [f"{file.text('general.architecture')}.rope.scaling.{key}" for key in ("type", "factor", "attn_factor")]
+    refused = 0
+    for key in (*file.metadata, *scaling, "tokenizer.ggml.eom_token_id"):
+        for value in (None, "text", -1, 0, 2**31, [], [1, 2], ["a"], True, 1.5, float("nan")):
+            metadata = {name: held for name, held in file.metadata.items() if name != key}
+            changed = file._replace(metadata=metadata if value is None else metadata | {key: value})
+            try:
+                parse_config(make_config(changed), file.path)
+                make_generation_config(changed)
+                if key.startswith("tokenizer."):
+                    write_tokenizer(changed, tmp_path)
+            except UserError as error:
+                assert "m.gguf: " in str(error) and "\n" not in str(error)
+                refused += 1
+    assert refused > 100
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

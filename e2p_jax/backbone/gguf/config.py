@@ -117,8 +117,8 @@ def make_config(file: GgufFile) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": kind.model_type, **kind.settings}
     for theirs, ours in _KEYS.items():
         value = keys.take(theirs)
-        if value is None and theirs in _NEEDED:
-            raise keys.refusal(f"its metadata has no {keys.name}.{theirs}")
+        if theirs in _NEEDED and (not is_number(value) or value <= 0):
+            raise keys.refusal(f"its metadata has no {keys.name}.{theirs} above 0")
         if value is not None:
             config[ours] = value
     for key in ("num_experts", "num_experts_per_tok"):
@@ -152,13 +152,13 @@ def make_config(file: GgufFile) -> dict[str, Any]:
     if kind.model_type == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{ours}_token_id"] = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        config[f"{ours}_token_id"] = file.token(theirs)
     return config
 
 
 def make_generation_config(file: GgufFile) -> dict[str, Any]:
     """`generation_config.json`: which tokens end a reply."""
-    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [file.token(name) for name in ("eos", "eot", "eom")]
     return {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
 
 

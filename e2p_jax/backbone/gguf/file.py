@@ -44,6 +44,18 @@ class GgufFile(NamedTuple):
             raise UserError(f"{self.path}: its metadata has no {key}; {_REMEDY}")
         return value
 
+    def token(self, name: str) -> int | None:
+        """The id of a token with a name, `bos` or `eos`, where the file has one.
+
+        Raises:
+          UserError: what is there is no id.
+        """
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = self.metadata.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise UserError(f"{self.path}: {key} is {str(value)[:60]}, and no token's id; {_REMEDY}")
+        return value
+
 
 def library(path: Path) -> ModuleType:
     """The package `gguf`.

@@ -50,6 +50,8 @@ def write_tokenizer(file: GgufFile, out: Path) -> None:
         raise _refusal(file, f"a tokenizer of kind {kind[:60]!r}")
     tokens = _list(file, "tokens", str)
     types = _list(file, "token_type", int, [1] * len(tokens))
+    if len(types) != len(tokens):
+        raise _refusal(file, f"a tokenizer of {len(tokens)} tokens and {len(types)} types of them")
     named = {name: _named(file, theirs, tokens) for name, theirs in _NAMED.items()}
     vocab = {t: i for i, (t, of) in enumerate(zip(tokens, types, strict=True)) if of != _UNUSED or not _padding(t)}
     tokenizer = _byte_level(file, vocab) if kind == "gpt2" else _sentence_piece(file, vocab, types, named["unk_token"])
@@ -101,8 +103,8 @@ def _list(file: GgufFile, name: str, kind: type, default: list[Any] | None = Non
 
 
 def _named(file: GgufFile, name: str, tokens: list[str]) -> str | None:
-    place = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-    return tokens[place] if isinstance(place, int) and 0 <= place < len(tokens) else None
+    place = file.token(name)
+    return tokens[place] if place is not None and place < len(tokens) else None
 
 
 def _padding(token: str) -> bool:
@@ -127,6 +129,8 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Tokenizer:
     if pre not in (*_SPLITS, *_PLAIN, *_DIGITS):
         raise _refusal(file, f"text split as in {str(pre)[:60]!r} (tokenizer.ggml.pre)")
     merges = [tuple(merge.split(" ")) for merge in _list(file, "merges", str)]
+    if odd := next((pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None):
+        raise _refusal(file, f"a merge {' '.join(odd)[:60]!r} that is none of the vocabulary's")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _WHOLE))
     first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre in _DIGITS else []
     if pre in _SPLITS:
@@ -142,6 +146,8 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> Tokenizer:
 def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int], unknown: str | None) -> Tokenizer:
     """As the published tokenizers of Llama 2 (a space in front of text) and Gemma (none)."""
     scores = _list(file, "scores", float)
+    if len(scores) != len(types):
+        raise _refusal(file, f"a tokenizer of {len(types)} tokens and {len(scores)} scores of them")
     spelled = {t.replace(" ", _SPACE) if _blank(t, "llama") else t: i for t, i in vocab.items()}
     merges = _merges(spelled, scores, types)
     tokenizer = Tokenizer(models.BPE(spelled, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
