@@ -15,7 +15,6 @@ import orbax.checkpoint as ocp
 import pytest
 import until
 from test_host_counts import HERE
-from xla_flags import xla_flags
 
 from e2p_jax.config import Config, MeshConfig, from_json
 from e2p_jax.errors import Preempted, UserError
@@ -66,12 +65,15 @@ def logged(run: Path, name: str) -> dict[int, float]:
 
 
 def test_any_mesh(short: Config, unbroken: Path, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Begun on data=4, resumed on fsdp=2 x tensor=2 and then on one device, in a process that has no more."""
+    """Begun on data=4, resumed on fsdp=2 x tensor=2 and then on one device, in a process that has no more.
+
+    That process compiles as a user's does: with all optimisations.
+    """
     run, config = tmp_path / "run", tmp_path / "config.json"
     stop_at(short, run, 2)
     stop_at(dataclasses.replace(short, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), run, 4)
     config.write_text(dataclasses.replace(short, mesh=MeshConfig(data=1)).to_json())
-    environment.setenv("XLA_FLAGS", xla_flags(devices=1))
+    environment.delenv("XLA_FLAGS")
     command = [sys.executable, HERE / "until.py", config, run, str(STEPS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
