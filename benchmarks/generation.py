@@ -26,6 +26,7 @@ from e2p_jax.data.encode import Example
 from e2p_jax.evaluate.generate import generate_tokens
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 
@@ -69,12 +70,9 @@ def main(
             sharding=lambda path, shape: param_sharding(mesh, path, shape),
         )
     projector = Projector(
+        mlp.Settings(num_tokens=1, hidden_size=512, dropout=0.0),
         embedding_width=WIDTH,
         model_width=decoder.config.hidden_size,
-        num_tokens=1,
-        kind="mlp",
-        hidden_size=512,
-        dropout=0.0,
         rngs=nnx.Rngs(0),
     )
     graph, state = nnx.split(PrefixModel(decoder, projector))

@@ -15,6 +15,7 @@ from e2p_jax.backbone.weights import quantize_layers
 from e2p_jax.config import MeshConfig, TrainConfig
 from e2p_jax.data.packing import Budget, empty_rows
 from e2p_jax.parallel.mesh import make_mesh
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.partition import trainable_mask
@@ -35,12 +36,9 @@ def random_model(config: DecoderConfig, remat: bool = False, quantization: Any =
     if quantization != "none":
         quantize_layers(backbone, quantization)
     projector = Projector(
+        mlp.Settings(num_tokens=1, hidden_size=512, dropout=0.0),
         embedding_width=WIDTH,
         model_width=config.hidden_size,
-        num_tokens=1,
-        kind="mlp",
-        hidden_size=512,
-        dropout=0.0,
         rngs=nnx.Rngs(1),
     )
     whole = PrefixModel(backbone, projector)

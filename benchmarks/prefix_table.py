@@ -25,6 +25,7 @@ from e2p_jax.datasets.prepared import load_table
 from e2p_jax.export.prefix_files import write_ids, write_manifest
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import Shard, project_table, rows_a_shard
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.vectors.index import UserIndex
 from e2p_jax.vectors.table import UserTable
@@ -107,12 +108,9 @@ def main(
     workdir.mkdir(parents=True)
     table = make_table(workdir / "vectors", users, width)
     projector = Projector(
+        mlp.Settings(num_tokens=num_tokens, hidden_size=512, dropout=0.0),
         embedding_width=width,
         model_width=model_width,
-        num_tokens=num_tokens,
-        kind="mlp",
-        hidden_size=512,
-        dropout=0.0,
         rngs=nnx.Rngs(0),
     )
     out = workdir / "table"

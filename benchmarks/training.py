@@ -33,8 +33,9 @@ import tyro
 import work
 from peers import LeftOut, Peer, Stage
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, TrainConfig
 from e2p_jax.data.pipeline import to_devices
+from e2p_jax.prefix import mlp
 from e2p_jax.train import setup
 from e2p_jax.train.partition import split
 from e2p_jax.train.step import make_eval_step
@@ -129,7 +130,7 @@ def main(
         config = Config(
             backbone=BackboneConfig(path=name, remat=remat, attention=attention),
             data=DataConfig(seq_len=seq_len),
-            projector=ProjectorConfig(dropout=0.0),
+            projector=mlp.Settings(dropout=0.0),
             train=TrainConfig(rows=rows),
         )
         inputs = setup.read_inputs(config)

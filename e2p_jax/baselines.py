@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 from e2p_jax.config import Condition, Config
 
-LORA_RANK = 8
-
 
 def e2p(config: Config) -> Config:
     """The config as it is: a projector of the user's vector."""
@@ -37,7 +35,7 @@ def static(config: Config) -> Config:
 def lora(config: Config) -> Config:
     """Low-rank adapters on every layer matrix, nothing in front: fine-tuning that knows no user."""
     return config.change(
-        backbone={"lora_rank": LORA_RANK},
+        adapter={"kind": "lora"},
         data={"condition": "none"},
         train={"trainable": ("lora/**",), "learning_rate": config.train.learning_rate / 3},
     )

@@ -11,14 +11,8 @@ import absl.logging
 import tyro
 
 from e2p_jax.commands.common import damaged_programs_removed, with_config
-from e2p_jax.commands.data import data_command, embed, prepare
-from e2p_jax.commands.evaluate import drift, evaluate, report
-from e2p_jax.commands.export import convert, export, import_run, prefixes
-from e2p_jax.commands.generate import demo, generate
-from e2p_jax.commands.inspect import inspect
-from e2p_jax.commands.plan import plan_command
-from e2p_jax.commands.train import compare_command, train_command
 from e2p_jax.errors import RESTART, Preempted, UsageError, UserError, explain_open_files
+from e2p_jax.registry import load_plugins
 from e2p_jax.terminal import flush_or_drop, prepare_streams, say
 
 HALF = re.compile("[\ud800-\udfff]")  # what Python makes of an argument's bytes that are not UTF-8
@@ -42,7 +36,18 @@ def set_environment(command: str) -> None:
 
 
 def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
-    """Every command; the flags of those that take a config default to the values of the config that is named."""
+    """Every command; the flags of those that take a config default to the values of the config that is named.
+
+    They are imported here, after the plugins: their help names what those add.
+    """
+    from e2p_jax.commands.data import data_command, embed, prepare
+    from e2p_jax.commands.evaluate import drift, evaluate, report
+    from e2p_jax.commands.export import convert, export, import_run, prefixes
+    from e2p_jax.commands.generate import demo, generate
+    from e2p_jax.commands.inspect import inspect
+    from e2p_jax.commands.plan import plan_command
+    from e2p_jax.commands.train import compare_command, train_command
+
     command, rest = arguments[:1], arguments[1:]
     return {
         "train": with_config(train_command, rest if command == ["train"] else []),
@@ -87,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             refuse_unset(arguments)
             set_environment("".join(arguments[:1]))
+            load_plugins()
             with damaged_programs_removed(), explain_open_files():
                 tyro.extras.subcommand_cli_from_dict(commands_of(arguments), prog="e2p", args=arguments)
         finally:

@@ -5,7 +5,6 @@ line as `--section.field value`. Each says what it does to a run's result: `resu
 """
 
 import dataclasses
-import datetime
 import importlib.util
 import json
 import os.path
@@ -14,16 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from e2p_jax.config_fields import NOT_NEGATIVE, POSITIVE, SHARE, fault_of, free, result, rounding, time_limit
+from e2p_jax.config_fields import NOT_NEGATIVE, POSITIVE, SHARE, checks, fault_of, free, result, rounding, time_limit
+from e2p_jax.config_versions import moved_field, upgraded
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.json_files import parse_object
-from e2p_jax.registry import PROJECTORS, described, one_of
+from e2p_jax.registry import ADAPTERS, KINDS, PROJECTORS, load_plugins, one_of, plugins_of
 
 Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
 Measures = Literal["ranking", "users", "texts"]
 Placement = Literal["before_bos", "after_bos", "in_chat"]
 Thinking = Literal["auto", "none", "empty", "full"]
 OnBadRecord = Literal["error", "skip"]
+ProjectorKind = Annotated[str, one_of(PROJECTORS)]
+AdapterKind = Annotated[str, one_of(ADAPTERS)]
 LOAD_SECONDS = 60  # that a config file may run
 
 
@@ -49,8 +51,6 @@ class BackboneConfig:
     attention: Literal["auto", "xla", "splash", "cudnn", "mosaic"] = rounding("auto")
     """Training's kernel: auto is splash on TPU; on NVIDIA, from Hopper on, cudnn, or mosaic (tokamax) where scores have
     a soft cap; XLA elsewhere."""
-    lora_rank: int = result(0, NOT_NEGATIVE)
-    """Rank of low-rank adapters beside every layer matrix, parameters `lora/**`; 0 is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,20 +111,24 @@ class PrefixConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-    """User vector -> soft tokens."""
+    """User vector -> soft tokens. A kind has fields of its own beside these, in its own file."""
 
-    kind: Annotated[str, one_of(PROJECTORS, described(PROJECTORS))] = result("mlp")
+    kind: ProjectorKind = result("mlp")
     """One of `registry.PROJECTORS`."""
     num_tokens: int = result(1, POSITIVE)
     """K: soft tokens per user."""
-    hidden_size: int = result(512, POSITIVE)
-    """Width of the MLP's hidden layer (unused by `linear`, which has none)."""
-    dropout: float = result(0.05, SHARE)
-    """Share of the hidden layer's values dropped in training."""
     noise: float = result(0.0, NOT_NEGATIVE)
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
     init_scale: float = result(1.0, POSITIVE)
     """Root mean square of the first soft tokens, in units of the backbone's token embeddings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Small parameters beside the backbone's matrices."""
+
+    kind: AdapterKind = result("none")
+    """One of `registry.ADAPTERS`; its parameters are `KIND/**`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,15 +206,25 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run."""
+    """A run. A section with a kind becomes one of the kind's own class; given as another, it keeps what all have."""
 
     backbone: BackboneConfig = BackboneConfig()
     data: DataConfig = DataConfig()
     prefix: PrefixConfig = PrefixConfig()
     projector: ProjectorConfig = ProjectorConfig()
+    adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        for name, table in KINDS.items():
+            section, shared = getattr(self, name), _SHARED[name]
+            if isinstance(section, shared) and isinstance(section.kind, str) and section.kind in table:
+                own = table[section.kind].load().Settings
+                if type(section) is not own:
+                    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(shared)}
+                    object.__setattr__(self, name, own(**values))
 
     def validate(self) -> None:
         """Refuses combinations that cannot run.
@@ -223,39 +237,7 @@ class Config:
             for field in dataclasses.fields(values):
                 if (span := field.metadata["span"]) and not span.holds(getattr(values, field.name)):
                     raise UserError(f"{section}.{field.name} {span.said}")
-        checks = [
-            (self.data.seq_len > 0 and self.data.seq_len % 128 == 0, "data.seq_len must be a multiple of 128"),
-            (
-                self.train.accumulation > 0 and self.train.rows % self.train.accumulation == 0,
-                "train.accumulation must divide train.rows",
-            ),
-            (0 <= self.train.warmup_steps < self.train.steps, "train.warmup_steps must be from 0 to below train.steps"),
-            (0 <= self.train.final_learning_rate <= 1, "train.final_learning_rate must be in [0, 1]"),
-            (
-                self.data.missing_user != "null" or self.train.null_user_rate > 0,
-                "data.missing_user=null needs a null user: set train.null_user_rate, to 0.1 say",
-            ),
-            (bool(self.train.trainable), "train.trainable is empty: nothing would be trained"),
-            (
-                self.backbone.quantization == "none" or self.backbone.weights == "pretrained",
-                "backbone.quantization is of pretrained weights; random ones are there to be trained",
-            ),
-            ("{context}" in self.data.context_prompt, "data.context_prompt must contain {context}"),
-            (_is_date(self.data.template_date), "data.template_date must be a date like 2024-07-26"),
-            (bool(self.data.eval_splits), "data.eval_splits is empty: name at least one split"),
-            (
-                self.data.dev_split not in ("dev", *self.data.eval_splits, self.data.train_split),
-                "data.dev_split must be auto, or a split that is neither trained on nor reported, and not called dev",
-            ),
-            (
-                not self.backbone.lora_rank or any(p.startswith(("lora/", "**")) for p in self.train.trainable),
-                "backbone.lora_rank is set, but train.trainable names no lora/**: adapters would stay at zero",
-            ),
-            (self.evaluate.candidates > 1, "evaluate.candidates must be 2 or more"),
-        ]
-        for axis, size in dataclasses.asdict(self.mesh).items():
-            checks.append((size == -1 or size > 0, f"mesh.{axis} must be positive, or -1 for what is left"))
-        for holds, message in checks:
+        for holds, message in checks(self):
             if not holds:
                 raise UserError(message)
 
@@ -267,9 +249,9 @@ class Config:
         """
         for section, kind in typing.get_type_hints(Config).items():
             values = getattr(self, section)
-            if type(values) is not kind:
+            if not isinstance(values, kind):
                 raise UserError(f"{section} is {values!r}; it must be a {kind.__name__}")
-            for name, field_kind in typing.get_type_hints(kind, include_extras=True).items():
+            for name, field_kind in typing.get_type_hints(type(values), include_extras=True).items():
                 given = getattr(values, name)
                 if fault := fault_of(given, field_kind):
                     raise UserError(f"{section}.{name} is {given!r}; {fault}")
@@ -298,15 +280,18 @@ class Config:
         return self.change(backbone={"path": change(self.backbone.path)}, data=data)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """As `from_json` reads it, with the plugins that the kinds are of."""
+        plugins = plugins_of(table[getattr(self, name).kind] for name, table in KINDS.items())
+        return json.dumps(dataclasses.asdict(self) | ({"plugins": plugins} if plugins else {}), indent=2) + "\n"
 
 
-def _is_date(text: str) -> bool:
-    try:
-        datetime.date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
+_SHARED: dict[str, Any] = {"projector": ProjectorConfig, "adapter": AdapterConfig}  # fields that all kinds have
+
+
+def own_fields(section: str, values: Any) -> dict[str, Any]:
+    """What a section's kind has beside the fields that all kinds have."""
+    shared = {field.name for field in dataclasses.fields(_SHARED[section])}
+    return {name: value for name, value in dataclasses.asdict(values).items() if name not in shared}
 
 
 def from_json(text: str | bytes, source: Path) -> Config:
@@ -315,7 +300,14 @@ def from_json(text: str | bytes, source: Path) -> Config:
     Raises:
       UserError: malformed JSON, an unknown field or a value of the wrong type.
     """
-    sections = parse_object(text, source, "restore the file")
+    load_plugins()
+    sections = upgraded(parse_object(text, source, "restore the file"))
+    plugins = sections.pop("plugins", [])
+    for name, table in KINDS.items():
+        values = sections.get(name)
+        if isinstance(values, dict) and isinstance(kind := values.get("kind"), str) and kind not in table:
+            more = f"; the run was made with the plugin {' or '.join(map(str, plugins))}: install it" if plugins else ""
+            raise UserError(f"{source}: {name}.kind is {kind!r}; choose from {', '.join(table)}{more}")
     config: Config = _build(Config, sections, source, "")
     try:
         config.check_types()
@@ -327,6 +319,9 @@ def from_json(text: str | bytes, source: Path) -> Config:
 def _build(cls: Any, values: Any, source: Path, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{source}: {prefix.removesuffix('.') or 'the file'} must be a JSON object of config fields")
+    section, kind = prefix.removesuffix("."), values.get("kind")
+    if section in KINDS:
+        cls = KINDS[section][kind if isinstance(kind, str) else cls().kind].load().Settings
     fields = typing.get_type_hints(cls)
     unknown = sorted(prefix + name for name in values if name not in fields)
     if unknown:
@@ -361,6 +356,7 @@ def load_config(name: str) -> tuple[str, Config]:
       UsageError: no such config.
       UserError: an error in the file, it does not come to an end, or it defines no `config`.
     """
+    load_plugins()
     directory = config_directory()
     path = Path(name) if name.endswith((".py", ".json")) else directory / f"{name}.py"
     if not os.path.isfile(path):  # noqa: PTH113 (pathlib raises for a name that is too long)
@@ -379,7 +375,8 @@ def load_config(name: str) -> tuple[str, Config]:
         with time_limit(LOAD_SECONDS):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a config file may raise: a misspelt field is a TypeError
-        raise UserError(f"{path}: {type(error).__name__}: {error}; correct the file") from error
+        remedy = f"it is {now} now" if (now := moved_field(error)) else "correct the file"
+        raise UserError(f"{path}: {type(error).__name__}: {error}; {remedy}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UserError(f"{path}: must define `config`, a Config, and not {type(config).__name__}")

@@ -6,11 +6,15 @@ the best. When a run is resumed, fields that change it are compared; the others 
 
 import contextlib
 import dataclasses
+import datetime
 import signal
 import threading
 import typing
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from e2p_jax.config import Config
 
 T = TypeVar("T")
 
@@ -75,6 +79,52 @@ def fault_of(given: Any, kind: Any) -> str | None:
         is_number = isinstance(given, int) and not isinstance(given, bool)
         return None if is_number and abs(given) < 2**32 else "it must be a whole number of 32 bits"
     return None if isinstance(given, kind) else f"it must be a {kind.__name__}"
+
+
+def checks(config: "Config") -> list[tuple[bool, str]]:
+    """What must hold of fields together, and what is said where it does not."""
+    kind = config.adapter.kind
+    found = [
+        (config.data.seq_len > 0 and config.data.seq_len % 128 == 0, "data.seq_len must be a multiple of 128"),
+        (
+            config.train.accumulation > 0 and config.train.rows % config.train.accumulation == 0,
+            "train.accumulation must divide train.rows",
+        ),
+        (0 <= config.train.warmup_steps < config.train.steps, "train.warmup_steps must be from 0 to below train.steps"),
+        (0 <= config.train.final_learning_rate <= 1, "train.final_learning_rate must be in [0, 1]"),
+        (
+            config.data.missing_user != "null" or config.train.null_user_rate > 0,
+            "data.missing_user=null needs a null user: set train.null_user_rate, to 0.1 say",
+        ),
+        (bool(config.train.trainable), "train.trainable is empty: nothing would be trained"),
+        (
+            config.backbone.quantization == "none" or config.backbone.weights == "pretrained",
+            "backbone.quantization is of pretrained weights; random ones are there to be trained",
+        ),
+        ("{context}" in config.data.context_prompt, "data.context_prompt must contain {context}"),
+        (_is_date(config.data.template_date), "data.template_date must be a date like 2024-07-26"),
+        (bool(config.data.eval_splits), "data.eval_splits is empty: name at least one split"),
+        (
+            config.data.dev_split not in ("dev", *config.data.eval_splits, config.data.train_split),
+            "data.dev_split must be auto, or a split that is neither trained on nor reported, and not called dev",
+        ),
+        (
+            kind == "none" or any(p.startswith((f"{kind}/", "**")) for p in config.train.trainable),
+            f"adapter.kind is {kind}, but train.trainable names no {kind}/**: adapters would stay as they begin",
+        ),
+        (config.evaluate.candidates > 1, "evaluate.candidates must be 2 or more"),
+    ]
+    for axis, size in dataclasses.asdict(config.mesh).items():
+        found.append((size == -1 or size > 0, f"mesh.{axis} must be positive, or -1 for what is left"))
+    return found
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

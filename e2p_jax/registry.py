@@ -1,16 +1,21 @@
 """Lists what flags and config fields choose by name. To add one, write its file, its line here and its test.
 
 A line names the place and says what is there; nothing is imported before it is chosen, for `e2p --help` is quick.
-The rows of `e2p compare` have their table in `baselines.py`.
+The rows of `e2p compare` have their table in `baselines.py`. A plugin is a module that adds lines when it is imported;
+docs/library.md says how.
 """
 
 import dataclasses
+import functools
+import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import tyro
+
+from e2p_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,13 @@ PROJECTORS = {
     "mlp": Choice("e2p_jax.prefix.mlp", "two layers with SiLU beside a linear skip"),
     "linear": Choice("e2p_jax.prefix.linear", "one matrix"),
 }
+# Modules that define what `backbone/adapter.py` calls a Kind.
+ADAPTERS = {
+    "none": Choice("e2p_jax.backbone.no_adapter", "nothing"),
+    "lora": Choice("e2p_jax.backbone.lora", "low-rank matrices beside every matrix of the layers"),
+}
+# Sections of a config that have a kind, whose module has the section's class: `Settings`.
+KINDS = {"projector": PROJECTORS, "adapter": ADAPTERS}
 # Classes derived from `datasets/builder.py`'s RecordBuilder.
 DATASETS = {
     "persona_chat": Choice(
@@ -87,19 +99,41 @@ EXPORTS = {
 }
 
 
+@functools.cache
+def load_plugins() -> None:
+    """Imports the modules that installed packages name as entry points of the group `e2p_jax.plugins`.
+
+    Raises:
+      UserError: one cannot be imported.
+    """
+    for plugin in importlib.metadata.entry_points(group="e2p_jax.plugins"):
+        try:
+            plugin.load()
+        except Exception as error:  # whatever a module may raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"plugin {plugin.name} ({plugin.value}): {reason}; mend it, or uninstall it") from error
+
+
+def plugins_of(choices: Iterable[Choice]) -> list[str]:
+    """The packages that have what was chosen, but for this one."""
+    return sorted({choice.place.partition(":")[0].partition(".")[0] for choice in choices} - {"e2p_jax"})
+
+
 def described(table: Mapping[str, Choice]) -> str:
     """`name: what; name: what.`"""
     return "; ".join(f"{name}: {choice.what}" for name, choice in table.items()) + "."
 
 
-def one_of(names: Collection[str], help: str | None = None) -> Any:
-    """Makes `Annotated[str, ...]` a choice of names: of those that there are when a value is parsed or checked."""
+def one_of(table: Mapping[str, Any]) -> Any:
+    """Makes `Annotated[str, ...]` a choice of a table's names: those that there are when a value is parsed or checked,
+    or help is shown, which describes them.
+    """
 
     def choice() -> Any:
-        return Literal[tuple(names)]
+        return Literal[tuple(table)]
 
-    return tyro.conf.arg(
-        constructor_factory=choice,
-        help=help,
-        help_behavior_hint=lambda default: f"(default: {default.strip('''[']''')})",
-    )
+    def hint(default: str) -> str:
+        choices = {name: line for name, line in table.items() if isinstance(line, Choice)}
+        return f"{described(choices) if choices else ''} (default: {default.strip('[]').strip(chr(39))})".strip()
+
+    return tyro.conf.arg(constructor_factory=choice, help_behavior_hint=hint)

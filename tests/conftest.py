@@ -125,9 +125,10 @@ def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Projector and tiny backbone trained until a user's own vector tells what the user says; evaluated on the same."""
     import numpy as np
 
-    from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
+    from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
     from e2p_jax.datasets import synthetic
     from e2p_jax.datasets.records import write_jsonl
+    from e2p_jax.prefix import mlp
     from e2p_jax.train.loop import train
     from e2p_jax.vectors.table import save_table
 
@@ -145,7 +146,7 @@ def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
             eval_splits=("all",),
             seq_len=128,
         ),
-        projector=ProjectorConfig(hidden_size=16, dropout=0.0),
+        projector=mlp.Settings(hidden_size=16, dropout=0.0),
         train=TrainConfig(
             trainable=("projector/**", "backbone/**"),
             steps=150,

@@ -19,6 +19,7 @@ from e2p_jax.backbone.layout import PLAIN, Execution
 from e2p_jax.backbone.weights import abstract, load
 from e2p_jax.config import MeshConfig
 from e2p_jax.parallel.mesh import AXES, make_mesh, param_sharding
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import Batch, PrefixModel
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.vectors.population import Population
@@ -161,12 +162,9 @@ def prefix_model(
         values = 0.2 * rng.normal(size=variable.get_value().shape) + ("norm" in path[-1])
         variable.set_value(jnp.asarray(values, jnp.float32))
     projector = Projector(
+        mlp.Settings(num_tokens=num_tokens, hidden_size=24, dropout=dropout),
         embedding_width=USER_WIDTH,
         model_width=config.hidden_size,
-        num_tokens=num_tokens,
-        kind="mlp",
-        hidden_size=24,
-        dropout=dropout,
         rngs=nnx.Rngs(2),
     )
     vectors = np.random.default_rng(3).normal(1.0, 2.0, (64, USER_WIDTH)).astype(np.float32)

@@ -12,7 +12,9 @@ from other_values import another
 
 import e2p_jax
 from e2p_jax import config as config_lib
+from e2p_jax.backbone import lora
 from e2p_jax.config import (
+    AdapterConfig,
     BackboneConfig,
     Config,
     DataConfig,
@@ -25,6 +27,7 @@ from e2p_jax.config import (
 from e2p_jax.config_fields import fields_that
 from e2p_jax.errors import UsageError, UserError
 from e2p_jax.parallel.mesh import AXES
+from e2p_jax.prefix import mlp
 
 SHIPPED = sorted(
     str(path.relative_to(config_lib.config_directory()).with_suffix(""))
@@ -95,9 +98,9 @@ REFUSED: list[tuple[Any, str]] = [
     (BackboneConfig(quantization="int8", weights="random"), "backbone.quantization is of pretrained weights"),
     (ProjectorConfig(kind="resnet"), "projector.kind is 'resnet'; choose from mlp, linear"),
     (ProjectorConfig(num_tokens=0), "projector.num_tokens must be positive"),
-    (ProjectorConfig(hidden_size=0), "projector.hidden_size must be positive"),
+    (mlp.Settings(hidden_size=0), "projector.hidden_size must be positive"),
     (ProjectorConfig(noise=-0.1), "projector.noise must not be negative"),
-    (ProjectorConfig(dropout=1.0), "projector.dropout must be in [0, 1)"),
+    (mlp.Settings(dropout=1.0), "projector.dropout must be in [0, 1)"),
     (TrainConfig(steps=0, warmup_steps=0), "train.steps must be positive"),
     (TrainConfig(rows=0), "train.rows must be positive"),
     (TrainConfig(rows=8, accumulation=3), "train.accumulation must divide train.rows"),
@@ -128,8 +131,9 @@ REFUSED: list[tuple[Any, str]] = [
     (MeshConfig(tensor=-2), "mesh.tensor must be positive, or -1"),
     (DataConfig(dev_split="validation"), "data.dev_split must be auto, or a split that is neither trained on"),
     (DataConfig(dev_split="train"), "data.dev_split must be auto, or a split that is neither trained on"),
-    (BackboneConfig(lora_rank=-1), "backbone.lora_rank must not be negative"),
-    (BackboneConfig(lora_rank=4), "backbone.lora_rank is set, but train.trainable names no lora/**"),
+    (lora.Settings(rank=0), "adapter.rank must be positive"),
+    (AdapterConfig(kind="lora"), "adapter.kind is lora, but train.trainable names no lora/**"),
+    (AdapterConfig(kind="ia3"), "adapter.kind is 'ia3'; choose from none, lora"),
     (EvaluateConfig(conditions=("e2p", "own")), "evaluate.conditions is ('e2p', 'own'); choose from none, e2p"),
     (EvaluateConfig(measures=("rank",)), "evaluate.measures is ('rank',); choose from ranking, users, texts"),
     (EvaluateConfig(candidates=1), "evaluate.candidates must be 2 or more"),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from e2p_jax.backbone.adapter import Adapters, kind_of
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
 from e2p_jax.backbone.blocks import SAVED, soft_cap
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
@@ -145,7 +146,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         cache: Cache | None = None,
-        adapters: dict[str, jax.Array] | None = None,
+        adapters: Adapters | None = None,
         most_segments: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the layers and the final norm.
@@ -155,7 +156,7 @@ class Decoder(nnx.Module):
           positions: [B, T] int32, place inside the own segment (the rotary angle, or which learned vector).
           segment_ids: [B, T] int32; attention stays inside a segment.
           cache: keys and values so far; the T new positions are appended to it.
-          adapters: stacked parameters beside the layers' own, of `backbone/lora.py`.
+          adapters: stacked parameters beside the layers' matrices.
           most_segments: S, those that a row has at most; None is as many as positions. A kernel may allot for each.
 
         Returns:
@@ -217,7 +218,7 @@ class Decoder(nnx.Module):
 
         # Kept, the products of all experts would stand there for every token.
         body = jax.checkpoint(body, policy=None if self.execution.remat or c.num_experts else KEPT)
-        params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)) | (adapters or {})
+        params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)) | {"adapters": adapters or {}}
         windows = jnp.asarray(c.windows, jnp.int32)
         x, (keys, values) = jax.lax.scan(body, shard_rows(x), (params, windows, layer_ropes, *kv))
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
@@ -285,12 +286,12 @@ def route(x: jax.Array, params: dict[str, jax.Array], config: DecoderConfig) -> 
     return share / jnp.sum(share, axis=-1, keepdims=True) if config.normalise_topk else share
 
 
-def linear(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array:
-    """Returns x @ W.T + b with W [out, in], quantised or not; bias `<name>_bias` and low-rank adapter as there are."""
+def linear(x: jax.Array, params: dict[str, Any], name: str) -> jax.Array:
+    """Returns x @ W.T + b with W [out, in], quantised or not; bias `<name>_bias` and adapters as there are."""
     y = multiply(x, params, name)
-    if f"{name}_lora_out" in params:
-        low = einsum("...i,ri->...r", x, params[f"{name}_lora_in"].astype(x.dtype))
-        y = y + einsum("...r,or->...o", low, params[f"{name}_lora_out"].astype(x.dtype))
+    for kind, matrices in params.get("adapters", {}).items():
+        if name in matrices:
+            y = kind_of(kind).adapt(y, x, matrices[name])
     bias = params.get(f"{name}_bias")
     return y if bias is None else y + jnp.expand_dims(bias.astype(x.dtype), tuple(range(y.ndim - 1)))
 

@@ -1,38 +1,41 @@
-"""Low-rank adapters beside the layers' matrices (LoRA; Hu et al., arXiv 2106.09685): a fine-tuning baseline."""
+"""The adapter of kind `lora`: low-rank matrices (Hu et al., arXiv 2106.09685), a fine-tuning baseline.
 
+Beside a matrix W [out, in] stand `in` A [r, in] and `out` B [out, r], PEFT's `lora_A.weight` and `lora_B.weight`: a
+layer computes x @ (W + B A).T, as PEFT does with `lora_alpha` = r. B starts at zero.
+"""
+
+import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
-from e2p_jax.products import einsum
-
-PyTree = Any
+from e2p_jax.config import AdapterConfig, AdapterKind
+from e2p_jax.config_fields import POSITIVE, result
 
 
-class Lora(nnx.Module):
-    """For every matrix W [L, out, in]: `<name>_lora_in` A [L, r, in] and `<name>_lora_out` B [L, out, r], in float32.
+@dataclasses.dataclass(frozen=True)
+class Settings(AdapterConfig):
+    """Low-rank matrices beside the backbone's."""
 
-    A layer computes x @ (W + B A).T: PEFT's with `lora_alpha` = r. B starts at zero: a fresh adapter changes nothing.
-    Experts and their router have none.
-    """
-
-    def __init__(self, config: DecoderConfig, rank: int, *, rngs: nnx.Rngs):
-        layers = config.num_layers
-        for name, shape in layer_shapes(config).items():
-            if len(shape) == 2 and name != "router":
-                start = jax.random.normal(rngs.params(), (layers, rank, shape[1])) * shape[1] ** -0.5
-                setattr(self, f"{name}_lora_in", nnx.Param(start))
-                setattr(self, f"{name}_lora_out", nnx.Param(jnp.zeros((layers, shape[0], rank))))
+    kind: AdapterKind = result("lora")
+    """One of `registry.ADAPTERS`; its parameters are `KIND/**`."""
+    rank: int = result(8, POSITIVE)
+    """With lora: rank of the matrices."""
 
 
-def merge(layers: dict[str, jax.Array], adapters: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The layers' stacked parameters with every adapter added to its matrix, in float32."""
-    merged = dict(layers)
-    for name in layers:
-        if f"{name}_lora_out" in adapters:
-            change = einsum("lor,lri->loi", adapters[f"{name}_lora_out"], adapters[f"{name}_lora_in"])
-            merged[name] = layers[name].astype(jnp.float32) + change
-    return merged
+def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: Any) -> dict[str, Any]:
+    """A of rows of length about 1, and B."""
+    return {"in": normal(settings.rank, columns) * columns**-0.5, "out": zeros(rows, settings.rank)}
+
+
+def adapt(y: Any, x: Any, own: Any) -> Any:
+    """Adds x A.T B.T to y, in x's dtype."""
+    from e2p_jax.products import einsum
+
+    low = einsum("...i,ri->...r", x, own["in"].astype(x.dtype))
+    return y + einsum("...r,or->...o", low, own["out"].astype(x.dtype))
+
+
+def merge(matrix: Any, own: Any) -> Any:
+    """Adds B A to W."""
+    from e2p_jax.products import einsum
+
+    return matrix + einsum("lor,lri->loi", own["out"], own["in"])

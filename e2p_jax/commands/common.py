@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import tyro
 
 from e2p_jax.config import Config, load_config
+from e2p_jax.config_versions import moved_flag
+from e2p_jax.errors import UsageError
 from e2p_jax.options import Processes
+from e2p_jax.registry import KINDS
 from e2p_jax.terminal import Console, say
 
 if TYPE_CHECKING:
@@ -48,9 +51,10 @@ def with_config(make: Callable[[str, Config], Callable[..., None]], arguments: l
     Raises:
       UserError: the config cannot be loaded.
     """
-    command = make("", Config())
     if not arguments:
-        return command
+        return make("", Config())
+    kinds, others = _kinds(arguments)
+    command = make("", _of_kinds(Config(), kinds))
     given = inspect.signature(command)
 
     def name(*values: Any, **flags: Any) -> str:
@@ -63,12 +67,40 @@ def with_config(make: Callable[[str, Config], Callable[..., None]], arguments: l
     ]
     name.__signature__ = given.replace(parameters=parameters)  # type: ignore[attr-defined]
     name.__annotations__ = command.__annotations__
-    asked = [argument for argument in arguments if argument not in ("-h", "--help")]
+    asked = [argument for argument in others if argument not in ("-h", "--help")]
     try:
         named = tyro.cli(name, args=asked, console_outputs=False)
     except SystemExit:
         return command
-    return make(*load_config(named))
+    short, config = load_config(named)
+    return make(short, _of_kinds(config, kinds))
+
+
+def _kinds(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Section -> kind, as flags name it, and the arguments less all flags of such sections: what those are depends on
+    the kind, and each takes one value.
+
+    Raises:
+      UsageError: a flag of an earlier version.
+    """
+    kinds, others, words = dict[str, str](), list[str](), iter(arguments)
+    for word in words:
+        flag, is_pair, value = word.partition("=")
+        section, _, field = flag.removeprefix("--").partition(".")
+        if now := moved_flag(flag):
+            raise UsageError(f"{flag} is {now} now")
+        if not flag.startswith("--") or section not in KINDS:
+            others.append(word)
+            continue
+        value = value if is_pair else next(words, "")
+        if field == "kind":
+            kinds[section] = value
+    return kinds, others
+
+
+def _of_kinds(config: Config, kinds: Mapping[str, str]) -> Config:
+    """The config with these kinds; one that there is not is left to the parser, which refuses it."""
+    return config.change(**{name: {"kind": kind} for name, kind in kinds.items() if kind in KINDS[name]})
 
 
 def print_tables(

@@ -8,7 +8,7 @@ import tyro
 
 from e2p_jax.commands.common import DETECTED, Checkpoint, Embeddings, Run, Together
 from e2p_jax.errors import UserError
-from e2p_jax.registry import EXPORTS, described, one_of
+from e2p_jax.registry import EXPORTS, one_of
 from e2p_jax.terminal import say
 
 _NEEDED = {"out": "--out DIR", "users": "--user", "prompt": "--prompt"}  # by formats that take them
@@ -18,7 +18,7 @@ def export(
     run: Run,
     /,
     out: Path | None = None,
-    format: Annotated[str, one_of(EXPORTS, described(EXPORTS))] = "transformers",
+    format: Annotated[str, one_of(EXPORTS)] = "transformers",
     include_backbone: bool = False,
     user: tuple[str, ...] = (),
     prompt: str | None = None,

@@ -14,6 +14,7 @@ from e2p_jax.backbone.families import language_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.tensor_files import Checkpoint, Spelling, fingerprint, spelling
 from e2p_jax.backbone.weights import has_name, open_checkpoint
+from e2p_jax.config import own_fields
 from e2p_jax.export.common import refuse_foreign, refuse_not_finite, save_tokenizer, settings_of
 from e2p_jax.export.slot import user_turn
 from e2p_jax.files import replace_directory
@@ -85,7 +86,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         "num_soft_tokens": config.projector.num_tokens,
         "embedding_size": run.model.embedding_width,
         "projector_kind": config.projector.kind,
-        "projector_hidden_size": config.projector.hidden_size,
+        **{f"projector_{name}": value for name, value in own_fields("projector", config.projector).items()},
         "null_user": config.train.null_user_rate > 0,
         "run": {
             "config": dataclasses.asdict(config.portable()),

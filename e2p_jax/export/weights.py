@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e2p_jax.backbone import weights
-from e2p_jax.backbone.lora import merge
+from e2p_jax.backbone.adapter import by_matrix, merge
 from e2p_jax.backbone.quantize import full
 from e2p_jax.export.common import refuse_foreign, refuse_not_finite, settings_of
 from e2p_jax.train.run import Run
@@ -24,7 +24,8 @@ def export_backbone(run: Run, out: Path, dtype: str) -> None:
     source = run.inputs.directory
     refuse_foreign(out, lambda there: there.resolve() != source.resolve() and _shape(there) == _shape(source))
     params = run.model.params["backbone"]
-    layers = merge(full(params["layers"]), run.model.params.get("lora", {}))
+    kind = run.inputs.config.adapter.kind
+    layers = merge(full(params["layers"]), by_matrix(kind, run.model.params.get(kind, {})))
     refuse_not_finite(run, {**params, "layers": layers}, jnp.dtype(dtype))
     backbone = weights.abstract(run.inputs.decoder, dtype=jnp.dtype(dtype))
     nnx.update(backbone, {**params, "layers": layers})

@@ -1,13 +1,10 @@
 """The projector of kind `linear`: y = x W + b, of unit variance a dimension when it is fresh."""
 
+import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from e2p_jax.prefix.projector import Matrix, row
-from e2p_jax.products import einsum
+from e2p_jax.config import ProjectorConfig, ProjectorKind
+from e2p_jax.config_fields import result
 
 TORCH_NAMES = {"skip": "skip.weight", "bias": "skip.bias"}
 TORCH = """\
@@ -23,15 +20,25 @@ PROJECTORS["linear"] = Linear
 """
 
 
-def parameters(rows: int, columns: int, hidden_size: int, matrix: Matrix, gain: float = 1.0) -> dict[str, nnx.Param]:
+@dataclasses.dataclass(frozen=True)
+class Settings(ProjectorConfig):
+    """User vector -> soft tokens, by a matrix."""
+
+    kind: ProjectorKind = result("linear")
+    """One of `registry.PROJECTORS`."""
+
+
+def parameters(rows: int, columns: int, settings: Any, normal: Any, zeros: Any, gain: float = 1.0) -> dict[str, Any]:
     """`skip` [E, K*D] and `bias` [K*D].
 
     Args:
       gain: standard deviation of a fresh output.
     """
-    return {"skip": matrix(rows, columns, gain), "bias": nnx.Param(jnp.zeros((columns,)))}
+    return {"skip": gain * rows**-0.5 * normal(rows, columns), "bias": zeros(columns)}
 
 
-def project(projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
-    return einsum("...i,io->...o", x, projector.skip[...]) + row(projector.bias, x)
+    from e2p_jax.products import einsum
+
+    return einsum("...i,io->...o", x, projector.skip[...]) + projector.row("bias", x)

@@ -1,14 +1,11 @@
 """The projector of kind `mlp`: two layers with SiLU, a linear residual and dropout, that the field settled on."""
 
+import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
+from e2p_jax.config import ProjectorConfig, ProjectorKind
+from e2p_jax.config_fields import POSITIVE, SHARE, result
 from e2p_jax.prefix import linear
-from e2p_jax.prefix.projector import Matrix, row
-from e2p_jax.products import einsum
 
 TORCH_NAMES = {**linear.TORCH_NAMES, "up": "up.weight", "up_bias": "up.bias", "down": "down.weight"}
 TORCH = """\
@@ -30,20 +27,37 @@ PROJECTORS["mlp"] = MLP
 _SHARE = 0.5**0.5
 
 
-def parameters(rows: int, columns: int, hidden_size: int, matrix: Matrix) -> dict[str, nnx.Param]:
+@dataclasses.dataclass(frozen=True)
+class Settings(ProjectorConfig):
+    """User vector -> soft tokens, by two layers beside a matrix."""
+
+    kind: ProjectorKind = result("mlp")
+    """One of `registry.PROJECTORS`."""
+    hidden_size: int = result(512, POSITIVE)
+    """With mlp: width of the hidden layer."""
+    dropout: float = result(0.05, SHARE)
+    """With mlp: share of the hidden layer's values dropped in training."""
+
+
+def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: Any) -> dict[str, Any]:
     """Those of `linear`, `up` [E, H], `up_bias` [H] and `down` [H, K*D]."""
+    hidden = settings.hidden_size
     return {
-        **linear.parameters(rows, columns, hidden_size, matrix, _SHARE),
-        "up": matrix(rows, hidden_size, 1.0),
-        "up_bias": nnx.Param(jnp.zeros((hidden_size,))),
-        "down": matrix(hidden_size, columns, _SHARE * 0.356**-0.5),
+        **linear.parameters(rows, columns, settings, normal, zeros, _SHARE),
+        "up": rows**-0.5 * normal(rows, hidden),
+        "up_bias": zeros(hidden),
+        "down": _SHARE * 0.356**-0.5 * hidden**-0.5 * normal(hidden, columns),
     }
 
 
-def project(projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
-    h = jax.nn.silu(einsum("...i,io->...o", x, projector.up[...]) + row(projector.up_bias, x))
-    if dropout_key is not None and projector.dropout:
-        keep = jax.random.bernoulli(dropout_key, 1 - projector.dropout, h.shape)
-        h = jnp.where(keep, h / (1 - projector.dropout), 0.0)
+    import jax
+    import jax.numpy as jnp
+
+    from e2p_jax.products import einsum
+
+    h = jax.nn.silu(einsum("...i,io->...o", x, projector.up[...]) + projector.row("up_bias", x))
+    if dropout_key is not None and (rate := projector.settings.dropout):
+        h = jnp.where(jax.random.bernoulli(dropout_key, 1 - rate, h.shape), h / (1 - rate), 0.0)
     return linear.project(projector, x, None) + einsum("...i,io->...o", h, projector.down[...])

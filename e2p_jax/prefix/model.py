@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from e2p_jax.backbone.adapter import Adapter, by_matrix
 from e2p_jax.backbone.decoder import Cache, Decoder
-from e2p_jax.backbone.lora import Lora
 from e2p_jax.prefix.loss import cross_entropy
 from e2p_jax.prefix.projector import Projector
 
@@ -27,10 +27,12 @@ class Batch(TypedDict):
 
 
 class PrefixModel(nnx.Module):
-    """Backbone, projector and perhaps adapters; parameter paths begin with `backbone/`, `projector/` and `lora/`."""
+    """Backbone, projector and perhaps adapters; parameter paths begin with `backbone/`, `projector/` and the kind."""
 
-    def __init__(self, backbone: Decoder, projector: Projector, lora: Lora | None = None):
-        self.backbone, self.projector, self.lora = backbone, projector, lora
+    def __init__(self, backbone: Decoder, projector: Projector, kind: str = "none", adapter: Adapter | None = None):
+        self.backbone, self.projector, self.kind = backbone, projector, kind
+        if adapter is not None:
+            setattr(self, kind, adapter)
 
     def embed(
         self, tokens: jax.Array, slots: jax.Array, user_embeddings: jax.Array, dropout_key: jax.Array | None = None
@@ -64,7 +66,8 @@ class PrefixModel(nnx.Module):
         most_segments: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The backbone's layers with the adapters, where there are any; see `Decoder.__call__`."""
-        adapters = None if self.lora is None else nnx.to_pure_dict(nnx.state(self.lora, nnx.Param))
+        adapter = getattr(self, self.kind, None)
+        adapters = adapter and by_matrix(self.kind, nnx.to_pure_dict(nnx.state(adapter, nnx.Param)))
         return self.backbone(x, positions, segment_ids, cache, adapters, most_segments)
 
     def target_nll(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:

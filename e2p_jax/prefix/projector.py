@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from e2p_jax.config import ProjectorConfig
 from e2p_jax.registry import PROJECTORS
 
-Matrix = Callable[[int, int, float], nnx.Param]  # (rows, columns, gain) -> normal, with `gain` for a unit input
+Make = Callable[..., jax.Array]  # (*shape) -> float32
 
 
 class Statistic(nnx.Variable):
@@ -18,32 +19,30 @@ class Statistic(nnx.Variable):
 
 
 class Kind(Protocol):
-    """The names that the module of a kind defines."""
+    """The names that the module of a kind defines. It is light: it imports jax inside its functions."""
 
+    Settings: type[ProjectorConfig]
+    """Its section of the config, with fields of its own."""
     TORCH_NAMES: Mapping[str, str]
     """Parameter -> its name in the exported model, where that is another; torch holds the transpose."""
     TORCH: str
-    """Source that puts a class in PROJECTORS at the end of the exported modeling_e2p.py, with its two methods."""
+    """Source that puts a class in PROJECTORS at the end of the exported modeling_e2p.py, with its two methods; its
+    config has the kind's own fields as `projector_FIELD`."""
 
-    def parameters(self, rows: int, columns: int, hidden_size: int, matrix: Matrix) -> dict[str, nnx.Param]:
+    def parameters(self, rows: int, columns: int, settings: Any, normal: Make, zeros: Make) -> dict[str, jax.Array]:
         """Fresh parameters by name, for `rows` = E and `columns` = K*D, with an output of unit variance.
 
         Weight decay reaches those of two axes or more.
         """
 
     def project(self, projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """Standardised vectors [..., E] -> [..., K*D]; the parameters are attributes of the projector."""
+        """Standardised vectors [..., E] -> [..., K*D]; parameters and `settings` are attributes of the projector."""
 
 
 def kind_of(name: str) -> Kind:
     """The module of a kind."""
     kind: Kind = PROJECTORS[name].load()
     return kind
-
-
-def row(variable: nnx.Variable, x: jax.Array) -> jax.Array:
-    """[N] -> [1, .., N], of the rank of `x`: rank promotion is strict."""
-    return variable[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Projector(nnx.Module):
@@ -59,26 +58,24 @@ class Projector(nnx.Module):
 
     def __init__(
         self,
+        settings: ProjectorConfig,
         *,
         embedding_width: int,
         model_width: int,
-        num_tokens: int,
-        kind: str,
-        hidden_size: int,
-        dropout: float,
-        noise: float = 0.0,
         null_user_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        e, d, k = embedding_width, model_width, num_tokens
+        e, d, k = embedding_width, model_width, settings.num_tokens
 
-        def matrix(rows: int, columns: int, gain: float) -> nnx.Param:
-            return nnx.Param(gain * rows**-0.5 * jax.random.normal(rngs.params(), (rows, columns)))
+        def normal(*shape: int) -> jax.Array:
+            return jax.random.normal(rngs.params(), shape)
 
-        self.kind, self.num_tokens = kind, num_tokens
-        self.dropout, self.noise, self.null_user_rate = dropout, noise, null_user_rate
-        for name, parameter in kind_of(kind).parameters(e, k * d, hidden_size, matrix).items():
-            setattr(self, name, parameter)
+        def zeros(*shape: int) -> jax.Array:
+            return jnp.zeros(shape)
+
+        self.settings, self.num_tokens, self.null_user_rate = settings, k, null_user_rate
+        for name, value in kind_of(settings.kind).parameters(e, k * d, settings, normal, zeros).items():
+            setattr(self, name, nnx.Param(value))
         if null_user_rate:
             self.null_user = nnx.Param(jnp.zeros((e,)))  # standardised
         self.input_mean = Statistic(jnp.zeros((e,)))
@@ -99,16 +96,20 @@ class Projector(nnx.Module):
         chex.assert_axis_dimension(vectors, -1, self.input_mean[...].shape[0])
         if dropout_key is not None:  # one key a purpose
             dropout_key, noise_key, null_key = jax.random.split(dropout_key, 3)
-        x = (vectors - row(self.input_mean, vectors)) / row(self.input_std, vectors)
-        if dropout_key is not None and self.noise:
-            x = x + self.noise * jax.random.normal(noise_key, x.shape)
+        x = (vectors - self.row("input_mean", vectors)) / self.row("input_std", vectors)
+        if dropout_key is not None and self.settings.noise:
+            x = x + self.settings.noise * jax.random.normal(noise_key, x.shape)
         if self.null_user_rate:
             is_null = jnp.isnan(vectors[..., :1])
             if dropout_key is not None:
                 is_null = is_null | jax.random.bernoulli(null_key, self.null_user_rate, is_null.shape)
-            x = jnp.where(is_null, row(self.null_user, x), x)
-        y = kind_of(self.kind).project(self, x, dropout_key).reshape(*vectors.shape[:-1], self.num_tokens, -1)
-        return row(self.token_mean, y) + row(self.token_std, y) * y
+            x = jnp.where(is_null, self.row("null_user", x), x)
+        y = kind_of(self.settings.kind).project(self, x, dropout_key).reshape(*vectors.shape[:-1], self.num_tokens, -1)
+        return self.row("token_mean", y) + self.row("token_std", y) * y
+
+    def row(self, name: str, x: jax.Array) -> jax.Array:
+        """A variable [N] as [1, .., N], of the rank of `x`: rank promotion is strict."""
+        return getattr(self, name)[...].reshape((1,) * (x.ndim - 1) + (-1,))  # type: ignore[no-any-return]
 
     def calibrate(self, mean: jax.Array, std: jax.Array, token_embeddings: jax.Array, scale: float) -> None:
         """Sets the statistics.

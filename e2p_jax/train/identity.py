@@ -19,6 +19,7 @@ from e2p_jax.backbone.families import parse_config, significant
 from e2p_jax.backbone.tensor_files import kept, stamp
 from e2p_jax.config import Config
 from e2p_jax.config_fields import fields_that
+from e2p_jax.config_versions import upgraded
 from e2p_jax.data.control import unguarded
 from e2p_jax.data.encode import Encoder
 from e2p_jax.errors import UserError
@@ -38,7 +39,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 _LATER: dict[str, type] = {"config": dict, "tokenizer": str, "chat_template": str, "settings": dict}
 
 # What decides how a checkpoint's numbers are read: with another value they mean something else.
-_BINDING = ("prefix", "projector")
+_BINDING = ("prefix", "projector", "adapter")
 
 # A text whose tokens tell tokenizers apart that have the same files, but classes of their own.
 _PROBE = "The user's 1st line,\n\n  isn't it?\tÜber 3.14 % ... naïve — 今日は 안녕 привет 🙂\r\n def f(x): x_1+2\n"
@@ -122,7 +123,7 @@ def check_inputs(run: epath.Path, names: dict[str, Any], config: Config, inputs:
             "restore its files"
         )
     _check_template(run, names["chat_template"], inputs)
-    _check_settings(run, names["settings"], settings(config))
+    _check_settings(run, upgraded(names["settings"]), settings(config))
 
 
 def check_weights(run: epath.Path, names: dict[str, Any], model: Model) -> None:
@@ -180,7 +181,7 @@ def _config_json(directory: Path) -> dict[str, Any]:
 
 def settings(config: Config) -> dict[str, Any]:
     """Of a config, what changes a run's result, by section, as JSON gives it back."""
-    sections = json.loads(config.to_json())
+    sections = json.loads(json.dumps(dataclasses.asdict(config)))
     return {
         section: {name: fields[name] for name in fields_that("result", getattr(config, section))}
         for section, fields in sections.items()

@@ -9,10 +9,10 @@ import optax
 from e2p_jax.config import TrainConfig
 from e2p_jax.train.partition import path_name
 
-# What a parameter of the backbone or of adapters is for, by the last part of its path. Its shape does not tell: a norm,
-# stacked over layers, has two axes.
+# What a parameter of the backbone is for, by the last part of its path. Its shape does not tell: a norm, stacked over
+# layers, has two axes.
 _ROLES = {
-    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*", "*_lora_in", "*_lora_out"),
+    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*"),
     "embedding": ("embedding", "position_embedding", "head"),
     "norm": ("*norm",),
     "bias": ("bias", "*_bias"),
@@ -26,8 +26,8 @@ def decays(path: str, axes: int) -> bool:
     Raises:
       ValueError: the table of roles does not say what it is.
     """
-    if path.startswith("projector/"):
-        return axes > 1
+    if not path.startswith("backbone/"):
+        return axes > (1 if path.startswith("projector/") else 2)  # those of adapters are stacked over layers
     name = path.rpartition("/")[2]
     roles = [role for role, patterns in _ROLES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if len(roles) != 1:

@@ -105,7 +105,7 @@ def _differences(run: epath.Path, stored: Config, config: Config) -> list[str]:
         f"{section}.{name}: {then[section][name]!r} there, {value!r} here{_RULES.get((section, name), '')}"
         for section, fields in now.items()
         for name, value in fields.items()
-        if then[section][name] != value
+        if name in then[section] and then[section][name] != value  # another kind has other fields
     ]
 
 

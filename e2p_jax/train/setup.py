@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from e2p_jax.backbone import weights
+from e2p_jax.backbone.adapter import Adapter
 from e2p_jax.backbone.attention import COMPILER_OPTIONS, choose
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, read_config
 from e2p_jax.backbone.layout import Execution
-from e2p_jax.backbone.lora import Lora
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.encode import Encoder, load_tokenizer
 from e2p_jax.data.stops import named_stops
@@ -81,7 +81,7 @@ class Purpose(enum.IntEnum):
     """The purposes of `train.seed`: a key each. The order of rows is NumPy's (`data/pipeline.py`)."""
 
     PROJECTOR = 0
-    LORA = 1
+    ADAPTER = 1
     STEPS = 2  # each folds in its number; the projector splits what comes of it
 
     def key(self, seed: int) -> jax.Array:
@@ -122,8 +122,9 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
     kind = config.backbone.quantization
     backbone = weights.abstract(decoder, dtype=dtype, execution=execution, quantization=kind)
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))
-    lora = nnx.eval_shape(lambda: _lora(config, decoder)) if config.backbone.lora_rank else None
-    model = PrefixModel(backbone, projector, lora)
+    adapted = config.adapter.kind != "none"
+    adapter = nnx.eval_shape(lambda: _adapter(config, decoder)) if adapted else None
+    model = PrefixModel(backbone, projector, config.adapter.kind, adapter)
     mask = trainable_mask(model, config.train.trainable)
     if kind != "none" and any(jax.tree.leaves(mask["backbone"])):
         raise UserError(
@@ -143,20 +144,16 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
 
 def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> Projector:
     return Projector(
+        config.projector,
         embedding_width=embedding_width,
         model_width=decoder.hidden_size,
-        num_tokens=config.projector.num_tokens,
-        kind=config.projector.kind,
-        hidden_size=config.projector.hidden_size,
-        dropout=config.projector.dropout,
-        noise=config.projector.noise,
         null_user_rate=config.train.null_user_rate,
         rngs=nnx.Rngs(Purpose.PROJECTOR.key(config.train.seed)),
     )
 
 
-def _lora(config: Config, decoder: DecoderConfig) -> Lora:
-    return Lora(decoder, config.backbone.lora_rank, rngs=nnx.Rngs(Purpose.LORA.key(config.train.seed)))
+def _adapter(config: Config, decoder: DecoderConfig) -> Adapter:
+    return Adapter(decoder, config.adapter, rngs=nnx.Rngs(Purpose.ADAPTER.key(config.train.seed)))
 
 
 class Shared:
@@ -187,9 +184,7 @@ def build_model(inputs: Inputs, population: Population, shared: Shared | None = 
 
     with jax.set_mesh(model.mesh):
         projector = jax.jit(initialise, out_shardings=replicated(model.mesh))(backbone["embedding"], *population)
-    params = {"backbone": backbone, "projector": projector}
-    if config.backbone.lora_rank:
-        params["lora"] = _adapters(inputs, model, lambda path: True)
+    params = {"backbone": backbone, "projector": projector, **_adapters(inputs, model, lambda path: True)}
     params = jax.tree.map(lambda value, shape: value.astype(shape.dtype), params, model.params)
     return dataclasses.replace(model, params=params, fingerprint=fingerprint)
 
@@ -214,17 +209,18 @@ def frozen_model(inputs: Inputs, embedding_width: int, parts: Parts, shared: Sha
         return path not in trained and (parts == "all" or (parts == "embedding" and path == "backbone/embedding"))
 
     backbone, fingerprint = _backbone(inputs, model, wanted, shared)
-    params = model.params | {"backbone": backbone}
-    if inputs.config.backbone.lora_rank:
-        params["lora"] = _adapters(inputs, model, wanted)
+    params = model.params | {"backbone": backbone, **_adapters(inputs, model, wanted)}
     return dataclasses.replace(model, params=params, fingerprint=fingerprint)
 
 
-def _adapters(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> PyTree:
-    def initialise() -> PyTree:
-        return nnx.to_pure_dict(nnx.state(_lora(inputs.config, inputs.decoder)))
+def _adapters(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> dict[str, PyTree]:
+    """Those that there are, by the first part of their paths."""
 
-    return _initialised(initialise, model, "lora", wanted)
+    def initialise() -> PyTree:
+        return nnx.to_pure_dict(nnx.state(_adapter(inputs.config, inputs.decoder)))
+
+    kind = inputs.config.adapter.kind
+    return {kind: _initialised(initialise, model, kind, wanted)} if kind in model.params else {}
 
 
 def _initialised(make: Callable[[], PyTree], model: Model, part: str, wanted: Callable[[str], bool]) -> PyTree:
@@ -293,7 +289,7 @@ def state_shardings(model: Model, state: PyTree) -> PyTree:
 
     def sharding(path: tuple, leaf: Any) -> jax.sharding.Sharding:
         name = path_name(path)
-        cuts = [name.find(part) for part in ("backbone/", "projector/", "lora/")]
+        cuts = [name.find(f"{part}/") for part in model.params]
         start = min((cut for cut in cuts if cut >= 0), default=-1)
         return replicated(model.mesh) if start < 0 else param_sharding(model.mesh, name[start:], leaf.shape)
 

@@ -12,8 +12,9 @@ from flax import nnx
 from helpers import assert_close, hf_config, hf_logits, hf_model, load_backbone, random_tokens, whole_rows
 from peft import LoraConfig, get_peft_model
 
+from e2p_jax.backbone.adapter import Adapter, by_matrix, merge
 from e2p_jax.backbone.families import parse_config
-from e2p_jax.backbone.lora import Lora, merge
+from e2p_jax.backbone.lora import Settings
 
 RANK = 3
 MODULES = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"} | {
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_experts_and_their_router_have_no_adapters() -> None:
     config = parse_config(json.loads(hf_config("mixtral").to_json_string()), Path("config.json"))
-    adapters = nnx.to_pure_dict(nnx.state(Lora(config, RANK, rngs=nnx.Rngs(0))))
+    adapters = nnx.to_pure_dict(nnx.state(Adapter(config, Settings(rank=RANK), rngs=nnx.Rngs(0))))
     assert adapters.keys() == {f"{name}_lora_{part}" for name in "qkvo" for part in ("in", "out")}
 
 
@@ -38,12 +39,14 @@ def test_experts_and_their_router_have_no_adapters() -> None:
 def test_equals_peft(folder: Path) -> None:
     """Every matrix adapted, A and B random: the same logits, from adapters beside the weights and merged into them."""
     decoder = load_backbone(folder)
-    lora = Lora(decoder.config, RANK, rngs=nnx.Rngs(0))
+    lora = Adapter(decoder.config, Settings(rank=RANK), rngs=nnx.Rngs(0))
     tokens, positions, segments = whole_rows(random_tokens(2, 24))
 
     @nnx.jit
     def logits(decoder, adapters):
-        hidden, _ = decoder(decoder.embed(tokens), positions, segments, adapters=adapters)
+        hidden, _ = decoder(
+            decoder.embed(tokens), positions, segments, adapters=adapters and by_matrix("lora", adapters)
+        )
         return decoder.logits(hidden)
 
     adapters = nnx.to_pure_dict(nnx.state(lora))
@@ -62,6 +65,6 @@ def test_equals_peft(folder: Path) -> None:
     expected = hf_logits(theirs, input_ids=np.asarray(tokens))
     assert np.abs(expected - np.asarray(logits(decoder, None))).max() > 1
     assert_close(logits(decoder, adapters), expected)
-    layers = merge(nnx.to_pure_dict(nnx.state(decoder.layers)), adapters)
+    layers = merge(nnx.to_pure_dict(nnx.state(decoder.layers)), by_matrix("lora", adapters))
     nnx.update(decoder.layers, layers)
     assert_close(logits(decoder, None), expected)

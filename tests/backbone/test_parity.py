@@ -24,6 +24,7 @@ from helpers import (
 
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.backbone.weights import load
+from e2p_jax.prefix import linear
 from e2p_jax.prefix.loss import cross_entropy
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
@@ -262,12 +263,9 @@ def test_slots_are_the_given_input_embeddings(pairs: Any, name: str) -> None:
     """Two soft tokens per user, two users in a row: transformers sees the same vectors as `inputs_embeds`."""
     theirs, ours = pairs(name)
     projector = Projector(
+        linear.Settings(num_tokens=2),
         embedding_width=USER_WIDTH,
         model_width=ours.config.hidden_size,
-        num_tokens=2,
-        kind="linear",
-        hidden_size=0,
-        dropout=0.0,
         rngs=nnx.Rngs(0),
     )
     model = PrefixModel(ours, projector)

@@ -16,12 +16,13 @@ from flax import nnx
 from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.cli import main
-from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
 from e2p_jax.data.structure import Structure
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.evaluate import compare as comparison
 from e2p_jax.evaluate.compare import compare
+from e2p_jax.prefix import mlp
 from e2p_jax.report.collect import find_source
 from e2p_jax.train.partition import split
 from e2p_jax.train.run import open_run
@@ -39,7 +40,7 @@ def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
     return Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(path=str(folder / "records.jsonl"), embeddings=str(folder / "table"), seq_len=256),
-        projector=ProjectorConfig(hidden_size=16),
+        projector=mlp.Settings(hidden_size=16),
         train=TrainConfig(steps=4, rows=4, warmup_steps=1, eval_every=2, checkpoint_every=2),
         evaluate=EvaluateConfig(measures=("ranking",), candidates=3, max_records=3, bootstrap_samples=20),
     )

@@ -32,6 +32,7 @@ from e2p_jax.evaluate.generate import (
 )
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.run import open_run
@@ -43,12 +44,9 @@ def load_model(directory: Path, num_tokens: int = 1) -> PrefixModel:
     sharding = functools.partial(param_sharding, make_mesh(MeshConfig()))
     decoder = weights.load(directory, dtype=jnp.dtype("float32"), sharding=sharding)
     projector = Projector(
+        mlp.Settings(num_tokens=num_tokens, hidden_size=8, dropout=0.0),
         embedding_width=WIDTH,
         model_width=decoder.config.hidden_size,
-        num_tokens=num_tokens,
-        kind="mlp",
-        hidden_size=8,
-        dropout=0.0,
         rngs=nnx.Rngs(1),
     )
     return PrefixModel(decoder, projector)

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate import rank as ranking
+from e2p_jax.prefix import mlp
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
 from e2p_jax.train.setup import build_model, read_inputs
@@ -25,7 +26,7 @@ def run(tiny_backbone: Path) -> Run:
     config = Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(embeddings="synthetic", seq_len=128),
-        projector=ProjectorConfig(hidden_size=16, init_scale=3.0),
+        projector=mlp.Settings(hidden_size=16, init_scale=3.0),
     )
     inputs = read_inputs(config)
     return Run(

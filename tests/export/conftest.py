@@ -14,11 +14,11 @@ from e2p_jax.config import (
     DataConfig,
     EvaluateConfig,
     PrefixConfig,
-    ProjectorConfig,
     TrainConfig,
 )
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
+from e2p_jax.prefix import mlp
 from e2p_jax.train.loop import train
 from e2p_jax.train.run import Run, open_run
 from e2p_jax.vectors.table import save_table
@@ -63,7 +63,7 @@ def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) ->
                     chat_template=template,
                 ),
                 prefix=PrefixConfig(placement),
-                projector=ProjectorConfig(kind=kind, num_tokens=num_tokens, hidden_size=16),
+                projector=mlp.Settings(kind=kind, num_tokens=num_tokens, hidden_size=16),
                 train=TrainConfig(steps=3, rows=4, warmup_steps=1, learning_rate=0.01, null_user_rate=null),
                 evaluate=EvaluateConfig(conditions=("none", "e2p")),
             )

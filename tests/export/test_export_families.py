@@ -16,13 +16,14 @@ import transformers
 from helpers import LLAMA3, hf_config, hf_model
 
 from e2p_jax.backbone import weights
-from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, TrainConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
+from e2p_jax.prefix import mlp
 from e2p_jax.train.run import Run, open_run
 from e2p_jax.train.setup import build_model, read_inputs
 from e2p_jax.vectors.population import Population
@@ -71,7 +72,7 @@ def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int,
         backbone=BackboneConfig(path=str(backbone)),
         data=DataConfig(path="none", embeddings=str(folder / "table"), seq_len=256),
         prefix=PrefixConfig(placement),
-        projector=ProjectorConfig(kind=kind, num_tokens=num_tokens, hidden_size=16),
+        projector=mlp.Settings(kind=kind, num_tokens=num_tokens, hidden_size=16),
         train=TrainConfig(rows=4),
     )
     inputs = read_inputs(config)

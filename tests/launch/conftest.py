@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from xla_flags import xla_flags
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
+from e2p_jax.prefix import mlp
 from e2p_jax.vectors.table import save_table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,7 +27,7 @@ def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
     return Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(path=str(folder / "records.jsonl"), embeddings=str(folder / "table"), seq_len=128),
-        projector=ProjectorConfig(hidden_size=16),
+        projector=mlp.Settings(hidden_size=16),
         train=TrainConfig(steps=2, rows=4, warmup_steps=1, eval_every=2, checkpoint_every=2, log_every=1),
         evaluate=EvaluateConfig(conditions=()),
     )

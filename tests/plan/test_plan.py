@@ -14,12 +14,13 @@ from helpers import mesh_of
 
 from e2p_jax.backbone.families import read_config
 from e2p_jax.cli import main
-from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, TrainConfig
 from e2p_jax.errors import UserError
 from e2p_jax.plan import plan as planning
 from e2p_jax.plan import topology as topology_module
 from e2p_jax.plan.plan import Cost, Plan, RowShape, largest_rows, other_meshes
 from e2p_jax.plan.topology import Chip, Topology, find_topology
+from e2p_jax.prefix import mlp
 from e2p_jax.train.setup import abstract_model, abstract_state, initial_state, jit_train_step
 
 WIDTH = 8
@@ -39,7 +40,7 @@ def config(shapes: Path) -> Config:
     return Config(
         backbone=BackboneConfig(path=str(shapes), remat=True),
         data=DataConfig(seq_len=128),
-        projector=ProjectorConfig(hidden_size=16),
+        projector=mlp.Settings(hidden_size=16),
         train=TrainConfig(rows=8, steps=10, warmup_steps=2),
         mesh=MeshConfig(data=1, fsdp=4),
     )

@@ -1,5 +1,6 @@
 """The projector against its formula, and its first outputs against the backbone's tokens."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from e2p_jax.prefix import linear, mlp
 from e2p_jax.prefix.projector import Projector, Statistic
 from e2p_jax.vectors.population import Population
 
@@ -15,8 +17,9 @@ from e2p_jax.vectors.population import Population
 def make(
     kind: Any = "mlp", *, e: int = 6, d: int = 5, k: int = 1, dropout: float = 0.0, null: float = 0.0, seed: int = 0
 ) -> Projector:
-    sizes = {"embedding_width": e, "model_width": d, "num_tokens": k, "hidden_size": 4 * e}
-    return Projector(**sizes, kind=kind, dropout=dropout, null_user_rate=null, rngs=nnx.Rngs(seed))
+    own = mlp.Settings(hidden_size=4 * e, dropout=dropout) if kind == "mlp" else linear.Settings()
+    settings = dataclasses.replace(own, num_tokens=k)
+    return Projector(settings, embedding_width=e, model_width=d, null_user_rate=null, rngs=nnx.Rngs(seed))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -99,7 +102,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
 def test_noise_is_in_units_of_the_training_users_spread() -> None:
     """Of a linear projector the output's noise is the noise through the matrix; only in training."""
     projector, vectors = make("linear"), jnp.asarray(normal(1, 6))
-    projector.noise = 0.5
+    projector.settings = dataclasses.replace(projector.settings, noise=0.5)
     projector.input_std[...] = jnp.full((6,), 100.0)
     many = jnp.broadcast_to(vectors, (20_000, 6))
     noisy, plain = np.asarray(projector(many, jax.random.key(0)))[:, 0], np.asarray(projector(vectors))[0, 0]

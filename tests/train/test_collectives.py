@@ -10,11 +10,11 @@ import pytest
 from helpers import SIZES, mesh_of
 
 from e2p_jax.backbone.families import DecoderConfig, parse_config
-from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, TrainConfig
 from e2p_jax.parallel.mesh import bytes_per_device
 from e2p_jax.plan.hlo import Collective, Program
 from e2p_jax.plan.plan import RowShape, abstract_batch
-from e2p_jax.prefix import loss
+from e2p_jax.prefix import loss, mlp
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_train_step
 
@@ -39,7 +39,7 @@ def step(trainable: tuple[str, ...] = ("projector/**",), decoder: DecoderConfig 
     config = Config(
         backbone=BackboneConfig(remat=True),
         data=DataConfig(seq_len=LENGTH),
-        projector=ProjectorConfig(hidden_size=24),
+        projector=mlp.Settings(hidden_size=24),
         train=TrainConfig(rows=ROWS, trainable=trainable),
     )
     mesh = mesh_of(**axes)

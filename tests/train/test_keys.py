@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 from helpers import SIZES
 
+from e2p_jax.backbone import lora
 from e2p_jax.backbone.families import parse_config
-from e2p_jax.config import BackboneConfig, Config, ProjectorConfig, TrainConfig
+from e2p_jax.config import Config, TrainConfig
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train import setup
 from e2p_jax.train.partition import split, trainable_mask
@@ -48,11 +50,11 @@ def test_no_key_is_drawn_from_twice_or_has_others_made_of_it(monkeypatch: pytest
         monkeypatch.setattr(jax.random, name, watched(getattr(jax.random, name), parents.add))
     decoder = parse_config({**SIZES, "model_type": "llama", "rms_norm_eps": 1e-5}, setup.Path("config.json"))
     config = Config(
-        backbone=BackboneConfig(lora_rank=2),
-        projector=ProjectorConfig(hidden_size=4, dropout=0.5, noise=0.5),
+        adapter=lora.Settings(rank=2),
+        projector=mlp.Settings(hidden_size=4, dropout=0.5, noise=0.5),
         train=TrainConfig(null_user_rate=0.5),
     )
-    setup._lora(config, decoder)
+    setup._adapter(config, decoder)
     model = Toy(setup._projector(config, decoder, 3))
     graph, values = nnx.split(model)
     mask = trainable_mask(model, ("projector/**",))

@@ -18,13 +18,14 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from e2p_jax.backbone import lora
 from e2p_jax.config import (
+    AdapterConfig,
     BackboneConfig,
     Config,
     DataConfig,
     EvaluateConfig,
     MeshConfig,
-    ProjectorConfig,
     TrainConfig,
     from_json,
 )
@@ -32,6 +33,7 @@ from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.evaluation import evaluate
+from e2p_jax.prefix import mlp
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.loop import read_data, train, train_model
 from e2p_jax.train.metrics import read_metrics
@@ -65,7 +67,7 @@ def small_config(backbone: Path, corpus: tuple[Path, Path]) -> Config:
     return Config(
         backbone=BackboneConfig(path=str(backbone)),
         data=DataConfig(path=str(path), embeddings=str(table), seq_len=128),
-        projector=ProjectorConfig(hidden_size=16),
+        projector=mlp.Settings(hidden_size=16),
         train=TrainConfig(steps=6, rows=4, warmup_steps=2, eval_every=3, checkpoint_every=2, log_every=1),
     )
 
@@ -168,10 +170,13 @@ def test_best_checkpoint_is_picked_by_users_who_are_not_reported(config: Config,
 @pytest.mark.parametrize("trainable", ["backbone/**", "lora/**"])
 def test_what_trains_of_a_bfloat16_backbone_is_kept_in_float32(config: Config, tmp_path: Path, trainable: str):
     """Steps far below bfloat16's resolution add up; activations stay in bfloat16."""
-    backbone = dataclasses.replace(config.backbone, dtype="bfloat16", lora_rank=2 * (trainable == "lora/**"))
+    backbone = dataclasses.replace(config.backbone, dtype="bfloat16")
+    adapter = lora.Settings(rank=2) if trainable == "lora/**" else AdapterConfig()
     settings = dataclasses.replace(config.train, trainable=(trainable,), learning_rate=1e-5)
     data = dataclasses.replace(config.data, condition="none")
-    run = train(dataclasses.replace(config, backbone=backbone, train=settings, data=data), tmp_path / "run")
+    run = train(
+        dataclasses.replace(config, backbone=backbone, adapter=adapter, train=settings, data=data), tmp_path / "run"
+    )
     opened = open_run(run, "last")
     start = build_model(opened.inputs, Population.standard(64))
     part = trainable.split("/")[0]
@@ -283,7 +288,7 @@ def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path
         {"train": {"trainable": ("projector/**", "backbone/final_norm")}},
         {"backbone": {"weights": "random"}},
         {"backbone": {"quantization": "nf4"}},
-        {"backbone": {"lora_rank": 2}, "train": {"trainable": ("projector/**", "lora/**")}},
+        {"adapter": {"kind": "lora"}, "train": {"trainable": ("projector/**", "lora/**")}},
         {"data": {"dev_split": "other"}},
     ],
     ids=str,

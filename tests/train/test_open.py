@@ -13,8 +13,9 @@ from etils import epath
 
 from e2p_jax.backbone import tensor_files as files
 from e2p_jax.cli import main
-from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, ProjectorConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig
 from e2p_jax.errors import UserError
+from e2p_jax.prefix import mlp
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.run import claim_run, open_run
 from e2p_jax.train.setup import build_model, frozen_model, initial_state, read_inputs
@@ -34,7 +35,7 @@ def run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(embeddings=str(folder / "table"), seq_len=128),
         prefix=PrefixConfig("before_bos"),
-        projector=ProjectorConfig(hidden_size=HIDDEN),
+        projector=mlp.Settings(hidden_size=HIDDEN),
     ).resolved()
     inputs = read_inputs(config)
     model = build_model(inputs, Population.of(vectors))

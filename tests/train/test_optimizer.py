@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 from helpers import hf_config
 
+from e2p_jax.backbone import lora
+from e2p_jax.backbone.adapter import Adapter
 from e2p_jax.backbone.families import FAMILIES, parse_config
 from e2p_jax.backbone.layout import DecoderConfig
-from e2p_jax.backbone.lora import Lora
 from e2p_jax.backbone.weights import abstract
 from e2p_jax.config import TrainConfig
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.optimizer import decays, make_optimizer
@@ -30,13 +32,14 @@ def decoder_config(family: str) -> DecoderConfig:
 
 def whole(config: DecoderConfig) -> tuple[Any, Any]:
     """Shapes of all parameters that there may be in front of a backbone, and the mask that trains them."""
-    projector = {"embedding_width": 4, "model_width": config.hidden_size, "num_tokens": 1, "hidden_size": 8}
+    sizes = {"embedding_width": 4, "model_width": config.hidden_size}
 
-    def parts() -> tuple[Projector, Lora]:
-        made = Projector(**projector, kind="mlp", dropout=0.0, null_user_rate=0.1, rngs=nnx.Rngs(0))
-        return made, Lora(config, 2, rngs=nnx.Rngs(0))
+    def parts() -> tuple[Projector, Adapter]:
+        made = Projector(mlp.Settings(hidden_size=8), **sizes, null_user_rate=0.1, rngs=nnx.Rngs(0))
+        return made, Adapter(config, lora.Settings(rank=2), rngs=nnx.Rngs(0))
 
-    model = PrefixModel(abstract(config, dtype=jnp.dtype("float32")), *nnx.eval_shape(parts))
+    projector, adapter = nnx.eval_shape(parts)
+    model = PrefixModel(abstract(config, dtype=jnp.dtype("float32")), projector, "lora", adapter)
     return nnx.to_pure_dict(nnx.state(model)), trainable_mask(model, EVERYTHING)
 
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
 from e2p_jax.data.pipeline import train_iterator
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import Preempted, UserError
 from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.parallel.mesh import make_mesh
+from e2p_jax.prefix import mlp
 from e2p_jax.train import loop, score
 from e2p_jax.train.loop import read_data, train
 from e2p_jax.train.metrics import read_metrics
@@ -41,7 +42,7 @@ def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
     return Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(path=str(folder / "records.jsonl"), embeddings=str(folder / "table"), seq_len=128),
-        projector=ProjectorConfig(hidden_size=16),
+        projector=mlp.Settings(hidden_size=16),
         train=TrainConfig(steps=6, rows=4, warmup_steps=2, eval_every=4, checkpoint_every=1, log_every=3),
         evaluate=EvaluateConfig(conditions=()),
     )

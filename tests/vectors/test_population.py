@@ -15,6 +15,7 @@ from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
+from e2p_jax.prefix import mlp
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.loop import Data, read_data
 from e2p_jax.train.setup import read_inputs
@@ -66,8 +67,8 @@ def test_the_table_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
 def soft_tokens(vectors: np.ndarray) -> np.ndarray:
     """[N, D] of a fresh projector in front of users' vectors, standardised as a training would."""
     found, _ = measured(vectors)
-    sizes = {"embedding_width": 6, "model_width": 5, "num_tokens": 1, "hidden_size": 24}
-    projector = Projector(**sizes, kind="mlp", dropout=0.0, rngs=nnx.Rngs(0))
+    settings = mlp.Settings(hidden_size=24, dropout=0.0)
+    projector = Projector(settings, embedding_width=6, model_width=5, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(1).normal(size=(20, 5)).astype(np.float32)
     projector.calibrate(jnp.asarray(found.mean), jnp.asarray(found.std), jnp.asarray(tokens), 1.0)
     return np.asarray(projector(jnp.asarray(vectors, jnp.float32)))[:, 0]

@@ -15,8 +15,7 @@ class E2PConfig(PretrainedConfig):
         them as far as they were not joined to the text; `opening`, whether only the beginning of a prompt counts.
       num_soft_tokens: soft tokens per user.
       embedding_size: width of a user vector.
-      projector_kind: a key of `PROJECTORS` in modeling_e2p.py.
-      projector_hidden_size: width of its hidden layer, where it has one.
+      projector_kind: a key of `PROJECTORS` in modeling_e2p.py; the kind's own settings are `projector_NAME`.
       null_user: whether the projector has a learned vector for users without one.
 
     Raises:
@@ -35,7 +34,6 @@ class E2PConfig(PretrainedConfig):
         num_soft_tokens=1,
         embedding_size=1,
         projector_kind="mlp",
-        projector_hidden_size=1,
         null_user=False,
         **kwargs,
     ):
@@ -54,7 +52,6 @@ class E2PConfig(PretrainedConfig):
         self.num_soft_tokens = num_soft_tokens
         self.embedding_size = embedding_size
         self.projector_kind = projector_kind
-        self.projector_hidden_size = projector_hidden_size
         self.null_user = null_user
         super().__init__(**kwargs)
 

@@ -1,0 +1,36 @@
+"""What earlier versions wrote in a config, and where it went."""
+
+from typing import Any
+
+_FLAGS = {"--backbone.lora_rank": "--adapter.kind lora --adapter.rank N"}
+_FIELDS = {
+    "lora_rank": "adapter=e2p_jax.backbone.lora.Settings(rank=...)",
+    "hidden_size": "projector=e2p_jax.prefix.mlp.Settings(hidden_size=...)",
+    "dropout": "projector=e2p_jax.prefix.mlp.Settings(dropout=...)",
+}
+
+
+def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections of an earlier config.json -> of today's.
+
+    They had `backbone.lora_rank`, 0 for no adapters, and the fields of the MLP for every kind of projector.
+    """
+    sections = {name: dict(values) if isinstance(values, dict) else values for name, values in sections.items()}
+    backbone, projector = sections.get("backbone"), sections.get("projector")
+    if isinstance(backbone, dict) and (rank := backbone.pop("lora_rank", 0)):
+        sections["adapter"] = {"kind": "lora", "rank": rank}
+    if isinstance(projector, dict) and projector.get("kind") == "linear":
+        for name in ("hidden_size", "dropout"):
+            projector.pop(name, None)
+    return sections
+
+
+def moved_flag(flag: str) -> str | None:
+    """What a flag is now."""
+    return _FLAGS.get("--" + flag.removeprefix("--").replace("-", "_"))
+
+
+def moved_field(error: BaseException) -> str | None:
+    """What a field is now that a config file gives to its earlier section."""
+    where = (where for name, where in _FIELDS.items() if isinstance(error, TypeError) and f"'{name}'" in str(error))
+    return next(where, None)
