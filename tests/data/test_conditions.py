@@ -80,6 +80,8 @@ def test_vectors_stay_where_they_are(condition: Condition) -> None:
 
 def test_every_condition_is_a_front() -> None:
     assert set(FRONTS) == set(typing.get_args(Condition))
+    assert {name for name, front in FRONTS.items() if front.context} == {"text", "e2p+text"}
+    assert {name for name, front in FRONTS.items() if front.vector is None} == {"none", "text"}
 
 
 @pytest.mark.parametrize("condition", ["mean", "static", "zero", "noise"])

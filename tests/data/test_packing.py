@@ -49,6 +49,14 @@ def test_every_example_in_one_row_and_no_budget_exceeded(
     assert list(map(list, plan_rows(examples, budget))) == list(map(list, min(plans, key=len)))
 
 
+def test_the_budget_of_a_row() -> None:
+    """A tenth more targets than rows hold on average, rounded up to 64, and all of any one example's."""
+    even = examples_of([(50, 25)] * 10 + [(100, 25)] * 90)  # 250 of 950 tokens are targets
+    assert choose_budget(even, 950) == Budget(950, 320, 950 // 50)
+    assert choose_budget(examples_of([(100, 1)] * 9 + [(300, 290)]), 512) == Budget(512, 320, 5)
+    assert choose_budget(examples_of([(100, 99)]), 128) == Budget(128, 128, 1)  # never more than there are tokens
+
+
 @given(sizes=SIZES)
 def test_best_fit_is_best_fit_decreasing(sizes: list[tuple[int, int]]) -> None:
     """Against the definition: look at every open row, take the fullest one that fits."""
