@@ -38,6 +38,7 @@ _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKERS = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
+_OURS = "{%- macro conversation(messages, add_generation_prompt) %}"  # what `add_markers` and `make_steady` begin with
 # The first tag leaves white space that the original begins with alone (Transformers trims the line break after a tag).
 _WRAPPER = """\
 {%- macro conversation(messages, add_generation_prompt) %}
@@ -152,6 +153,8 @@ def choose_template(
             f"{name}: several chat templates and none called default; set data.chat_template to one"
         ) from error
     original = try_out(tokenizer, pin_date(original, date, name), name)
+    if original.startswith(_OURS) and _MARKER.search(original):  # of an export
+        return Chosen(original)
     if thinking != "auto":
         steady = _steady(tokenizer, original, thinking, stops)
         if steady is not None and steady.thinks and _works(tokenizer, steady):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,22 @@ def test_every_reply_is_shown_alike(make_tokenizer: Make, talk: Any, style: str,
         assert encoder.tokenizer.decode(prompt.tokens[1:]) == "".join(begins).replace("]]", "")
     (note,) = encoder.notes
     assert note.startswith("made-here: chat template: every reply is shown") and "\n" not in note
+
+
+@pytest.mark.parametrize(("style", "mode"), CASES)
+def test_an_exported_template_is_taken_as_it_is(
+    make_tokenizer: Make, talk: Any, tmp_path: Path, style: str, mode: Thinking
+) -> None:
+    """By a tokenizer that has it, as clients of an export do, and from a file, as an imported run does."""
+    tokenizer = thinking_tokenizer(make_tokenizer, style)
+    encoder = make_encoder(tokenizer, thinking=mode)
+    path = tmp_path / "chat_template.jinja"
+    path.write_text(encoder.template)
+    tokenizer.chat_template = encoder.template
+    for chosen in ("auto", str(path)):
+        again = make_encoder(tokenizer, thinking=mode, chat_template=chosen)
+        assert again.template == encoder.template and again.stops == encoder.stops
+        assert marked(again, thoughtful(talk)) == SHOWN[style][1][mode]
 
 
 @pytest.mark.parametrize("style", ["switched", "opened", "ended"])

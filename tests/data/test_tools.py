@@ -105,6 +105,31 @@ def test_calls_are_targets_and_what_tools_say_is_not(make_tokenizer: Make, templ
     assert encoder.encode(parts, "none").tokens.tolist() == encoder.encode(whole, "none").tokens.tolist()
 
 
+def test_replies_after_what_a_tool_says_are_shown_like_all_others(make_tokenizer: Make) -> None:
+    """Under a template that opens every reply since the last question with a block, as Qwen3.5's does."""
+    since = LAST.replace(
+        "{%- for m", "{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last -%}{%- for m", 1
+    )
+    since = since.replace("{%- if tools -%}", "{%- set ns = namespace(since=false) -%}{%- if tools -%}", 1)
+    since = since.replace(
+        "{%- if m['role'] == 'tool' -%}",
+        "{%- if m == last -%}{%- set ns.since = true -%}{%- endif -%}{%- if m['role'] == 'tool' -%}",
+    )
+    since = since.replace(
+        "{{- m['content'] -}}",
+        "{{- ('<think></think>' if ns.since and m['role'] == 'assistant' else '') + m['content'] -}}",
+    )
+    encoder = make_encoder(tokenizer_of(make_tokenizer, since))
+    more = dataclasses.replace(weather(), messages=(*weather().messages, user("sure?"), reply("no")))
+    for said in (weather(), more):
+        text = str(encoder.tokenizer.decode(encoder.encode(said, "none").tokens))
+        assert text.count("<think></think>") == sum(m["role"] == "assistant" for m in said.messages)
+        assert targets(encoder, said).startswith('<tool_call>look {"city": "Oslo"}</tool_call><|im_end|>yes.<|im_end|>')
+        for count in (3, 1):
+            asked = encoder.encode_prompt(dataclasses.replace(said, messages=said.messages[:count]), "none")
+            assert text.startswith(str(encoder.tokenizer.decode(asked.tokens)))
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
