@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 from helpers import FAMILY_SIZES, SIZES, mesh_of
 
+from e2p_jax.backbone import lora
 from e2p_jax.backbone.families import parse_config
-from e2p_jax.config import BackboneConfig, Config, DataConfig, ProjectorConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, TrainConfig
 from e2p_jax.evaluate.generate import _decode
 from e2p_jax.options import Sampling
 from e2p_jax.plan.plan import RowShape, abstract_batch
+from e2p_jax.prefix import mlp
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_eval_step, jit_train_step
 
@@ -35,9 +37,10 @@ def test_products_of_float32_are_at_the_highest_precision(dtype: Any) -> None:
     values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
     decoder = parse_config(values, Path("config.json"))
     config = Config(
-        backbone=BackboneConfig(dtype=dtype, lora_rank=2),
+        backbone=BackboneConfig(dtype=dtype),
+        adapter=lora.Settings(rank=2),
         data=DataConfig(seq_len=128),
-        projector=ProjectorConfig(hidden_size=16),
+        projector=mlp.Settings(hidden_size=16),
         train=TrainConfig(rows=2, trainable=("projector/**", "lora/**")),
     )
     mesh = mesh_of()
