@@ -1,4 +1,4 @@
-"""Weight decay: what it reaches, by what a parameter is for."""
+"""The learning rate from step to step, and weight decay: what it reaches, by what a parameter is for."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from e2p_jax.config import TrainConfig
 from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
-from e2p_jax.train.optimizer import decays, make_optimizer
+from e2p_jax.train.optimizer import decays, make_optimizer, schedule
 from e2p_jax.train.partition import path_name, split, trainable_mask
 
 EVERYTHING = ("backbone/**", "projector/**", "lora/**")
@@ -77,3 +77,9 @@ def test_without_a_gradient_norms_and_biases_stay_and_matrices_shrink() -> None:
     assert {"backbone/layers/attention_norm", "backbone/layers/q_bias", "backbone/final_norm_bias"} < after.keys()
     for path, leaf in after.items():
         np.testing.assert_allclose(leaf, 0.95 if decays(path, leaf.ndim) else 1.0, rtol=1e-6, err_msg=path)
+
+
+def test_the_rate_warms_up_and_ends_at_its_share_of_the_peak() -> None:
+    rate = schedule(TrainConfig(steps=20, warmup_steps=4, learning_rate=0.5, final_learning_rate=0.1))
+    rates = [float(rate(step)) for step in (0, 2, 4, 12, 20, 30)]
+    assert rates == pytest.approx([0.0, 0.25, 0.5, (0.5 + 0.05) / 2, 0.05, 0.05])  # half of the cosine is the mean
