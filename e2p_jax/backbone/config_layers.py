@@ -240,10 +240,11 @@ def exaone4_windows(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """Every fourth layer sees everything; patterns in letters are published with `layer_types` beside them."""
     window = reader.size("sliding_window", 0, least=0)
     every = reader.take("sliding_window_pattern", 0)
-    if reader.values.get("layer_types") is None and window and (type(every) is not int or every < 1):
+    if not window or reader.values.get("layer_types") is not None:
+        return layer_windows(reader, fields, window, [False] * fields["num_layers"])
+    if type(every) is not int or every < 1:
         reader.refuse("sliding_window_pattern", every, "a whole number from 1 where there are no layer_types")
-    default = [bool(window) and (i + 1) % every > 0 for i in range(fields["num_layers"])] if window else []
-    return layer_windows(reader, fields, window, default or [False] * fields["num_layers"])
+    return layer_windows(reader, fields, window, [(i + 1) % every > 0 for i in range(fields["num_layers"])])
 
 
 windows_but_every_fourth = functools.partial(alternating_windows, every=4)

@@ -188,6 +188,7 @@ def own_values(config: DecoderConfig) -> dict[str, Any]:
         "use_qk_norm": c.qk_norm != "none",
         "qk_layernorm": c.qk_norm != "none",
         "head_dim": c.head_dim,
+        "attention_head_dim": c.head_dim,
         "num_key_value_heads": c.num_kv_heads,
         "num_experts": c.num_experts,
         "num_local_experts": c.num_experts,

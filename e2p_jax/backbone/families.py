@@ -120,7 +120,8 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family(
         (*_SIZES, layers.hunyuan_rope, layers.unlimited, rules.attention_bias),
         {"qk_norm": "rotated", "naming": "hunyuan"},
-        inert=frozenset({"eod_token_id"}),
+        inert=frozenset({"eod_token_id", "cla_share_factor"}),
+        own={"add_classification_head": False, "use_cla": False, "use_rotary_pos_emb": True},
     ),
     "arcee": Family(
         (*_USUAL, layers.unlimited, rules.attention_bias, rules.mlp_bias), {"gated": False}, {"hidden_act": "relu2"}
@@ -143,6 +144,7 @@ FAMILIES: dict[str, Family] = {
         {"norm": "layer", "parallel": True, "shared_norm": True, "gated": False, "naming": "phi", "head_bias": True}
         | {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
         {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+        frozenset({"attention_dropout", "embd_pdrop", "resid_pdrop"}),  # 0.1 as published: of its own training
     ),
     "gemma": Family(
         (rules.sizes, rules.gemma_act, layers.plain_rope, layers.unlimited, *_GEMMA_READ),

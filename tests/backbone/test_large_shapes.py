@@ -1,5 +1,6 @@
 """Published models by their config.json: they build, count what was published, split evenly on documented meshes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_CLASSES
 
-from e2p_jax.backbone.families import parse_config
+from e2p_jax.backbone.families import FAMILIES, WRAPPERS, parse_config
 from e2p_jax.backbone.weights import abstract
 from e2p_jax.parallel.mesh import AXES, param_sharding
 
@@ -192,6 +195,10 @@ PUBLISHED = {
     "Mixtral-8x7B": 46_702_792_704,
     "GPT-2": 124_439_808,
 }
+# More of them: what was published of each family that came later.
+MORE = json.loads((Path(__file__).parent / "published.json").read_text())
+CONFIGS |= {name: model["config"] for name, model in MORE.items()}
+PUBLISHED |= {name: model["parameters"] for name, model in MORE.items()}
 # Axes (fsdp, tensor) that docs/backbones.md names for each.
 MESHES = {
     "Llama-3.1-8B": [(8, 1), (16, 1), (4, 4)],
@@ -201,6 +208,9 @@ MESHES = {
     "Gemma-3-27B text": [(16, 1), (32, 1), (8, 8)],
     "Qwen3-30B-A3B": [(16, 1), (32, 1), (8, 8)],
     "Mixtral-8x7B": [(16, 1), (32, 1), (8, 8)],
+    "Mistral-Small-3.1-24B": [(16, 1), (32, 1), (8, 8)],
+    "Seed-OSS-36B": [(16, 1), (32, 1), (8, 8)],
+    "EXAONE-4.0-32B": [(16, 1), (32, 1), (8, 8)],
 }
 
 
@@ -215,9 +225,30 @@ def test_published_parameter_count(name: str) -> None:
     assert sum(int(np.prod(shape)) for shape in shapes(name).values()) == PUBLISHED[name]
 
 
+def test_the_table_of_families_says_what_each_was_held_against() -> None:
+    """The class of transformers whose outputs it has, and the published models whose parameters it counts."""
+    page = Path(__file__).parents[2] / "docs" / "backbones.md"
+    before, heading, rest = page.read_text().partition("| `model_type` |")
+    table, after = rest.split("\n\n", 1)
+    lines, written = table.splitlines(), set()
+    for number, line in enumerate(lines[2:], 2):
+        family, models, beyond = (cell.strip() for cell in line.strip("|").split("|")[:3])
+        name = family.strip("`")
+        mapping = CLASSES if name in FAMILIES else IMAGE_CLASSES
+        sizes = ", ".join(sorted(size for size, values in CONFIGS.items() if values["model_type"] == name))
+        held = f"`{mapping[name]}`" + (f"; {sizes}" if sizes else "")
+        lines[number] = f"| {family} | {models} | {beyond} | {held} |"
+        written.add(name)
+    assert written == FAMILIES.keys() | WRAPPERS.keys()
+    made = f"{before}{heading}{chr(10).join(lines)}\n\n{after}"
+    if made != page.read_text():
+        page.write_text(made)
+        raise AssertionError("docs/backbones.md: the table of families was out of date; it is written again, commit it")
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_every_matrix_is_split_over_all_devices(name: str) -> None:
-    """Norms alone are whole everywhere: less than a thousandth of the model."""
+    """Norms and biases alone are whole everywhere: less than a thousandth of the model."""
     table = Path(__file__).parents[2] / "docs" / "backbones.md"
     (row,) = [line for line in table.read_text().splitlines() if line.startswith(f"| {name} |")]
     for fsdp, tensor in MESHES[name]:
@@ -226,7 +257,7 @@ def test_every_matrix_is_split_over_all_devices(name: str) -> None:
         for path, shape in shapes(name).items():
             count = int(np.prod(shape))
             part = int(np.prod(param_sharding(mesh, f"backbone/{path}", shape).shard_shape(shape)))
-            assert part * fsdp * tensor == count or path.endswith("norm"), path
+            assert part * fsdp * tensor == count or path.endswith(("norm", "bias")), path
             whole, held = whole + count, held + part
         assert held < whole / (fsdp * tensor) * 1.001 + whole / 1000
         assert f"{fsdp} x {tensor}: {2 * held / 1e9:.2f} GB" in row
