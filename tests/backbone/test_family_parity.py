@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close, hf_config, hf_model, load_backbone, random_tokens, whole_rows
+from safetensors.numpy import load_file
 
 from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.tensor_files import OTHER_MODELS
+from e2p_jax.backbone.weights import named_tensors, quantize_layers
 from e2p_jax.prefix.loss import cross_entropy
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -64,6 +67,13 @@ def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) ->
         assert given.grad is not None
         assert_close(gradient, given.grad)
         assert decode(ours, x) == likeliest(theirs, given.detach())
+    held = load_file(tmp_path / "model.safetensors")
+    for tensor_name, tensor in named_tensors(ours, held):  # byte for byte, as `e2p convert` gives them back
+        np.testing.assert_array_equal(tensor, held.pop(tensor_name))
+    assert all(rest.startswith(OTHER_MODELS) for rest in held)
+    with jax.disable_jit():
+        hidden, _ = quantize_layers(ours, "int8")(x, positions, segments)
+        assert_close(ours.logits(hidden), scores, 0.1)
 
 
 @torch.no_grad()
