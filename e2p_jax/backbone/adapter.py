@@ -52,7 +52,7 @@ class Adapter(nnx.Module):
 
         kind = kind_of(settings.kind)
         for name, shape in layer_shapes(config).items():
-            if len(shape) == 2 and name != "router":
+            if len(shape) == 2 and not name.endswith("router"):
                 for part, value in kind.parameters(*shape, settings, normal, zeros).items():
                     setattr(self, f"{name}_{settings.kind}_{part}", nnx.Param(value))
 

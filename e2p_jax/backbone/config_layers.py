@@ -219,6 +219,13 @@ def late_windows(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return layer_windows(reader, fields, window, [bool(window) and i >= first for i in range(layers)])
 
 
+def every_second_early_window(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Qwen2-MoE: every second one of the first `max_window_layers` layers has the window, if there is one."""
+    window, layers = switched_window(reader), fields["num_layers"]
+    first = reader.size("max_window_layers", layers, least=0)
+    return layer_windows(reader, fields, window, [bool(window) and i % 2 == 0 and i < first for i in range(layers)])
+
+
 def all_windows(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """Qwen3-MoE: all layers have the window, if there is one."""
     return {"windows": (switched_window(reader),) * fields["num_layers"]}

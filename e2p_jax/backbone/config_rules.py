@@ -143,6 +143,15 @@ def head_norm(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"qk_norm": "head" if reader.flag("qk_layernorm", False) else "none"}
 
 
+def qwen2_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    shared = reader.size("shared_expert_intermediate_size")
+    return qwen_experts(reader, fields) | {"shared_size": shared, "shared_gated": True}
+
+
+def stated_qkv_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": reader.flag("qkv_bias", True)}
+
+
 def query_scalar(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"attention_scale": reader.number("query_pre_attn_scalar") ** -0.5}
 
@@ -173,7 +182,7 @@ def own_values(config: DecoderConfig) -> dict[str, Any]:
         *("is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_interleaved", "use_mrope"),
         *("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "router_jitter_noise"),
         *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
-        *("shared_expert_intermediate_size", "n_shared_experts"),
+        "n_shared_experts",
     )
     return dict.fromkeys(off, False) | {
         "lm_head_bias": c.head_bias,
@@ -193,6 +202,7 @@ def own_values(config: DecoderConfig) -> dict[str, Any]:
         "num_experts": c.num_experts,
         "num_local_experts": c.num_experts,
         "num_experts_per_tok": c.experts_per_token,
+        "shared_expert_intermediate_size": c.shared_size,
         "partial_rotary_factor": 2 * len(c.ropes[0].frequencies) / c.head_dim if c.ropes else None,
         "attn_logit_softcapping": c.attention_cap,
         "final_logit_softcapping": c.logit_cap,

@@ -5,9 +5,7 @@ F feed-forward width, X experts, V vocabulary, S cache length. Weights keep the 
 so that loading and saving copy bytes.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -15,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.adapter import Adapters, kind_of
+from e2p_jax.backbone.adapter import Adapters
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
 from e2p_jax.backbone.blocks import SAVED, soft_cap
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
-from e2p_jax.backbone.quantize import multiply
+from e2p_jax.backbone.mlp import linear, mlp
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
 from e2p_jax.products import einsum
@@ -73,7 +71,7 @@ class Layers(nnx.Module):
         rotations = {"q": q, "k": k, "v": v, "o": o.swapaxes(1, 2)}
         for name, shape in shapes.items():
             if len(shape) > 1:
-                residual = name in ("o", "down", "expert_down")
+                residual = name in ("o", "down", "expert_down", "shared_down")
                 value = normal(name, 0.02 / (2 * c.num_layers) ** 0.5 if residual else 0.02)
                 value = rotations[name] + value if name in rotations else value
             else:
@@ -213,7 +211,8 @@ class Decoder(nnx.Module):
             mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
             after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
-            after = after + scaled(norm(mlp(read, p, c), p, "mlp_post_norm", c), c.residual_scale)
+            said = mlp(read, p, c, self.execution.sort_tokens)
+            after = after + scaled(norm(said, p, "mlp_post_norm", c), c.residual_scale)
             return shard_rows(after), (cached_k, cached_v)
 
         # Kept, the products of all experts would stand there for every token.
@@ -237,63 +236,6 @@ def query_growth(config: DecoderConfig, positions: jax.Array) -> jax.Array | Non
         return None
     periods = (positions // config.query_period).astype(jnp.float32)
     return (1 + config.query_growth * jnp.log(1 + periods))[..., None, None]
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
-
-
-def mlp(x: jax.Array, params: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
-    """[B, T, D] -> [B, T, D]: a layer's MLP, gated or plain, or its experts, each of which is one.
-
-    Every expert works on all tokens, and the router's weights, 0 but for a token's own experts, choose among what
-    they say: X / `experts_per_token` times the products that are needed. `jax.lax.ragged_dot`, which needs no more,
-    is a kernel on TPU alone; elsewhere it multiplies all sorted tokens by all experts, as often again, and lays them
-    out in memory X times.
-    """
-    if config.num_experts:
-        one = dataclasses.replace(config, num_experts=0)
-        weights = jnp.moveaxis(route(x, params, config), -1, 0)  # [X, B, T] float32
-        own = {n.removeprefix("expert_"): value for n, value in params.items() if n.startswith("expert_")}
-
-        # Worked out again one by one, when the backward pass works out the layer again.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def add(total: jax.Array, inputs: tuple[dict[str, jax.Array], jax.Array]) -> tuple[jax.Array, None]:
-            expert, weight = inputs
-            return total + mlp(x, expert, one).astype(jnp.float32) * weight[..., None], None
-
-        total, _ = jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (own, weights))
-        return total.astype(x.dtype)
-    activate = ACTIVATIONS[config.activation]
-    h = linear(x, params, "up")
-    h = activate(linear(x, params, "gate")) * h if config.gated else activate(h)
-    return linear(h, params, "down")
-
-
-def route(x: jax.Array, params: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
-    """[B, T, D] -> [B, T, X] float32: softmax over all experts, 0 but for each token's largest.
-
-    Computed in float32, the scores from the products on, where transformers rounds them first.
-    """
-    scores = einsum("...i,xi->...x", x.astype(jnp.float32), params["router"].astype(jnp.float32))
-    share = jax.nn.softmax(scores)
-    chosen = jnp.argsort(share, axis=-1, descending=True)[..., : config.experts_per_token]  # `top_k` gathers all rows
-    share = share * jnp.sum(jax.nn.one_hot(chosen, config.num_experts, dtype=jnp.float32), axis=-2)
-    return share / jnp.sum(share, axis=-1, keepdims=True) if config.normalise_topk else share
-
-
-def linear(x: jax.Array, params: dict[str, Any], name: str) -> jax.Array:
-    """Returns x @ W.T + b with W [out, in], quantised or not; bias `<name>_bias` and adapters as there are."""
-    y = multiply(x, params, name)
-    for kind, matrices in params.get("adapters", {}).items():
-        if name in matrices:
-            y = kind_of(kind).adapt(y, x, matrices[name])
-    bias = params.get(f"{name}_bias")
-    return y if bias is None else y + jnp.expand_dims(bias.astype(x.dtype), tuple(range(y.ndim - 1)))
 
 
 def norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: DecoderConfig) -> jax.Array:

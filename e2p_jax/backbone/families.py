@@ -181,6 +181,14 @@ FAMILIES: dict[str, Family] = {
         {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
         _ROUTER,
     ),
+    "qwen2_moe": Family(
+        (*_USUAL, layers.every_second_early_window, rules.stated_qkv_bias, rules.qwen2_experts),
+        {"naming": "qwen2_moe"},
+        {"num_key_value_heads": 16, "sliding_window": 4096, "max_window_layers": 28, "decoder_sparse_step": 1}
+        | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
+        | {"shared_expert_intermediate_size": 5632},
+        _ROUTER | {"intermediate_size"},  # of dense layers
+    ),
     "qwen3_moe": Family(
         (*_USUAL, layers.all_windows, rules.attention_bias, rules.qwen_experts),
         {"qk_norm": "head", "naming": "qwen3_moe"},
@@ -210,7 +218,6 @@ CONFIG_REMEDY = "take config.json from the model's own repository"
 
 # Families that one might expect here.
 _REFUSED = {
-    "qwen2_moe": "it has an expert that all tokens share, which the decoder has not",
     "phimoe": "it has its own way to choose experts, which the decoder has not",
 }
 

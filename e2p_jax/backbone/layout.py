@@ -59,6 +59,10 @@ class DecoderConfig:
     num_experts: int = 0
     """Gated MLPs of `intermediate_size` in place of each layer's own; 0 is none."""
     experts_per_token: int = 0
+    shared_size: int = 0
+    """Width of a gated MLP that all tokens share beside their experts; 0 is none."""
+    shared_gated: bool = False
+    """What it says is multiplied by the sigmoid of a score of its own."""
     normalise_topk: bool = False
     """The weights of a token's experts are divided by their sum."""
     attention_cap: float = 0.0
@@ -88,6 +92,9 @@ class Execution:
     """Recompute each layer in the backward pass, its products too."""
     attention: Literal["xla", "splash", "cudnn", "mosaic"] = "xla"
     """Whose attention: plain XLA, the TPU's splash kernel, cuDNN's or tokamax's; see `attention.choose`."""
+    sort_tokens: bool = False
+    """Tokens are sorted to their experts: a mixture costs what its active experts cost. Not where an expert is split
+    over devices, or trained: there all tokens go to all experts."""
 
 
 PLAIN = Execution()
@@ -103,6 +110,11 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if c.num_experts:
         shapes["router"] = (c.num_experts, width)
         shapes |= {f"expert_{name}": (c.num_experts, *shape) for name, shape in mlp.items()}
+        if c.shared_size:
+            shapes |= {f"shared_{name}": (c.shared_size, width) for name in ("gate", "up")}
+            shapes["shared_down"] = (width, c.shared_size)
+        if c.shared_gated:
+            shapes["shared_router"] = (1, width)
     else:
         shapes |= mlp
     for names, biased in [(("q", "k", "v"), c.qkv_bias), (("o",), c.output_bias), (("gate", "up", "down"), c.mlp_bias)]:

@@ -33,6 +33,10 @@ NAMES: dict[str, dict[str, str]] = {
     "qwen3_moe": _LLAMA
     | {"layers/router": "model.layers.{}.mlp.gate"}
     | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
+    "qwen2_moe": _LLAMA
+    | {"layers/router": "model.layers.{}.mlp.gate", "layers/shared_router": "model.layers.{}.mlp.shared_expert_gate"}
+    | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")}
+    | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
     "glm4": _LLAMA
     | {
         "layers/attention_post_norm": "model.layers.{}.post_self_attn_layernorm",

@@ -234,7 +234,11 @@ def _writer(
 
 def matrices(config: DecoderConfig) -> list[str]:
     """Paths of the parameters that quantisation changes; a router, small and decisive, is not among them."""
-    return [f"layers/{name}" for name, shape in layer_shapes(config).items() if len(shape) > 1 and name != "router"]
+    return [
+        f"layers/{name}"
+        for name, shape in layer_shapes(config).items()
+        if len(shape) > 1 and not name.endswith("router")
+    ]
 
 
 def parameters(decoder: Decoder) -> dict[str, Any]:

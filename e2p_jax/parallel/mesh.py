@@ -25,8 +25,8 @@ _FORMS = "(_int8|_int4|_nf4|_scale)?"
 # First match wins; every parameter matches. Stacked layer weights are [L, out, in], those of experts [L, X, out, in]:
 # an expert is split as a layer's own MLP is, so that every device has a part in every token.
 RULES: tuple[tuple[str, P], ...] = (
-    (rf"backbone/layers/(q|k|v|gate|up|router){_FORMS}", P(None, "tensor", "fsdp")),
-    (rf"backbone/layers/(o|down){_FORMS}", P(None, "fsdp", "tensor")),
+    (rf"backbone/layers/(shared_)?(q|k|v|gate|up|router){_FORMS}", P(None, "tensor", "fsdp")),
+    (rf"backbone/layers/(shared_)?(o|down){_FORMS}", P(None, "fsdp", "tensor")),
     (rf"backbone/layers/expert_(gate|up){_FORMS}", P(None, None, "tensor", "fsdp")),
     (rf"backbone/layers/expert_down{_FORMS}", P(None, None, "fsdp", "tensor")),
     (r"backbone/(embedding|head)", P("tensor", "fsdp")),
@@ -121,6 +121,22 @@ def by_device(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
 
 def _rows_of(x: jax.Array) -> P:
     return P(ROWS if x.shape[0] % row_shards() == 0 else None)
+
+
+def by_rows(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function` (weights, arrays [B, ...] -> [B, ...]) by each device of the mesh around it for its own rows, with
+    weights that it has whole. Rows that the axes do not divide stay together.
+    """
+
+    def mapped(weights: Any, *arrays: jax.Array) -> jax.Array:
+        if jax.sharding.get_abstract_mesh().empty or row_shards() == 1:
+            return function(weights, *arrays)
+        split = _rows_of(arrays[0])
+        specs = (P(), *(split for _ in arrays))
+        sharded = jax.shard_map(function, in_specs=specs, out_specs=split, axis_names=set(ROWS), check_vma=False)
+        return sharded(weights, *arrays)
+
+    return mapped
 
 
 def vocabulary_shards(size: int) -> int:

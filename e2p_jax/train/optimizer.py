@@ -12,7 +12,7 @@ from e2p_jax.train.partition import path_name
 # What a parameter of the backbone is for, by the last part of its path. Its shape does not tell: a norm, stacked over
 # layers, has two axes.
 _ROLES = {
-    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*"),
+    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*", "shared_*[a-z]"),
     "embedding": ("embedding", "position_embedding", "head"),
     "norm": ("*norm",),
     "bias": ("bias", "*_bias"),

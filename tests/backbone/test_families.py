@@ -176,6 +176,8 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("qwen3_moe", {}, "decoder_sparse_step", 2, "refused"),
     ("qwen3_moe", {}, "mlp_only_layers", [0], "refused"),
     ("qwen3_moe", {}, "shared_expert_intermediate_size", 48, "refused"),
+    ("qwen2_moe", {"sliding_window": 5, "layer_types": None}, "use_sliding_window", True, "logits"),
+    ("qwen2_moe", {**WINDOW, "max_window_layers": 3}, "max_window_layers", 1, "logits"),
     ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
     *(("gpt2", {}, key, value, "shapes") for key, value in
       [("vocab_size", 101), ("n_embd", 64), ("n_layer", 2), ("n_inner", 40), ("n_inner", None), ("n_positions", 128),
@@ -222,7 +224,7 @@ def other(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: other(inner) if key != "rope_type" else inner for key, inner in value.items()}
     if isinstance(value, list):
-        return ["sliding_attention" if kind == "full_attention" else "full_attention" for kind in value]
+        return ["sliding_attention" if kind == "full_attention" else "full_attention" for kind in value] or [0]
     if isinstance(value, bool) or value is None:
         return not value
     return value * 2 + (value == 0) if isinstance(value, int | float) else f"{value}2"
@@ -398,8 +400,8 @@ def test_what_is_significant_is_readable_and_means_the_same(family: str) -> None
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"'gpt_bigcode' is not supported; supported: arcee, .*, smollm3"):
         parse_config(config_json("llama") | {"model_type": "gpt_bigcode"}, SOURCE)
-    with pytest.raises(UserError, match=r"'qwen2_moe' is not supported \(it has an expert .*\); supported: "):
-        parse_config(config_json("llama") | {"model_type": "qwen2_moe"}, SOURCE)
+    with pytest.raises(UserError, match=r"'phimoe' is not supported \(it has its own .*\); supported: "):
+        parse_config(config_json("llama") | {"model_type": "phimoe"}, SOURCE)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

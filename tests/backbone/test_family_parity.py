@@ -29,6 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4": {},
     "exaone4": {},
     "exaone4-unlimited": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "qwen2_moe": {},
+    "qwen2_moe-window": {"use_sliding_window": True, "sliding_window": 5, "norm_topk_prob": True, "qkv_bias": False},
     "seed_oss": {"attention_out_bias": True},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}},
     "arcee": {"mlp_bias": True},
@@ -71,6 +73,8 @@ def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) ->
     for tensor_name, tensor in named_tensors(ours, held):  # byte for byte, as `e2p convert` gives them back
         np.testing.assert_array_equal(tensor, held.pop(tensor_name))
     assert all(rest.startswith(OTHER_MODELS) for rest in held)
+    if ours.config.num_experts:
+        return  # another expert here and there: tests/backbone/test_quantize.py
     with jax.disable_jit():
         hidden, _ = quantize_layers(ours, "int8")(x, positions, segments)
         assert_close(ours.logits(hidden), scores, 0.1)
