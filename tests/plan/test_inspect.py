@@ -1,7 +1,14 @@
 """`e2p inspect`: what it says of a model is what a run would find, and what it refuses a run would refuse."""
 
+import hashlib
+import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +99,57 @@ def test_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "llama, GGUF" in out and "Q4_0" in out and "parameters; 3 layers of width 64" in out
     assert main(["inspect", str(tmp_path / "absent")]) == 1
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks a hub for of a model, whose files are in `folder`."""
+
+    folder: Path
+    served: list[str]
+    commit = "0" * 40
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True) -> None:
+        path = urllib.parse.urlparse(self.path).path
+        if path.startswith("/api/models/org/model/tree/"):
+            there = sorted(self.folder.iterdir())
+            files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in there]
+            data = json.dumps(files).encode()
+        elif path.startswith("/api/models/org/model"):
+            files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
+            data = json.dumps({"id": "org/model", "sha": self.commit, "siblings": files}).encode()
+        elif path.startswith("/org/model/resolve/"):
+            data = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
+            self.served.append(path.rsplit("/", 1)[1])
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        digest = hashlib.sha256(data).hexdigest()
+        for name, value in {"Content-Length": len(data), "ETag": f'"{digest}"', "X-Repo-Commit": self.commit}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def test_of_a_hub_s_model_no_weights_are_fetched(tiny_backbone: Path, tmp_path: Path) -> None:
+    handler = type("Handler", (Hub,), {"folder": tiny_backbone, "served": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+        }
+        command = [sys.executable, "-m", "e2p_jax", "inspect", "org/model", "--json"]
+        done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sizes"]["hidden_size"] == 32
+    assert {"config.json", "tokenizer.json"} <= set(handler.served) and "model.safetensors" not in handler.served
