@@ -287,7 +287,7 @@ def _parse_wrapper(wrapper: Wrapper, values: dict[str, Any], source: Path) -> tu
     if text["model_type"] not in wrapper.families:
         reader.refuse("model_type of text_config", text["model_type"], f"one of {list(wrapper.families)}")
     config, unknown = _parse(text, source)
-    return dataclasses.replace(config, wrapped=True), unknown + reader.finish({})
+    return dataclasses.replace(config, wrapped=True), unknown + reader.finish(rules.own_values(config))
 
 
 def language_config(values: dict[str, Any]) -> dict[str, Any]:

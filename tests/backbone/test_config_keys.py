@@ -12,7 +12,7 @@ from helpers import load_backbone
 from test_families import config_json
 
 from e2p_jax.backbone.config_reader import INERT
-from e2p_jax.backbone.families import FAMILIES, parse_config, read_config
+from e2p_jax.backbone.families import FAMILIES, WRAPPERS, parse_config, read_config
 from e2p_jax.config import BackboneConfig, Config
 from e2p_jax.errors import UserError
 from e2p_jax.train.setup import read_inputs
@@ -153,6 +153,28 @@ def test_what_is_ignored_is_said_and_recorded(
     assert "config.json: mup_scale is ignored, as backbone.ignored_keys says" in capsys.readouterr().err
     assert json.loads(config.to_json())["backbone"]["ignored_keys"] == ["mup_scale"]
     assert load_backbone(tmp_path, ignored_keys=["mup_scale"]).config == read_config(tiny_backbone)
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_no_key_of_a_wrapped_model_is_misread_when_it_is_absent_or_null(family: str) -> None:
+    """Published wrappers leave out of `text_config` what its class has as defaults."""
+    whole = config_json(family)
+    for key in whole["text_config"].keys() - {"model_type"}:
+        rest = {name: value for name, value in whole["text_config"].items() if name != key}
+        for text in (rest, whole["text_config"] | {key: None}):
+            try:
+                ours = parse_config(whole | {"text_config": text}, SOURCE)
+                theirs = transformers.CONFIG_MAPPING[family].from_dict(
+                    json.loads(json.dumps(whole | {"text_config": text}))
+                )
+            except Exception as error:
+                assert not isinstance(error, AssertionError)
+                continue
+            assert ours == parse_config(json.loads(theirs.to_json_string(use_diff=False)), SOURCE), key
+    with pytest.raises(UserError, match="unknown keys \\['mup_scale'\\]"):
+        parse_config(whole | {"mup_scale": 2.0}, SOURCE)
+    with pytest.raises(UserError, match="model_type of text_config is 'llama'"):
+        parse_config(whole | {"text_config": whole["text_config"] | {"model_type": "llama"}}, SOURCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

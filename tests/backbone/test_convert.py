@@ -44,7 +44,8 @@ SOURCES: dict[str, tuple[str, Callable[[Values], Values]]] = {
     "gemma-two-heads": ("gemma", head_saved_twice),
     "gpt2-bare": ("gpt2", as_published_gpt2),
     "qwen3-moe-mixed": ("qwen3_moe", mixed_dtypes),
-    "phi3": ("phi3", lambda values: values),
+    "gpt-neox": ("gpt_neox", lambda values: values),  # one tensor for queries, keys and values, head by head
+    "gemma3": ("gemma3", lambda values: values),  # an image encoder beside it
 }
 
 
