@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from e2p_jax.errors import UserError
+from e2p_jax.train import metrics
 from e2p_jax.train.metrics import MetricsLog, Progress, Recorder, read_metrics
 
 
@@ -153,3 +155,23 @@ def test_recorder_writes_a_step_late_and_everything_before_a_checkpoint(tmp_path
     ]
     assert lines[3] == {"step": 6, "eval/validation/nll": 1.5, "eval/test/nll": 2.5}
     assert all(line["train/tokens_per_second"] > 0 for line in lines if "train/loss" in line)
+
+
+def test_speed_is_that_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens since the last line over the seconds since; those of an evaluation do not count."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    recorder = recorder_of(tmp_path)
+    for number, clock.now in ((3, 100.0), (4, 102.0), (5, 106.0), (6, 107.0)):  # each settles the one before
+        recorder.step(number, Loss(jnp.float32(1.0)))
+    clock.now = 110.0
+    recorder.flush()
+    clock.now = 200.0
+    recorder.evaluation(6, {"dev": 1.0})
+    recorder.step(7, Loss(jnp.float32(1.0)))
+    clock.now = 205.0
+    recorder.sync()
+    recorder.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    speeds = {line["step"]: line["train/tokens_per_second"] for line in lines if "train/loss" in line}
+    assert speeds == {3: 1000 / 2, 4: 1000 / 4, 6: 2000 / 4, 7: 1000 / 5}
