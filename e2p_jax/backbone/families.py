@@ -296,8 +296,8 @@ def language_config(values: dict[str, Any]) -> dict[str, Any]:
         return values
     wrapper = WRAPPERS[values["model_type"]]
     text = {"model_type": wrapper.families[0]} | wrapper.absent | (values.get("text_config") or {})
-    tied = values.get("tie_word_embeddings")
-    return text if tied is None else text | {"tie_word_embeddings": tied}
+    of_the_whole = ("tie_word_embeddings", "quantization_config")
+    return text | {key: values[key] for key in of_the_whole if values.get(key) is not None}
 
 
 def unknown_keys(values: dict[str, Any], source: Path) -> list[str]:

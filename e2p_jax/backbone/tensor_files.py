@@ -284,7 +284,7 @@ OTHER_MODELS = ("vision_tower.", "multi_modal_projector.", "visual.")
 
 
 def spelling(config: DecoderConfig, present: Collection[str]) -> Spelling:
-    """Chooses the spelling by `present`, a checkpoint's names; without any, it is how models are published.
+    """Chooses the spelling by `present`, a checkpoint's names; without any, it is a language model's of its own.
 
     A model without its head lacks the root. A language model inside a wrapper has its name before or behind that.
     """
@@ -292,8 +292,7 @@ def spelling(config: DecoderConfig, present: Collection[str]) -> Spelling:
     root = embedding[: embedding.index(".") + 1]
     plain, wrapped = Spelling(root, root, ""), Spelling(root, f"language_model.{root}", "language_model.")
     known = [plain, Spelling(root, "", ""), wrapped, Spelling(root, f"{root}language_model.", "")]
-    default = wrapped if config.wrapped else plain
-    return next((spelled for spelled in known if spelled(embedding) in present), default)
+    return next((spelled for spelled in known if spelled(embedding) in present), plain)
 
 
 def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], spelled: Spelling) -> dict[str, Part]:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from e2p_jax.backbone import flax_checkpoint
 from e2p_jax.backbone.decoder import Decoder
-from e2p_jax.backbone.families import CONFIG_REMEDY, read_config
+from e2p_jax.backbone.families import CONFIG_REMEDY, language_config, read_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.gguf import checkpoint as gguf
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
@@ -301,7 +301,8 @@ def _gather(value: jax.Array) -> np.ndarray:
 
 
 def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
-    """Writes `decoder` as a Hugging Face directory; config and tokenizer files are copied from `source`.
+    """Writes `decoder` as a Hugging Face directory; config and tokenizer files are copied from `source`, less what
+    is of the other models beside a wrapped one.
 
     In a run of several processes all must call it; process 0 writes.
     """
@@ -311,6 +312,8 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
         return
     with replace_directory(out) as temporary:
         copy_companions(source, temporary)
+        config = language_config(json.loads((temporary / "config.json").read_text()))
+        (temporary / "config.json").write_text(json.dumps(config))
         restate_config(temporary, dtype)
         write_tensors(temporary, tensors)
 

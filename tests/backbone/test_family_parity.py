@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, hf_config, hf_model, load_backbone, random_tokens, whole_rows
+import transformers
+from helpers import assert_close, hf_config, hf_logits, hf_model, load_backbone, random_tokens, whole_rows
 from safetensors.numpy import load_file
 
 from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.families import read_config
 from e2p_jax.backbone.tensor_files import OTHER_MODELS
-from e2p_jax.backbone.weights import named_tensors, quantize_layers
+from e2p_jax.backbone.weights import named_tensors, quantize_layers, save
 from e2p_jax.prefix.loss import cross_entropy
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -78,6 +80,19 @@ def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) ->
     with jax.disable_jit():
         hidden, _ = quantize_layers(ours, "int8")(x, positions, segments)
         assert_close(ours.logits(hidden), scores, 0.1)
+
+
+def test_a_wrapped_model_is_saved_as_the_language_model_that_it_is(tmp_path: Path) -> None:
+    """What a run that trained it exports: nothing is left of the image encoder."""
+    theirs = hf_model(hf_config("gemma3"))
+    theirs.save_pretrained(tmp_path / "whole")
+    save(load_backbone(tmp_path / "whole"), tmp_path / "whole", tmp_path / "saved", jnp.dtype("float32"))
+    saved, loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(saved).__name__ == "Gemma3ForCausalLM"
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    ids = random_tokens(1, 12).astype(np.int64)
+    assert_close(hf_logits(saved, input_ids=ids), hf_logits(theirs, input_ids=ids), 1e-6)
+    assert load_backbone(tmp_path / "saved").config == read_config(tmp_path / "saved")
 
 
 @torch.no_grad()
