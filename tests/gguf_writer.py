@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "mixtral": "llama",
 }
 # What `tokenizer.ggml` says of a vocabulary that no text is made of.
 VOCABULARY: dict[str, Any] = {
@@ -95,6 +96,8 @@ def metadata(config: Any) -> dict[str, Any]:
     if config.model_type == "gemma2":
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
         values["final_logit_softcapping"] = config.final_logit_softcapping
+    if config.model_type == "mixtral":
+        values |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
     if config.model_type == "qwen3_moe":
         values["expert_count"], values["expert_used_count"] = config.num_experts, config.num_experts_per_tok
         values["expert_feed_forward_length"] = config.moe_intermediate_size

@@ -121,11 +121,13 @@ def make_config(file: GgufFile) -> dict[str, Any]:
             raise keys.refusal(f"its metadata has no {keys.name}.{theirs} above 0")
         if value is not None:
             config[ours] = value
-    for key in ("num_experts", "num_experts_per_tok"):
-        if config.get(key) == 0:
-            del config[key]
-    if "num_experts" in config and kind.model_type != "qwen3_moe":
-        raise keys.refusal(f"architecture {keys.name!r} with experts is not supported")
+    experts = {key: config.pop(key, 0) for key in ("num_experts", "num_experts_per_tok")}
+    if experts["num_experts"]:
+        config |= experts
+        if kind.model_type == "llama":  # llama.cpp's name for Mixtral
+            config |= {"model_type": "mixtral", "num_local_experts": config.pop("num_experts")}
+        elif kind.model_type != "qwen3_moe":
+            raise keys.refusal(f"architecture {keys.name!r} with experts is not supported")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", 10_000.0)
@@ -149,7 +151,7 @@ def make_config(file: GgufFile) -> dict[str, Any]:
         raise keys.refusal("it has no token_embd.weight")
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    if kind.model_type == "llama":
+    if config["model_type"] == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{ours}_token_id"] = file.token(theirs)
