@@ -12,7 +12,7 @@ from helpers import FAMILY_SIZES, SIZES, mesh_of
 from e2p_jax.backbone import lora
 from e2p_jax.backbone.families import parse_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, TrainConfig
-from e2p_jax.evaluate.generate import _decode
+from e2p_jax.evaluate.generate import Draws, _decode
 from e2p_jax.options import Sampling
 from e2p_jax.plan.plan import RowShape, abstract_batch
 from e2p_jax.prefix import mlp
@@ -48,12 +48,11 @@ def test_products_of_float32_are_at_the_highest_precision(dtype: Any) -> None:
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     batch = abstract_batch(config, RowShape(8, 64, 3), mesh)
     prompts = [jax.ShapeDtypeStruct((2, 64), jnp.int32)] * 3 + [jax.ShapeDtypeStruct((2, 1, 8), jnp.float32)]
-    sampling = Sampling(max_new_tokens=4)
     with jax.set_mesh(mesh):
         found = products(jit_train_step(model, config.train), state, frozen, batch)
         found += products(jit_eval_step(model), state.trainable, frozen, batch)
-        static = {"graph": model.graph, "sampling": sampling, "stops": (0,), "pad": 0}
-        found += products(_decode, model.params, *prompts, **static)
+        static = {"graph": model.graph, "new_tokens": 4, "top_k": 2, "stops": (0,), "pad": 0}
+        found += products(_decode, model.params, *prompts, Draws.of(Sampling()), **static)
     assert len(found) > 60
     for left, right, precision in found:
         assert (left, right, precision) in (("f32", "f32", "HIGHEST"), ("bf16", "bf16", "DEFAULT"))

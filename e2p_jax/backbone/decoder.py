@@ -6,7 +6,7 @@ so that loading and saving copy bytes.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -164,7 +164,7 @@ class Decoder(nnx.Module):
         chex.assert_shape([positions, segment_ids], (batch, length))
         c = self.config
         if cache is None:
-            kv: tuple[Any, Any] = (None, None)
+            kv = None
             filled, segments = jnp.zeros((), jnp.int32), segment_ids
             attend = whole_rows(self.execution.attention, segment_ids, c, most_segments or length)
         else:
@@ -186,8 +186,9 @@ class Decoder(nnx.Module):
         stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes) if len(ropes) > 1 else None
         layer_ropes = jnp.asarray(c.layer_ropes, jnp.int32) if len(ropes) > 1 else None
 
-        def body(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
-            p, window, which, cached_k, cached_v = inputs
+        # Caches are carried and written where they stand: a scan that took and gave them would hold them twice.
+        def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            (x, kv), (p, layer, window, which) = carry, inputs
             h = norm(x, p, "attention_norm", c)
 
             def heads(name: str, count: int) -> jax.Array:
@@ -204,25 +205,28 @@ class Decoder(nnx.Module):
             if c.qk_norm == "rotated":
                 q, k = norm(q, p, "q_norm", c), norm(k, p, "k_norm", c)
             q = q if growth is None else q * growth.astype(q.dtype)
-            if cached_k is not None:
-                k = cached_k = jax.lax.dynamic_update_slice(cached_k, k, (0, filled, 0, 0))
-                v = cached_v = jax.lax.dynamic_update_slice(cached_v, v, (0, filled, 0, 0))
+            if kv is not None:
+                place = (layer, 0, filled, 0, 0)
+                kv = tuple(
+                    jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(kv, (k, v), strict=True)
+                )
+                k, v = (jax.lax.dynamic_index_in_dim(layers, layer, keepdims=False) for layers in kv)
             mixed = attend(q, k, v, window=window)
             mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
             after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
             said = mlp(read, p, c, self.execution.sort_tokens)
             after = after + scaled(norm(said, p, "mlp_post_norm", c), c.residual_scale)
-            return shard_rows(after), (cached_k, cached_v)
+            return (shard_rows(after), kv), None
 
         # Kept, the products of all experts would stand there for every token.
         body = jax.checkpoint(body, policy=None if self.execution.remat or c.num_experts else KEPT)
         params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)) | {"adapters": adapters or {}}
-        windows = jnp.asarray(c.windows, jnp.int32)
-        x, (keys, values) = jax.lax.scan(body, shard_rows(x), (params, windows, layer_ropes, *kv))
+        inputs = params, jnp.arange(c.num_layers), jnp.asarray(c.windows, jnp.int32), layer_ropes
+        (x, kv), _ = jax.lax.scan(body, (shard_rows(x), kv), inputs)
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
         x = norm(x, last, "final_norm", c)
-        return x, None if cache is None else Cache(keys, values, segments, filled + length)
+        return x, None if kv is None else Cache(*kv, segments, filled + length)
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

@@ -24,20 +24,39 @@ from e2p_jax.vectors.arrays import map_array
 SHORTEST_PROMPT = 64
 
 
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """[B, V] float32 logits -> [B] int32 tokens."""
-    if sampling.temperature == 0:
+class Draws(NamedTuple):
+    """How tokens are drawn, as arrays: another value compiles nothing anew."""
+
+    seed: np.uint32
+    temperature: np.float32
+    top_p: np.float32
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Draws":
+        return cls(np.uint32(sampling.seed), np.float32(sampling.temperature), np.float32(sampling.top_p))
+
+
+def choose(logits: jax.Array, key: jax.Array, draws: Draws, top_k: int) -> jax.Array:
+    """[B, V] float32 logits -> [B] int32 tokens; `draws.seed` stands in the key already."""
+
+    def likeliest(logits: jax.Array) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if sampling.top_p < 1:
+
+    def drawn(logits: jax.Array) -> jax.Array:
+        logits = logits / draws.temperature
+        if top_k:
+            kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+            logits = jnp.where(logits >= kth, logits, -jnp.inf)
+        logits = jax.lax.cond(draws.top_p < 1, nucleus, lambda logits: logits, logits)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+
+    def nucleus(logits: jax.Array) -> jax.Array:
         ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+        least = jnp.min(jnp.where(before < draws.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= least, logits, -jnp.inf)
+
+    return jax.lax.cond(draws.temperature == 0, likeliest, drawn, logits)
 
 
 class Decoding(NamedTuple):
@@ -50,7 +69,7 @@ class Decoding(NamedTuple):
     cache: Cache
 
 
-_STATIC = ("graph", "sampling", "stops", "pad")
+_STATIC = ("graph", "top_k", "stops", "pad")
 
 
 def _start(
@@ -59,33 +78,42 @@ def _start(
     segment_ids: jax.Array,  # [B, P] int32, 0 at the padding
     slots: jax.Array,  # [B, P] int32
     user_embeddings: jax.Array,  # [B, 1, E] float32
+    draws: Draws,
     *,
     graph: nnx.GraphDef,
-    sampling: Sampling,
+    new_tokens: int,
+    top_k: int,
     stops: tuple[int, ...],
     pad: int,
 ) -> Decoding:
     """Reads the prompts and chooses the first token of each reply."""
     model = nnx.merge(graph, params)
     batch, prompt = tokens.shape
-    cache = model.backbone.empty_cache(batch, prompt + sampling.max_new_tokens)
+    cache = model.backbone.empty_cache(batch, prompt + new_tokens)
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     x = model.embed(tokens, slots, user_embeddings)
     hidden, cache = model.hidden(x, positions, segment_ids, cache)
     step, none = jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool)
-    token, done = _pick(model, hidden, step, none, sampling, stops, pad)
+    token, done = _pick(model, hidden, step, none, draws, top_k, stops, pad)
     return Decoding(step, token, done, jnp.sum(segment_ids, axis=1), cache)
 
 
 def _advance(
-    params: Any, state: Decoding, *, graph: nnx.GraphDef, sampling: Sampling, stops: tuple[int, ...], pad: int
+    params: Any,
+    state: Decoding,
+    draws: Draws,
+    *,
+    graph: nnx.GraphDef,
+    top_k: int,
+    stops: tuple[int, ...],
+    pad: int,
 ) -> Decoding:
     """Chooses one more token of each reply."""
     model = nnx.merge(graph, params)
     x = model.backbone.embed(state.token[:, None])
     positions = (state.lengths + state.step)[:, None]
     hidden, cache = model.hidden(x, positions, jnp.ones_like(positions), state.cache)
-    token, done = _pick(model, hidden, state.step + 1, state.done, sampling, stops, pad)
+    token, done = _pick(model, hidden, state.step + 1, state.done, draws, top_k, stops, pad)
     return Decoding(state.step + 1, token, done, state.lengths, cache)
 
 
@@ -94,34 +122,35 @@ def _pick(
     hidden: jax.Array,  # [B, T, D]
     step: jax.Array,
     done: jax.Array,
-    sampling: Sampling,
+    draws: Draws,
+    top_k: int,
     stops: tuple[int, ...],
     pad: int,
 ) -> tuple[jax.Array, jax.Array]:
-    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-    token = jnp.where(done, pad, choose(model.backbone.logits(hidden[:, -1]), key, sampling))
+    key = jax.random.fold_in(jax.random.key(draws.seed), step)
+    token = jnp.where(done, pad, choose(model.backbone.logits(hidden[:, -1]), key, draws, top_k))
     stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros_like(done))
     return token, done | stopped
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _decode(params: Any, *prompts: jax.Array, sampling: Sampling, pad: int, **static: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "new_tokens"))
+def _decode(params: Any, *inputs: Any, new_tokens: int, pad: int, **static: Any) -> jax.Array:
     """[B, N] int32: the new tokens, the stopping one included, `pad` after it; all on the device."""
 
     def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
         state, out = carry
-        state = _advance(params, state, sampling=sampling, pad=pad, **static)
+        state = _advance(params, state, inputs[-1], pad=pad, **static)
         return state, out.at[:, state.step].set(state.token)
 
     def unfinished(carry: tuple[Decoding, jax.Array]) -> jax.Array:
-        return (carry[0].step + 1 < sampling.max_new_tokens) & ~jnp.all(carry[0].done)
+        return (carry[0].step + 1 < new_tokens) & ~jnp.all(carry[0].done)
 
-    state = _start(params, *prompts, sampling=sampling, pad=pad, **static)
-    out = jnp.full((len(state.token), sampling.max_new_tokens), pad, jnp.int32).at[:, 0].set(state.token)
+    state = _start(params, *inputs, new_tokens=new_tokens, pad=pad, **static)
+    out = jnp.full((len(state.token), new_tokens), pad, jnp.int32).at[:, 0].set(state.token)
     return jax.lax.while_loop(unfinished, body, (state, out))[-1]
 
 
-_start_once = jax.jit(_start, static_argnames=_STATIC)
+_start_once = jax.jit(_start, static_argnames=(*_STATIC, "new_tokens"))
 _advance_once = jax.jit(_advance, static_argnames=_STATIC, donate_argnames="state")
 
 
@@ -179,8 +208,10 @@ def generate_tokens(
     out = _decode(
         params,
         *_left_padded(prompts, vectors, pad, num_tokens),
+        Draws.of(sampling),
         graph=graph,
-        sampling=sampling,
+        new_tokens=sampling.max_new_tokens,
+        top_k=sampling.top_k,
         stops=stops,
         pad=pad,
     )
@@ -244,9 +275,10 @@ def stream(
     """
     encoder: Encoder = run.inputs.encoder
     prompts = _left_padded(_encode(run, records, conditions, sampling), vectors, encoder.pad_id, encoder.num_tokens)
-    static: dict[str, Any] = {"graph": run.model.graph, "sampling": sampling}
+    static: dict[str, Any] = {"graph": run.model.graph, "top_k": sampling.top_k}
     static |= {"stops": encoder.stops, "pad": encoder.pad_id}
-    state = _start_once(run.model.params, *prompts, **static)
+    draws = Draws.of(sampling)
+    state = _start_once(run.model.params, *prompts, draws, new_tokens=sampling.max_new_tokens, **static)
     replies: list[list[int]] = [[] for _ in records]
     for left in reversed(range(sampling.max_new_tokens)):
         token, done = jax.device_get((state.token, state.done))
@@ -256,7 +288,7 @@ def stream(
         yield [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in replies]
         if done.all() or not left:
             return
-        state = _advance_once(run.model.params, state, **static)
+        state = _advance_once(run.model.params, state, draws, **static)
 
 
 def _encode(run: Run, records: Sequence[Record], conditions: Sequence[Condition], sampling: Sampling) -> list[Example]:

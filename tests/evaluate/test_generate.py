@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from helpers import prefix_model
 from transformers import AutoModelForCausalLM
 
 from e2p_jax.backbone import weights
@@ -22,6 +24,7 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import (
     SHORTEST_PROMPT,
+    Draws,
     _decode,
     _left_padded,
     choose,
@@ -118,19 +121,47 @@ def test_stop_token_ends_a_row_and_only_that_row(tiny_backbone: Path):
     assert stopped[1] == expected
 
 
+def drawn(logits: jax.Array, **sampling: Any) -> np.ndarray:
+    asked = Sampling(**sampling)
+    return np.asarray(choose(logits, jax.random.key(0), Draws.of(asked), asked.top_k))
+
+
+def test_no_value_of_sampling_compiles_anything_anew(tiny_backbone: Path):
+    model = load_model(tiny_backbone)
+    vectors = np.zeros((1, WIDTH), np.float32)
+    values = [{}, {"temperature": 0.7}, {"temperature": 2.0, "top_p": 0.5}, {"temperature": 2.0, "seed": 5}]
+    replies = [run(model, [prompt([1, 40])], vectors, sampling=Sampling(max_new_tokens=12)) for _ in "a"]
+    compiled = _decode._cache_size()
+    replies += [run(model, [prompt([1, 40])], vectors, sampling=Sampling(12, **more)) for more in values]
+    assert _decode._cache_size() == compiled
+    assert replies[0] == replies[1] and len({str(reply) for reply in replies}) == len(values)
+
+
+def test_a_cache_is_held_once():
+    """A step writes where the cache stands: donated, it needs no other room but a layer's own keys and values."""
+    backbone = prefix_model(num_hidden_layers=8, max_position_embeddings=2048).backbone
+    graph, state = nnx.split(backbone)
+    x, ones = jax.ShapeDtypeStruct((4, 1, 32), jnp.float32), jax.ShapeDtypeStruct((4, 1), jnp.int32)
+    cache = jax.eval_shape(lambda: backbone.empty_cache(4, 2048))
+
+    def step(params: Any, cache: Any, x: jax.Array, ones: jax.Array) -> Any:
+        return nnx.merge(graph, params)(x, ones, ones, cache)
+
+    memory = jax.jit(step, donate_argnums=1).lower(state, cache, x, ones).compile().memory_analysis()
+    held = 2 * cache.keys.size * 4
+    assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held / 2
+
+
 def test_sampling_follows_the_softmax():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     many = jnp.tile(logits, (20_000, 1))
-    counts = np.bincount(np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0))), minlength=4)
+    counts = np.bincount(drawn(many, temperature=1.0), minlength=4)
     np.testing.assert_allclose(counts / counts.sum(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
-    counts = np.bincount(np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0, top_k=2))), minlength=4)
+    counts = np.bincount(drawn(many, temperature=1.0, top_k=2), minlength=4)
     np.testing.assert_allclose(counts / counts.sum(), [0.625, 0.375, 0, 0], atol=0.015)
-    counts = np.bincount(
-        np.asarray(choose(many, jax.random.key(0), Sampling(temperature=1.0, top_p=0.85))), minlength=4
-    )
+    counts = np.bincount(drawn(many, temperature=1.0, top_p=0.85), minlength=4)
     np.testing.assert_allclose(counts / counts.sum(), np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.015)
-    cold = choose(many, jax.random.key(0), Sampling(temperature=0.01))
-    assert set(np.asarray(cold).tolist()) == {0}
+    assert set(drawn(many, temperature=0.01).tolist()) == set(drawn(many).tolist()) == {0}
 
 
 def test_sampled_replies_depend_on_the_seed_only(tiny_backbone: Path):
