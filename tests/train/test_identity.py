@@ -26,6 +26,7 @@ from e2p_jax.train.setup import Inputs, Model, build_model, read_inputs
 from e2p_jax.vectors.population import Population
 
 FIELDS = [f"{section}.{name}" for section, values in dataclasses.asdict(Config()).items() for name in values]
+FIELDS.remove("backbone.ignored_keys")  # what it names must be in the backbone's config.json, or that is refused
 OPENS = "no checkpoint yet"  # nothing was trained: all that stands before the checkpoint was in order
 
 
