@@ -57,7 +57,7 @@ class Steady(NamedTuple):
 def make_steady(
     tokenizer: PreTrainedTokenizerBase, template: str, thinking: Thinking, stops: Collection[int]
 ) -> Steady | None:
-    """
+    """Writes the steady form of a tokenizer's chat template.
 
     Args:
       template: without markers.
