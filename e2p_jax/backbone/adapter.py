@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
+from e2p_jax.backbone.layout import DecoderConfig, matrix_shapes
 from e2p_jax.config import AdapterConfig
 from e2p_jax.registry import ADAPTERS
 
@@ -51,7 +51,7 @@ class Adapter(nnx.Module):
             return jnp.zeros((config.num_layers, *shape))
 
         kind = kind_of(settings.kind)
-        for name, shape in layer_shapes(config).items():
+        for name, shape in matrix_shapes(config).items():
             if len(shape) == 2 and not name.endswith("router"):
                 for part, value in kind.parameters(*shape, settings, normal, zeros).items():
                     setattr(self, f"{name}_{settings.kind}_{part}", nnx.Param(value))

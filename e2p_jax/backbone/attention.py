@@ -50,6 +50,8 @@ def lacking(kind: Choice, device: Any, config: DecoderConfig, dtype: jnp.dtype) 
     platform = _PLATFORMS.get(kind, device.platform)
     if device.platform != platform:
         return f"needs a {platform.upper()}, here is {device.platform}"
+    if kind in _PLATFORMS and config.sinks:
+        return "has no attention sinks, which this backbone's softmax needs"
     if platform != "gpu" or kind not in _BEST["gpu"]:
         return None
     if dtype == jnp.float32:
@@ -66,7 +68,8 @@ def lacking(kind: Choice, device: Any, config: DecoderConfig, dtype: jnp.dtype) 
 
 
 def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segments: int) -> Callable[..., jax.Array]:
-    """Attention of rows to themselves: (q [B, T, H, C], k and v [B, T, G, C], window=[]) -> [B, T, H, C].
+    """Attention of rows to themselves: (q [B, T, H, C], k and v [B, T, G, C], window=[], sinks=[H] or None) ->
+    [B, T, H, C].
 
     Args:
       kind: of `choose`.
@@ -90,7 +93,7 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segmen
             of_rows = kernels.first_keys(segment_ids)
             attend = functools.partial(kernels.mosaic_attention, scale=scale, cap=cap)
     attend = on_each_device(attend)
-    return lambda q, k, v, window: attend(q, k, v, of_rows, window)
+    return lambda q, k, v, window, sinks: attend(q, k, v, of_rows, window, *(() if sinks is None else (sinks,)))
 
 
 def visibility(
@@ -123,6 +126,7 @@ def attention(
     v: jax.Array,
     visible: jax.Array,
     window: jax.Array | int,
+    sinks: jax.Array | None = None,
     *,
     scale: float | None = None,
     cap: float = 0.0,
@@ -135,6 +139,7 @@ def attention(
       v: [B, S, G, C].
       visible: [B, T, S] int32 from `visibility`.
       window: scalar; a query sees at most this many positions, itself included; 0 is unlimited.
+      sinks: [H], a score beside those of the keys that takes its share of the weights and gives nothing; None is none.
       scale: of the scores; None is C**-0.5.
       cap: soft cap of the scores, 0 for none.
 
@@ -154,7 +159,12 @@ def attention(
     scores = soft_cap(scores, cap).reshape(batch, groups, repeats, length, -1)
     # Added, not selected: XLA on CPU fuses a select into both softmax reductions and runs 2x slower.
     bias = jnp.where(within(visible, window), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
-    weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
+    scores = scores + bias
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    else:
+        own = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, groups, repeats, 1, 1), (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1)[..., :-1].astype(v.dtype)
     mixed = einsum("bgts,bgsc->bgtc", weights.reshape(batch, groups, repeats * length, -1), v)
     mixed = mixed.reshape(batch, groups, repeats, length, width)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

@@ -69,6 +69,7 @@ def block_attention(
     v: jax.Array,
     segment_ids: jax.Array,
     window: jax.Array | int,
+    sinks: jax.Array | None = None,
     *,
     scale: float,
     cap: float = 0.0,
@@ -81,6 +82,7 @@ def block_attention(
       v: [B, T, G, C].
       segment_ids: [B, T] int32.
       window: scalar; a query sees at most this many positions, itself included; 0 is unlimited.
+      sinks: [H], as `attention.attention` takes them, or None.
       scale: of the scores.
       cap: soft cap of the scores, 0 for none.
 
@@ -98,17 +100,21 @@ def block_attention(
     k, v = (x.reshape(batch, count, width, groups, size).transpose(1, 0, 3, 2, 4) for x in (k, v))
     segments = segment_ids.reshape(batch, count, width).swapaxes(0, 1)
     mask = _Mask(segments, window, first_blocks(segment_ids, window, width))
-    out = _attend(q, k, v, mask, cap).reshape(count, batch, groups, heads // groups, width, size)
+    if sinks is not None:
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(groups, -1), width, axis=1)
+    out = _attend(q, k, v, sinks, mask, cap).reshape(count, batch, groups, heads // groups, width, size)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, length, heads, size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask, cap: float) -> jax.Array:
-    """Q [N, B, G, R*W, C] and k, v [N, B, G, W, C] -> [N, B, G, R*W, C]."""
-    return _forward(q, k, v, mask, cap)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, mask: _Mask, cap: float) -> jax.Array:
+    """Q [N, B, G, R*W, C], k, v [N, B, G, W, C] and sinks [G, R*W] float32 -> [N, B, G, R*W, C]."""
+    return _forward(q, k, v, sinks, mask, cap)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask, cap: float) -> tuple[jax.Array, tuple]:
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, mask: _Mask, cap: float
+) -> tuple[jax.Array, tuple]:
     def queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         def keys(j: jax.Array, state: tuple) -> tuple:
             most, total, mixed = state
@@ -120,15 +126,17 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask, cap: float) 
 
         rows = q.shape[1:4]
         start = jnp.full(rows, HIDDEN), jnp.zeros(rows), jnp.zeros(q.shape[1:])
+        if sinks is not None:  # a key that was seen first, whose value is zero
+            start = jnp.broadcast_to(sinks[None], rows), jnp.ones(rows), start[2]
         most, total, mixed = jax.lax.fori_loop(mask.first[i], i + 1, keys, start)
         return (mixed / total[..., None]).astype(q.dtype), most + jnp.log(total)
 
     out, log_total = (checkpoint_name(x, SAVED) for x in jax.lax.map(queries, jnp.arange(q.shape[0])))
-    return out, (q, k, v, mask, out, log_total)
+    return out, (q, k, v, sinks, mask, out, log_total)
 
 
 def _backward(cap: float, saved: tuple, out_grad: jax.Array) -> tuple:
-    q, k, v, mask, out, log_total = saved
+    q, k, v, sinks, mask, out, log_total = saved
 
     def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return einsum(equation, a, b, out=jnp.float32)
@@ -156,7 +164,11 @@ def _backward(cap: float, saved: tuple, out_grad: jax.Array) -> tuple:
 
     start = jnp.zeros(k.shape), jnp.zeros(v.shape)
     (k_grad, v_grad), q_grad = jax.lax.scan(queries, start, jnp.arange(q.shape[0]))
-    return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
+    sinks_grad = None
+    if sinks is not None:
+        shared = jnp.sum(out_grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+        sinks_grad = -jnp.sum(jnp.exp(sinks[None, None] - log_total) * shared, axis=(0, 1))
+    return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), sinks_grad, None
 
 
 _attend.defvjp(_forward, _backward)

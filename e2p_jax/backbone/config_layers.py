@@ -122,6 +122,22 @@ _MINISTRAL3_ROPE = {
 }
 
 
+def gpt_oss_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    if not any(reader.values.get(key) for key in ("rope_parameters", "rope_scaling")):
+        reader.values["rope_parameters"] = _GPT_OSS_ROPE
+    return plain_rope(reader, fields, theta=150_000.0)
+
+
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
 def window_ropes(reader: Reader, fields: dict[str, Any], unless_none: bool = False) -> dict[str, Any]:
     """Layers that see everything are without positions; `unless_none`: not where there is no window at all."""
     read = plain_rope(reader, fields)

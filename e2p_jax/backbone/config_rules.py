@@ -108,6 +108,15 @@ def mixtral_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return experts(reader, reader.size("num_local_experts", most=MOST_EXPERTS), normalise=True)
 
 
+def gpt_oss_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """A softmax over a token's own is one over all, divided by their sum. Published configs say twice how many."""
+    reader.require("hidden_act", ("silu",), "silu")
+    read = mixtral_experts(reader, fields)
+    reader.require("experts_per_token", (read["experts_per_token"],), read["experts_per_token"])
+    factors = {key: reader.number(key) for key in ("swiglu_alpha", "swiglu_limit")}
+    return read | factors | {"activation": "silu"}
+
+
 def qwen_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     """In every layer. Published configs say `num_experts`, transformers 5 writes `num_local_experts`."""
     step, dense = reader.size("decoder_sparse_step"), reader.each("mlp_only_layers", [], int)

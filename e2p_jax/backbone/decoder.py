@@ -16,7 +16,7 @@ from flax import nnx
 from e2p_jax.backbone.adapter import Adapters
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
 from e2p_jax.backbone.blocks import SAVED, soft_cap
-from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
+from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes, matrix_shapes
 from e2p_jax.backbone.mlp import linear, mlp
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
@@ -70,7 +70,7 @@ class Layers(nnx.Module):
         (q, k), (o, v) = mimetic(0.7), mimetic(0.22)
         rotations = {"q": q, "k": k, "v": v, "o": o.swapaxes(1, 2)}
         for name, shape in shapes.items():
-            if len(shape) > 1:
+            if name in matrix_shapes(c):
                 residual = name in ("o", "down", "expert_down", "shared_down")
                 value = normal(name, 0.02 / (2 * c.num_layers) ** 0.5 if residual else 0.02)
                 value = rotations[name] + value if name in rotations else value
@@ -211,7 +211,7 @@ class Decoder(nnx.Module):
                     jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(kv, (k, v), strict=True)
                 )
                 k, v = (jax.lax.dynamic_index_in_dim(layers, layer, keepdims=False) for layers in kv)
-            mixed = attend(q, k, v, window=window)
+            mixed = attend(q, k, v, window=window, sinks=p.get("sinks"))
             mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
             after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)

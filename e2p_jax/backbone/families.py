@@ -181,6 +181,13 @@ FAMILIES: dict[str, Family] = {
         {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
         _ROUTER,
     ),
+    "gpt_oss": Family(
+        (rules.sizes, layers.gpt_oss_rope, layers.alternating_windows, rules.attention_bias, rules.gpt_oss_experts),
+        {"norm": "rms_float32", "sinks": True, "mlp_bias": True, "naming": "gpt_oss", "experts_together": True},
+        {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "attention_bias": True}
+        | {"num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        _ROUTER | {"initial_context_length"},  # the rope says it; transformers does not read it here
+    ),
     "qwen2_moe": Family(
         (*_USUAL, layers.every_second_early_window, rules.stated_qkv_bias, rules.qwen2_experts),
         {"naming": "qwen2_moe"},

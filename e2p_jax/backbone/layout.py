@@ -56,6 +56,10 @@ class DecoderConfig:
     """Norm of queries and keys: none, over each head, over all heads together, or over each head once rotated."""
     gated: bool = True
     """The MLP has a gate: down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 1.0
+    """Where there is a limit the MLP is down((up + 1) * gate * sigmoid(alpha * gate)) of a gate of that at most, and up
+    within it on both sides (gpt-oss)."""
     num_experts: int = 0
     """Gated MLPs of `intermediate_size` in place of each layer's own; 0 is none."""
     experts_per_token: int = 0
@@ -65,6 +69,8 @@ class DecoderConfig:
     """What it says is multiplied by the sigmoid of a score of its own."""
     normalise_topk: bool = False
     """The weights of a token's experts are divided by their sum."""
+    sinks: bool = False
+    """Each head has a score beside those of its keys, which takes its share of the weights and gives nothing."""
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     """Soft caps, cap * tanh(x / cap), of attention scores and logits; 0 is none."""
@@ -73,6 +79,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    """Of experts, where there are any, and of their router."""
     head_bias: bool = False
     naming: str = "llama"
     """Which table of tensor names, of `names.NAMES`."""
@@ -82,6 +89,8 @@ class DecoderConfig:
     """A tensor of queries, keys and values holds those of the first head, then those of the second (GPT-NeoX)."""
     transposed: bool = False
     """Layer matrices are stored [in, out], as GPT-2's Conv1D keeps them."""
+    experts_together: bool = False
+    """A tensor holds a layer's experts, [X, in, out], gate and up in turns along out (gpt-oss)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +110,7 @@ PLAIN = Execution()
 
 
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Parameters of one layer -> shape: matrices [out, in], those of experts [X, out, in], norms and biases [out]."""
+    """Parameters of one layer -> shape: matrices [out, in], norms and biases [out]; those of experts [X, ...]."""
     c = config
     width, q, kv, hidden = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"q": (q, width), "k": (kv, width), "v": (kv, width), "o": (width, q)}
@@ -117,9 +126,12 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes["shared_router"] = (1, width)
     else:
         shapes |= mlp
-    for names, biased in [(("q", "k", "v"), c.qkv_bias), (("o",), c.output_bias), (("gate", "up", "down"), c.mlp_bias)]:
+    of_mlp = ("router", *(f"expert_{name}" for name in mlp)) if c.num_experts else tuple(mlp)
+    for names, biased in [(("q", "k", "v"), c.qkv_bias), (("o",), c.output_bias), (of_mlp, c.mlp_bias)]:
         if biased:
-            shapes |= {f"{name}_bias": shapes[name][:1] for name in names if name in shapes}
+            shapes |= {f"{name}_bias": shapes[name][:-1] for name in names}
+    if c.sinks:
+        shapes["sinks"] = (c.num_heads,)
     norms: dict[str, tuple[int, ...]] = {}
     if c.pre_norms:
         norms |= {"attention_norm": (width,)} | ({} if c.shared_norm else {"mlp_norm": (width,)})
@@ -132,6 +144,12 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if c.norm == "layer":
         norms |= {f"{name}_bias": shape for name, shape in norms.items()}
     return shapes | norms
+
+
+def matrix_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Those of `layer_shapes` that are matrices: experts' biases have two axes as well."""
+    shapes = layer_shapes(config).items()
+    return {name: shape for name, shape in shapes if len(shape) > 1 and not name.endswith("_bias")}
 
 
 def tensor_names(config: DecoderConfig) -> dict[str, str]:
@@ -149,7 +167,11 @@ def tensor_names(config: DecoderConfig) -> dict[str, str]:
     if config.head_bias:
         paths.append("head_bias")
     modules = NAMES[config.naming]
-    return {
-        path: f"{modules[path.removesuffix('_bias')]}.{'bias' if path.endswith('_bias') else 'weight'}"
-        for path in paths
-    }
+
+    def name(path: str) -> str:
+        module, bias = modules[path.removesuffix("_bias")], path.endswith("_bias")
+        if module.endswith("="):
+            return module.removesuffix("=") + ("_bias" if bias else "")
+        return f"{module}.{'bias' if bias else 'weight'}"
+
+    return {path: name(path) for path in paths}

@@ -33,6 +33,10 @@ class Lazy:
         first, last, _ = rows.indices(self.shape[0])
         return Lazy((last - first, *self.shape[1:]), lambda a, b: self._rows(first + a, first + b))
 
+    def each(self, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> "Lazy":
+        """The tensor [N, *shape] that `change` makes of any of its rows, [n, ...] -> [n, *shape]."""
+        return Lazy((self.shape[0], *shape), lambda a, b: change(self._rows(a, b)))
+
     def astype(self, dtype: Any) -> np.ndarray:
         """The whole tensor; of the worked-out values only a few rows stand there in float32."""
         out = np.empty(self.shape, dtype)

@@ -12,7 +12,6 @@ from e2p_jax.backbone.adapter import kind_of
 from e2p_jax.backbone.layout import DecoderConfig
 from e2p_jax.backbone.quantize import multiply
 from e2p_jax.parallel.mesh import by_rows
-from e2p_jax.products import einsum
 
 Params = dict[str, Any]  # arrays by name, and under `adapters` those of each kind
 
@@ -45,7 +44,12 @@ def mlp(x: jax.Array, params: Params, config: DecoderConfig, sort: bool = False)
         return said
     activate = ACTIVATIONS[config.activation]
     h = linear(x, params, "up")
-    h = activate(linear(x, params, "gate")) * h if config.gated else activate(h)
+    if config.swiglu_limit:
+        gate = jnp.minimum(linear(x, params, "gate"), config.swiglu_limit)
+        h = jnp.clip(h, -config.swiglu_limit, config.swiglu_limit)
+        h = (h + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
+    else:
+        h = activate(linear(x, params, "gate")) * h if config.gated else activate(h)
     return linear(h, params, "down")
 
 
@@ -61,7 +65,8 @@ def route(x: jax.Array, params: Params, config: DecoderConfig) -> tuple[jax.Arra
 
     Computed in float32, where transformers rounds the scores first.
     """
-    scores = einsum("...i,xi->...x", x.astype(jnp.float32), params["router"].astype(jnp.float32))
+    exact: Params = {name: params[name].astype(jnp.float32) for name in ("router", "router_bias") if name in params}
+    scores = linear(x.astype(jnp.float32), exact, "router")
     share = jax.nn.softmax(scores)
     chosen = jnp.argsort(share, axis=-1, descending=True)[..., : config.experts_per_token]  # `top_k` gathers all rows
     weights = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * jnp.expand_dims(share, -2), axis=-1)

@@ -1,6 +1,7 @@
 """The names that a decoder's parameters have in files: a table a kind, from our paths to modules of transformers.
 
 `{}` stands for the layer, then for the expert. Parameters with the same name are its rows, in the layout's order.
+`=` at the end: a tensor of this name itself, and `<name>_bias`, in place of a module's `weight` and `bias`.
 """
 
 _LLAMA = {
@@ -37,6 +38,10 @@ NAMES: dict[str, dict[str, str]] = {
     | {"layers/router": "model.layers.{}.mlp.gate", "layers/shared_router": "model.layers.{}.mlp.shared_expert_gate"}
     | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")}
     | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
+    "gpt_oss": _LLAMA
+    | {"layers/router": "model.layers.{}.mlp.router", "layers/sinks": "model.layers.{}.self_attn.sinks="}
+    | {f"layers/expert_{name}": "model.layers.{}.mlp.experts.gate_up_proj=" for name in ("gate", "up")}
+    | {"layers/expert_down": "model.layers.{}.mlp.experts.down_proj="},
     "glm4": _LLAMA
     | {
         "layers/attention_post_norm": "model.layers.{}.post_self_attn_layernorm",

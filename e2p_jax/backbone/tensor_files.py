@@ -99,9 +99,9 @@ class Checkpoint:
         self.parts = parts(config, shapes, spelled)
         wanted: dict[str, tuple[int, ...]] = {}
         for path, part in self.parts.items():  # of the parameters in one tensor, the last one ends it
-            shape = shapes[path][len(part.stack) :]
-            shape = (part.start * part.groups + shape[0], *shape[1:])
-            wanted |= dict.fromkeys(part.names().values(), shape[::-1] if part.transposed else shape)
+            experts, (rows, *width) = part.split(shapes[path][len(part.stack) :])
+            shape = [part.start * part.groups + rows, *width]
+            wanted |= dict.fromkeys(part.names().values(), (*experts, *(shape[::-1] if part.transposed else shape)))
         # A tied head may be saved as well; rotary tables and GPT-2's causal masks are buffers of old exports.
         head = spelled("lm_head.weight")
         ignored = {head} if config.tie_head else set()
@@ -136,7 +136,7 @@ class Checkpoint:
         each = len(names) // (part.stack[0] if part.stack else 1)
         for start in range(0, len(names), each):
             whole = [self.tensors[name] for name in names[start : start + each]]
-            tensors = [part.rows(tensor, shape[len(part.stack)]) for tensor in whole]
+            tensors = [part.rows(tensor, shape[len(part.stack) :]) for tensor in whole]
             piece = (1, *shape[1:]) if part.stack else shape
             yield jax.make_array_from_callback(piece, sharding, functools.partial(_slice, tensors, dtype))
 
@@ -187,7 +187,7 @@ def _slice(tensors: list[np.ndarray | Lazy], dtype: jnp.dtype, index: tuple[slic
     Args:
       tensors: one, or the experts of a layer.
       dtype: of the copy.
-      index: of a tensor, of a layer's [1, ...], or of its experts' [1, X, ...].
+      index: of a tensor, of a layer's [1, ...], or of its experts' [1, X, ...] where each has a tensor.
     """
     inner = tensors[0].ndim
     outer, within = index[:-inner], index[-inner:]
@@ -239,22 +239,36 @@ class Part(NamedTuple):
     start: int  # its first row, of the tensor as [out, in]; of each group where they are several
     groups: int  # into which the tensor's rows fall; each holds a like part of every parameter
     transposed: bool  # the tensor is [in, out]
+    experts: bool  # the tensor holds those of a layer, [X, ...], each as the fields above say
 
-    def rows(self, tensor: np.ndarray | Lazy, count: int) -> np.ndarray | Lazy:
-        """The parameter's own `count` rows of a tensor."""
-        if not self.transposed and self.groups == 1:
+    def split(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape of a layer's parameter -> its axis of experts, if it has one, and the others."""
+        return shape[: int(self.experts)], shape[int(self.experts) :]
+
+    def rows(self, tensor: np.ndarray | Lazy, shape: tuple[int, ...]) -> np.ndarray | Lazy:
+        """The parameter's own rows of a tensor; `shape` is the parameter's."""
+        _, (count, *width) = self.split(shape)
+        if not self.experts and not self.transposed and self.groups == 1:
             return tensor[self.start : self.start + count]
-        tensor = np.asarray(tensor).T if self.transposed else np.asarray(tensor)
-        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
-        return grouped[:, self.start : self.start + count // self.groups].reshape(count, *tensor.shape[1:])
+
+        def own(tensor: np.ndarray) -> np.ndarray:
+            """[n, ...] of n experts."""
+            tensor = tensor.swapaxes(1, -1) if self.transposed else tensor
+            grouped = tensor.reshape(len(tensor), self.groups, -1, *width)
+            return grouped[:, :, self.start : self.start + count // self.groups].reshape(len(tensor), count, *width)
+
+        if self.experts:
+            return tensor.each(own, count, *width) if isinstance(tensor, Lazy) else own(tensor)
+        return own(np.asarray(tensor)[None])[0]
 
     def join(self, parameters: list[np.ndarray]) -> np.ndarray:
         """The tensor that holds these parameters, of which this is the first: the way back from `rows`."""
-        whole = parameters[0]
+        whole, axis = parameters[0], int(self.experts)
         if len(parameters) > 1:
-            split = [array.reshape(self.groups, -1, *array.shape[1:]) for array in parameters]
-            whole = np.concatenate(split, axis=1).reshape(-1, *whole.shape[1:])
-        return np.ascontiguousarray(whole.swapaxes(0, -1) if self.transposed else whole)
+            experts, (_, *width) = self.split(whole.shape)
+            grouped = [array.reshape(*experts, self.groups, -1, *width) for array in parameters]
+            whole = np.concatenate(grouped, axis=axis + 1).reshape(*experts, -1, *width)
+        return np.ascontiguousarray(whole.swapaxes(axis, -1) if self.transposed else whole)
 
     def names(self) -> dict[tuple[int, ...], str]:
         """Place in the stack -> tensor, in order."""
@@ -303,9 +317,13 @@ def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], spelled: Sp
         template = spelled(name)
         axes = template.count("{}")
         stack, shape, start = shapes[path][:axes], shapes[path][axes:], rows.get(template, 0)
-        transposed = config.transposed and axes > 0 and len(shape) == 2
-        by_head = config.fused_by_head and path.split("/")[-1].split("_")[0] in ("q", "k", "v")
-        groups = config.num_heads if by_head else 1
-        found[path] = Part(template, stack, start, groups, transposed)
+        name = path.split("/")[-1]
+        experts = config.experts_together and name.startswith("expert_")
+        shape = shape[int(experts) :]
+        transposed = (experts or config.transposed) and axes > 0 and len(shape) == 2
+        by_head = config.fused_by_head and name.split("_")[0] in ("q", "k", "v")
+        in_turns = experts and not name.startswith("expert_down")
+        groups = config.num_heads if by_head else shape[0] if in_turns else 1
+        found[path] = Part(template, stack, start, groups, transposed, experts)
         rows[template] = start + shape[0] // groups
     return found

@@ -20,7 +20,7 @@ from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import CONFIG_REMEDY, language_config, read_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.gguf import checkpoint as gguf
-from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes
+from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, matrix_shapes
 from e2p_jax.backbone.packed import unpack
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
 from e2p_jax.backbone.tensor_files import Checkpoint, Part, parts, spelling
@@ -234,11 +234,7 @@ def _writer(
 
 def matrices(config: DecoderConfig) -> list[str]:
     """Paths of the parameters that quantisation changes; a router, small and decisive, is not among them."""
-    return [
-        f"layers/{name}"
-        for name, shape in layer_shapes(config).items()
-        if len(shape) > 1 and not name.endswith("router")
-    ]
+    return [f"layers/{name}" for name in matrix_shapes(config) if not name.endswith("router")]
 
 
 def parameters(decoder: Decoder) -> dict[str, Any]:

@@ -93,21 +93,25 @@ def shard_rows(x: jax.Array) -> jax.Array:
 
 
 def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend` (q [B, T, H, C], k and v [B, T, G, C], of_rows [B, ...], window [], -> [B, T, H, C]) by each device of
-    the mesh around it for its own rows and heads: what one skips is not the others' concern, and nothing is sent. Rows
-    or heads that their axes do not divide stay whole.
+    """`attend` (q [B, T, H, C], k and v [B, T, G, C], of_rows [B, ...], window [], perhaps by_head [H] ->
+    [B, T, H, C]) by each device of the mesh around it for its own rows and heads: what one skips is not the others'
+    concern, and nothing is sent. Rows or heads that their axes do not divide stay whole.
     """
 
-    def mapped(q: jax.Array, k: jax.Array, v: jax.Array, of_rows: jax.Array, window: jax.Array) -> jax.Array:
+    def mapped(
+        q: jax.Array, k: jax.Array, v: jax.Array, of_rows: jax.Array, window: jax.Array, *by_head: jax.Array
+    ) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return attend(q, k, v, of_rows, window)
+            return attend(q, k, v, of_rows, window, *by_head)
         tensor = mesh.shape["tensor"]
         rows = _rows_of(q)
-        split = P(*rows, None, "tensor" if q.shape[2] % tensor == k.shape[2] % tensor == 0 else None)
+        heads = "tensor" if q.shape[2] % tensor == k.shape[2] % tensor == 0 else None
+        split = P(*rows, None, heads)
+        specs = (split, split, split, rows, P(), *(P(heads) for _ in by_head))
         # Its variance check knows nothing of Pallas calls.
-        sharded = jax.shard_map(attend, in_specs=(split, split, split, rows, P()), out_specs=split, check_vma=False)
-        return sharded(q, k, v, of_rows, window)
+        sharded = jax.shard_map(attend, in_specs=specs, out_specs=split, check_vma=False)
+        return sharded(q, k, v, of_rows, window, *by_head)
 
     return mapped
 

@@ -12,10 +12,10 @@ from e2p_jax.train.partition import path_name
 # What a parameter of the backbone is for, by the last part of its path. Its shape does not tell: a norm, stacked over
 # layers, has two axes.
 _ROLES = {
-    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_*", "shared_*[a-z]"),
+    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_gate", "expert_up", "expert_down", "shared_*[a-z]"),
     "embedding": ("embedding", "position_embedding", "head"),
     "norm": ("*norm",),
-    "bias": ("bias", "*_bias"),
+    "bias": ("bias", "*_bias", "sinks"),
 }
 _DECAYING = ("matrix", "embedding")
 

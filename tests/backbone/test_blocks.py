@@ -12,7 +12,7 @@ from helpers import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e2p_jax.backbone.attention import attention, visibility
+from e2p_jax.backbone.attention import attention, visibility, within
 from e2p_jax.backbone.blocks import block_attention, first_blocks
 from e2p_jax.parallel.mesh import on_each_device
 
@@ -34,7 +34,7 @@ def inputs(groups: int) -> list[jax.Array]:
     return [jnp.asarray(rng.normal(size=(len(ROWS), LENGTH, n, 8)), jnp.float32) for n in (4, groups, groups, 4)]
 
 
-def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any, **options: float) -> jax.Array:
+def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any, **options: Any) -> jax.Array:
     index = jnp.arange(q.shape[1])
     return attention(q, k, v, visibility(segments, segments, index, index), window, **options)
 
@@ -66,6 +66,39 @@ def test_values_and_gradients(window: int, cap: float, groups: int, mesh: dict[s
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
     for a, b in zip(grads, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "tensor": 2}], ids=str)
+def test_a_sink_takes_its_share_of_the_weights(mesh: dict[str, int] | None) -> None:
+    """Softmax over one more score, whose key gives nothing; gradients by it, too."""
+    q, k, v, out = inputs(2)
+    sinks = jnp.asarray([-1.0, 0.0, 2.0, 5.0])
+    segments = jnp.asarray(ROWS, jnp.int32)
+    out = jnp.where((segments > 0)[..., None, None], out, 0.0)
+    index = jnp.arange(LENGTH)
+    seen = within(visibility(segments, segments, index, index), 100)
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.where(seen[:, None], jnp.einsum("bqhc,bkhc->bhqk", q, k) * 0.5, -1e30)
+        own = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1)[..., :-1]
+        return jnp.sum(jnp.einsum("bhqk,bkhc->bqhc", weights, v) * out)
+
+    def by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        attend = on_each_device(functools.partial(block_attention, scale=0.5))
+        return jnp.sum(attend(q, k, v, segments, jnp.int32(100), sinks) * out)
+
+    def at_once(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        return jnp.sum(whole(q, k, v, segments, 100, sinks=sinks, scale=0.5) * out)
+
+    arrays, which = (q, k, v, sinks), (0, 1, 2, 3)
+    expected = jax.value_and_grad(plain, which)(*arrays)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh_of(**mesh)):
+        ours = jax.jit(jax.value_and_grad(by_blocks, which))(*arrays)
+    others = [] if mesh else [jax.value_and_grad(at_once, which)(*arrays)]
+    for found in (ours, *others):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), found, expected)
 
 
 def test_padding_is_finite() -> None:

@@ -73,6 +73,7 @@ CARRIED: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"attention_bias": False, "lm_head_bias": False, "mlp_bias": False, "embd_pdrop": 0.0}),
     ("llama", {"head_dim": 16, "partial_rotary_factor": 1.0, "sliding_window": 0, "use_sliding_window": False}),
     ("qwen2", {"qkv_bias": True, "attention_bias": True, "use_qk_norm": False}),
+    ("gpt_oss", {"experts_per_token": 3, "initial_context_length": 4096, "router_aux_loss_coef": 0.9}),
     ("gpt2", {"gradient_checkpointing": False}),
 ]
 # Settings of a rope that change nothing in text.

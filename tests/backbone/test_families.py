@@ -179,6 +179,8 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("qwen2_moe", {"sliding_window": 5, "layer_types": None}, "use_sliding_window", True, "logits"),
     ("qwen2_moe", {**WINDOW, "max_window_layers": 3}, "max_window_layers", 1, "logits"),
     ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
+    ("gpt_oss", {}, "hidden_act", "gelu", "refused"),
+    ("gpt_oss", {"experts_per_token": 3}, "experts_per_token", 2, "refused"),
     *(("gpt2", {}, key, value, "shapes") for key, value in
       [("vocab_size", 101), ("n_embd", 64), ("n_layer", 2), ("n_inner", 40), ("n_inner", None), ("n_positions", 128),
        ("tie_word_embeddings", False)]),

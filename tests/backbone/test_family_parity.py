@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "exaone4-unlimited": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "qwen2_moe": {},
     "qwen2_moe-window": {"use_sliding_window": True, "sliding_window": 5, "norm_topk_prob": True, "qkv_bias": False},
+    "gpt_oss": {"swiglu_limit": 0.5, "swiglu_alpha": 1.2},
     "seed_oss": {"attention_out_bias": True},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}},
     "arcee": {"mlp_bias": True},
@@ -70,7 +71,9 @@ def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) ->
         torch.nn.functional.cross_entropy(expected[0, :-1], following[0], reduction="sum").backward()
         assert given.grad is not None
         assert_close(gradient, given.grad)
-        assert decode(ours, x) == likeliest(theirs, given.detach())
+        chosen, cached = decode(ours, x)
+        assert chosen == likeliest(theirs, given.detach())
+        assert_close(cached, scores, 1e-5)
     held = load_file(tmp_path / "model.safetensors")
     for tensor_name, tensor in named_tensors(ours, held):  # byte for byte, as `e2p convert` gives them back
         np.testing.assert_array_equal(tensor, held.pop(tensor_name))
@@ -105,13 +108,14 @@ def likeliest(model: torch.nn.Module, x: torch.Tensor) -> list[int]:
     return chosen
 
 
-def decode(decoder: Decoder, x: jax.Array) -> list[int]:
-    """The likeliest tokens after [1, T, D] input embeddings, one by one."""
-    cache, chosen = decoder.empty_cache(1, x.shape[1] + NEW), []
+def decode(decoder: Decoder, x: jax.Array) -> tuple[list[int], jax.Array]:
+    """The likeliest tokens after [1, T, D] input embeddings, one by one, and the logits of those embeddings."""
+    cache, chosen, scores = decoder.empty_cache(1, x.shape[1] + NEW), [], []
     for step in range(NEW):
         length = x.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32)[None] + (LENGTH + step - length)
         hidden, cache = decoder(x, positions, jnp.ones((1, length), jnp.int32), cache)
-        chosen.append(int(jnp.argmax(decoder.logits(hidden)[0, -1])))
+        scores.append(decoder.logits(hidden))
+        chosen.append(int(jnp.argmax(scores[-1][0, -1])))
         x = decoder.embed(jnp.asarray([chosen[-1:]], jnp.int32))
-    return chosen
+    return chosen, scores[0]

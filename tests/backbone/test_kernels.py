@@ -156,6 +156,7 @@ has_tokamax = importlib.util.find_spec("tokamax") is not None
     ],
 )
 def test_choice(kind: Any, place: str, cap: float, dtype: str, chosen: str) -> None:
+    assert choose("auto", device(place), dataclasses.replace(config(), sinks=True), jnp.dtype(dtype)) == "xla"
     assert choose(kind, device(place), dataclasses.replace(config(), attention_cap=cap), jnp.dtype(dtype)) == chosen
 
 
@@ -167,6 +168,10 @@ def test_choice(kind: Any, place: str, cap: float, dtype: str, chosen: str) -> N
         ("cudnn", "gpu:9.0", {"attention_cap": 30.0}, "bfloat16", "has no soft cap"),
         ("cudnn", "gpu:8.0", {}, "bfloat16", "needs Hopper or newer .* here is 8.0"),
         ("mosaic", "gpu:9.0", {}, "float32", "multiplies bfloat16 alone, and backbone.dtype is float32"),
+        *(
+            (kind, place, {"sinks": True}, "bfloat16", f"attention={kind} has no attention sinks, .*; set it to auto")
+            for kind, place in (("splash", "tpu"), ("cudnn", "gpu:9.0"), ("mosaic", "gpu:9.0"))
+        ),
         ("cudnn", "gpu:9.0", {"head_dim": 20}, "bfloat16", "multiples of 8 up to 256, and this backbone's are 20"),
     ],
 )

@@ -211,6 +211,8 @@ MESHES = {
     "Mistral-Small-3.1-24B": [(16, 1), (32, 1), (8, 8)],
     "Seed-OSS-36B": [(16, 1), (32, 1), (8, 8)],
     "EXAONE-4.0-32B": [(16, 1), (32, 1), (8, 8)],
+    "gpt-oss-20b": [(8, 1), (16, 1), (4, 4)],
+    "gpt-oss-120b": [(32, 1), (64, 1), (8, 8)],
 }
 
 
@@ -248,7 +250,7 @@ def test_the_table_of_families_says_what_each_was_held_against() -> None:
 
 @pytest.mark.parametrize("name", MESHES)
 def test_every_matrix_is_split_over_all_devices(name: str) -> None:
-    """Norms and biases alone are whole everywhere: less than a thousandth of the model."""
+    """Norms, biases and sinks alone are whole everywhere: less than a thousandth of the model."""
     table = Path(__file__).parents[2] / "docs" / "backbones.md"
     (row,) = [line for line in table.read_text().splitlines() if line.startswith(f"| {name} |")]
     for fsdp, tensor in MESHES[name]:
@@ -257,7 +259,7 @@ def test_every_matrix_is_split_over_all_devices(name: str) -> None:
         for path, shape in shapes(name).items():
             count = int(np.prod(shape))
             part = int(np.prod(param_sharding(mesh, f"backbone/{path}", shape).shard_shape(shape)))
-            assert part * fsdp * tensor == count or path.endswith(("norm", "bias")), path
+            assert part * fsdp * tensor == count or path.endswith(("norm", "bias", "sinks")), path
             whole, held = whole + count, held + part
         assert held < whole / (fsdp * tensor) * 1.001 + whole / 1000
         assert f"{fsdp} x {tensor}: {2 * held / 1e9:.2f} GB" in row

@@ -29,8 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_experts_and_their_router_have_no_adapters() -> None:
-    config = parse_config(json.loads(hf_config("mixtral").to_json_string()), Path("config.json"))
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_and_their_router_have_no_adapters(family: str) -> None:
+    """Nor have experts' biases, which are stacked as a matrix's rows are."""
+    config = parse_config(json.loads(hf_config(family).to_json_string()), Path("config.json"))
     adapters = nnx.to_pure_dict(nnx.state(Adapter(config, Settings(rank=RANK), rngs=nnx.Rngs(0))))
     assert adapters.keys() == {f"{name}_lora_{part}" for name in "qkvo" for part in ("in", "out")}
 

@@ -19,6 +19,10 @@ from e2p_jax.plan.hlo import Program
 MIXTRAL = parse_config(
     {**SIZES, "model_type": "mixtral", "rms_norm_eps": 1e-5, "num_local_experts": 16}, Path("config.json")
 )
+GPT_OSS = parse_config(
+    {**SIZES, "model_type": "gpt_oss", "rms_norm_eps": 1e-5, "num_local_experts": 16, "swiglu_limit": 0.5},
+    Path("config.json"),
+)
 
 
 def layer(config: DecoderConfig) -> dict[str, jax.Array]:
@@ -27,16 +31,22 @@ def layer(config: DecoderConfig) -> dict[str, jax.Array]:
     return {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize(("rows", "length", "mesh"), [(1, 1, {}), (4, 24, {"data": 4})], ids=str)
-def test_sorted_tokens_give_what_all_experts_give(rows: int, length: int, mesh: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("config", "rows", "length", "mesh"),
+    [(MIXTRAL, 1, 1, {}), (GPT_OSS, 4, 24, {"data": 4})],
+    ids=lambda x: x.naming if isinstance(x, DecoderConfig) else str(x),
+)
+def test_sorted_tokens_give_what_all_experts_give(
+    config: DecoderConfig, rows: int, length: int, mesh: dict[str, int]
+) -> None:
     """Values, and gradients by the tokens and by the router; one token makes fewer choices than there are experts."""
-    params = layer(MIXTRAL)
+    params = layer(config)
     params |= {f"expert_up{form}": value for form, value in quantize(params.pop("expert_up"), "int8").items()}
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, length, MIXTRAL.hidden_size)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, length, config.hidden_size)), jnp.float32)
 
     def outcome(sort: bool) -> Any:
         def loss(x: jax.Array, router: jax.Array) -> tuple[jax.Array, jax.Array]:
-            said = mlp(x, params | {"router": router}, MIXTRAL, sort)
+            said = mlp(x, params | {"router": router}, config, sort)
             return jnp.sum(jnp.sin(said)), said
 
         with jax.set_mesh(mesh_of(**mesh)):

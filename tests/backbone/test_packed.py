@@ -1,6 +1,7 @@
 """Quantised checkpoints, each form held against what its own package, or transformers, makes of the same tensors."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,40 @@ def test_mxfp4_experts_are_as_transformers_reads_them() -> None:
     reference = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
     assert found.keys() == {name}
     np.testing.assert_array_equal(np.asarray(found[name]), reference.numpy())
+
+
+def test_gpt_oss_as_published_is_the_model_that_its_mxfp4_stands_for(tmp_path: Path) -> None:
+    """Loaded, and as `e2p convert` writes it plainly; whole matrices of experts in a place of their own."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    theirs = hf_model(hf_config("gpt_oss", hidden_size=64, intermediate_size=32, num_hidden_layers=2))
+    theirs.save_pretrained(tmp_path / "plain")
+    tensors = read_tensors(tmp_path / "plain" / "model.safetensors", "")
+    published, rng = dict(tensors), np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, out = published.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, out, width // 32, 16), np.uint8)
+        scales = rng.integers(122, 126, blocks.shape[:3], np.uint8)
+        published |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        whole = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
+        tensors[name] = whole.contiguous().numpy()
+    save_file(tensors, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tmp_path / "plain", tmp_path / "published")
+    save_file(published, tmp_path / "published" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "published" / "config.json").write_text(json.dumps(config))
+    ours, plain = (parameters(load_backbone(tmp_path / at, mesh_of(fsdp=4))) for at in ("published", "plain"))
+    for path, value in plain.items():
+        np.testing.assert_array_equal(np.asarray(ours[path]), np.asarray(value))
+    gate = tensors["model.layers.1.mlp.experts.gate_up_proj"][:, :, ::2].swapaxes(1, 2)
+    np.testing.assert_array_equal(np.asarray(ours["layers/expert_gate"])[1], gate)
+    arguments = ["convert", str(tmp_path / "published"), "--out", str(tmp_path / "written"), "--dtype", "float32"]
+    assert main(arguments) == 0
+    written = read_tensors(tmp_path / "written" / "model.safetensors", "")
+    assert written.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(written[name], value)
 
 
 def quantised_model(directory: Path) -> dict[str, np.ndarray]:

@@ -81,7 +81,7 @@ def rounded(decoder: Decoder, kind: Kind) -> Decoder:
     return decoder
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "int8"), ("phi3", "int4"), ("gpt2", "nf4"), ("mixtral", "nf4")])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "int8"), ("phi3", "int4"), ("gpt2", "nf4"), ("gpt_oss", "nf4")])
 def test_a_quantised_decoder_is_one_with_rounded_weights(tmp_path: Path, family: str, kind: Kind) -> None:
     """Fused and transposed tensors and experts too, on one device and on four, in full and with a cache."""
     hf_model(hf_config(family)).save_pretrained(tmp_path / "hf")

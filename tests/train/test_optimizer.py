@@ -45,10 +45,11 @@ def whole(config: DecoderConfig) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_every_family_has_one_role(family: str) -> None:
-    """In one layer a matrix has two axes, and an expert's three; norms, biases and the null user have one."""
+    """In one layer a matrix has two axes; norms, biases and the null user have one. Experts' have one more."""
     params, mask = whole(decoder_config(family))
     leaves = jax.tree_util.tree_leaves_with_path(split(params, mask)[0])
-    found = {path_name(path): leaf.ndim - ("/layers/" in path_name(path)) for path, leaf in leaves}
+    stacked = ("/layers/", "/expert_")
+    found = {path_name(path): leaf.ndim - sum(part in path_name(path) for part in stacked) for path, leaf in leaves}
     assert len(found) > 20
     reached = {path_name(path): decays(path_name(path), leaf.ndim) for path, leaf in leaves}
     assert reached == {path: ndim > 1 for path, ndim in found.items()}
