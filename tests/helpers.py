@@ -65,6 +65,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     | {"shared_expert_intermediate_size": 40},
     "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24, "sliding_window": 5}
     | {"rope_parameters": {**YARN, "truncate": False}},
+    "glm4_moe": {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 3}
+    | {"topk_group": 2, "routed_scaling_factor": 2.5},
     "olmo3": {"sliding_window": 5},
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4}},
     "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1}
@@ -102,7 +104,8 @@ def hf_model(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.M
     model = kind.from_config(config, **eager).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        chooses = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *chooses]:
             parameter.normal_(0, 0.2, generator=generator)
             if "norm" in name:
                 parameter.add_(1.0)

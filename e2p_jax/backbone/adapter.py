@@ -1,5 +1,6 @@
 """Small parameters beside the matrices of a frozen backbone: what the kinds of adapter (`registry.ADAPTERS`) share."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -7,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e2p_jax.backbone.layout import DecoderConfig, matrix_shapes
+from e2p_jax.backbone.layout import DecoderConfig, layers_with, matrix_shapes
 from e2p_jax.config import AdapterConfig
 from e2p_jax.registry import ADAPTERS
 
 Own = Mapping[str, jax.Array]  # one matrix's parameters of an adapter, by name
 Adapters = dict[str, dict[str, Own]]  # kind -> matrix -> those
-Make = Callable[..., jax.Array]  # (*shape) -> such a float32 array for every layer
+Make = Callable[..., jax.Array]  # (*shape) -> such a float32 array for every layer that has the matrix
 
 
 class Kind(Protocol):
@@ -44,16 +45,17 @@ class Adapter(nnx.Module):
     """`<matrix>_<kind>_<parameter>` [L, ...] float32 beside every matrix of the layers but experts and their router."""
 
     def __init__(self, config: DecoderConfig, settings: AdapterConfig, *, rngs: nnx.Rngs):
-        def normal(*shape: int) -> jax.Array:
-            return jax.random.normal(rngs.params(), (config.num_layers, *shape))
+        def normal(count: int, *shape: int) -> jax.Array:
+            return jax.random.normal(rngs.params(), (count, *shape))
 
-        def zeros(*shape: int) -> jax.Array:
-            return jnp.zeros((config.num_layers, *shape))
+        def zeros(count: int, *shape: int) -> jax.Array:
+            return jnp.zeros((count, *shape))
 
         kind = kind_of(settings.kind)
         for name, shape in matrix_shapes(config).items():
             if len(shape) == 2 and not name.endswith("router"):
-                for part, value in kind.parameters(*shape, settings, normal, zeros).items():
+                makes = (functools.partial(make, len(layers_with(config, name))) for make in (normal, zeros))
+                for part, value in kind.parameters(*shape, settings, *makes).items():
                     setattr(self, f"{name}_{settings.kind}_{part}", nnx.Param(value))
 
 

@@ -1,5 +1,6 @@
 """What keys of `config.json` mean: sizes, activations, biases, experts, factors. A family names those it has."""
 
+import functools
 from typing import Any
 
 from e2p_jax.backbone.config_reader import ACTIVATIONS, Reader
@@ -117,18 +118,48 @@ def gpt_oss_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return read | factors | {"activation": "silu"}
 
 
+def beside_dense(fields: dict[str, Any], experts: dict[str, Any], size: int, dense: list[int]) -> dict[str, Any]:
+    """Experts of a width in all layers but the dense ones."""
+    if not dense:
+        return experts | {"intermediate_size": size}
+    width = fields["intermediate_size"]
+    if len(dense) == fields["num_layers"]:
+        return {"intermediate_size": width}
+    return experts | {"intermediate_size": size, "dense_layers": tuple(dense), "dense_size": width}
+
+
 def qwen_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    """In every layer. Published configs say `num_experts`, transformers 5 writes `num_local_experts`."""
-    step, dense = reader.size("decoder_sparse_step"), reader.each("mlp_only_layers", [], int)
-    if step != 1 or dense:
-        raise UserError(
-            f"{reader.source}: decoder_sparse_step={step} and mlp_only_layers={dense} put dense layers among those "
-            "with experts; the decoder, one scan over like layers, needs 1 and []"
-        )
+    """Published configs say `num_experts`, transformers 5 writes `num_local_experts`."""
+    step, named = reader.size("decoder_sparse_step"), reader.each("mlp_only_layers", [], int)
+    dense = [layer for layer in range(fields["num_layers"]) if layer in named or (layer + 1) % step]
     count = reader.size("num_local_experts", reader.take("num_experts", 128), most=MOST_EXPERTS)
     reader.require("num_experts", (count,), count)
     read = experts(reader, count, reader.flag("norm_topk_prob", False))
-    return read | {"intermediate_size": reader.size("moe_intermediate_size")}
+    return beside_dense(fields, read, reader.size("moe_intermediate_size"), dense)
+
+
+def glm_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """After the first layers, which are dense; layers behind the last one are in the files alone."""
+    count, groups = reader.size("n_routed_experts", most=MOST_EXPERTS), reader.size("n_group")
+    if count % groups or count < 2 * groups:
+        reader.refuse("n_group", groups, f"a divisor of n_routed_experts, {count}, with two experts in each group")
+    among = reader.size("topk_group")
+    if among > groups:
+        reader.refuse("topk_group", among, f"at most n_group, {groups}")
+    read = experts(reader, count, reader.flag("norm_topk_prob"))
+    if read["experts_per_token"] > count // groups * among:
+        reader.refuse("topk_group", among, f"enough groups of {count // groups} for num_experts_per_tok")
+    size = reader.size("moe_intermediate_size")
+    read |= {
+        "router": "sigmoid",
+        "expert_groups": groups,
+        "groups_per_token": among,
+        "expert_scale": reader.number("routed_scaling_factor"),
+        "shared_size": size * reader.size("n_shared_experts", most=MOST_EXPERTS),
+    }
+    first = min(reader.size("first_k_dense_replace", least=0), fields["num_layers"])
+    further = reader.size("num_nextn_predict_layers", least=0, most=MOST_LAYERS)
+    return beside_dense(fields, read, size, list(range(first))) | {"further_layers": further}
 
 
 def granite_factors(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
@@ -148,8 +179,11 @@ def parallel_residual(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"parallel": reader.flag("use_parallel_residual", True)}
 
 
-def head_norm(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"qk_norm": "head" if reader.flag("qk_layernorm", False) else "none"}
+def head_norm(reader: Reader, fields: dict[str, Any], key: str = "qk_layernorm") -> dict[str, Any]:
+    return {"qk_norm": "head" if reader.flag(key, False) else "none"}
+
+
+glm_qk_norm = functools.partial(head_norm, key="use_qk_norm")
 
 
 def qwen2_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import (
     abstract,
     copy_companions,
+    in_dtype,
     load,
     named_tensors,
     open_checkpoint,
@@ -87,7 +88,7 @@ def _to_plain(checkpoint: Checkpoint, out: Path, dtype: jnp.dtype) -> None:
     with replace_directory(out) as temporary:
         copy_companions(checkpoint.directory, temporary)
         restate_config(temporary, dtype)
-        write_tensors(temporary, ((name, tensor.astype(dtype)) for name, tensor in checkpoint.tensors.items()))
+        write_tensors(temporary, ((name, in_dtype(name, tensor, dtype)) for name, tensor in checkpoint.tensors.items()))
 
 
 def hugging_face_tensors(directory: Path, dtype: jnp.dtype | None = None) -> Iterable[tuple[str, np.ndarray]]:

@@ -1,4 +1,5 @@
-"""The frozen LLM: a decoder-only transformer whose layers are one scan over stacked weights.
+"""The frozen LLM: a decoder-only transformer whose layers are a scan over stacked weights, or one for each run of them
+that are alike.
 
 Axis letters: B rows, T positions, D model width, L layers, H heads, G key-value heads, C head width,
 F feed-forward width, X experts, V vocabulary, S cache length. Weights keep the Hugging Face orientation [out, in],
@@ -6,7 +7,8 @@ so that loading and saving copy bytes.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,7 +18,7 @@ from flax import nnx
 from e2p_jax.backbone.adapter import Adapters
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
 from e2p_jax.backbone.blocks import SAVED, soft_cap
-from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, layer_shapes, matrix_shapes
+from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, Run, layer_shapes, layers_with, matrix_shapes, runs
 from e2p_jax.backbone.mlp import linear, mlp
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
@@ -45,7 +47,7 @@ KEPT = jax.checkpoint_policies.save_from_both_policies(
 
 
 class Layers(nnx.Module):
-    """All layers' parameters, stacked on axis 0.
+    """All layers' parameters, each stacked on axis 0 over the layers that have it.
 
     Random ones start like GPT-2's (normal(0.02), residual outputs smaller), and attention starts mimetic
     (Trockman & Kolter, arXiv 2305.09828): W_Q W_K' and W_O W_V are near a multiple of the identity, so a fresh head
@@ -55,9 +57,10 @@ class Layers(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         c, shapes = config, layer_shapes(config)
+        count = {name: len(layers_with(c, name)) for name in shapes}
 
         def normal(name: str, scale: float = 0.02) -> jax.Array:
-            return scale * jax.random.normal(rngs.params(), (c.num_layers, *shapes[name]), dtype)
+            return scale * jax.random.normal(rngs.params(), (count[name], *shapes[name]), dtype)
 
         kv_rows = jnp.arange(c.num_kv_heads * c.head_dim) % c.hidden_size
         q_rows = jnp.repeat(kv_rows.reshape(c.num_kv_heads, c.head_dim), c.num_heads // c.num_kv_heads, axis=0).ravel()
@@ -75,7 +78,8 @@ class Layers(nnx.Module):
                 value = normal(name, 0.02 / (2 * c.num_layers) ** 0.5 if residual else 0.02)
                 value = rotations[name] + value if name in rotations else value
             else:
-                value = jnp.full((c.num_layers, *shape), first_value(c, name), dtype)
+                kept = jnp.float32 if name == "router_choice_bias" else dtype  # rounded, it chooses other experts
+                value = jnp.full((count[name], *shape), first_value(c, name), kept)
             setattr(self, name, nnx.Param(value))
 
 
@@ -187,8 +191,10 @@ class Decoder(nnx.Module):
         layer_ropes = jnp.asarray(c.layer_ropes, jnp.int32) if len(ropes) > 1 else None
 
         # Caches are carried and written where they stand: a scan that took and gave them would hold them twice.
-        def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        def body(run: Run, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, kv), (p, layer, window, which) = carry, inputs
+            p = row_of(p, params, c, run, layer)
+            p |= {"adapters": {k: row_of(p["adapters"][k], beside[k], c, run, layer) for k in beside}}
             h = norm(x, p, "attention_norm", c)
 
             def heads(name: str, count: int) -> jax.Array:
@@ -215,18 +221,65 @@ class Decoder(nnx.Module):
             mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
             after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
-            said = mlp(read, p, c, self.execution.sort_tokens)
+            said = mlp(read, p, run.config, self.execution.sort_tokens)
             after = after + scaled(norm(said, p, "mlp_post_norm", c), c.residual_scale)
             return (shard_rows(after), kv), None
 
-        # Kept, the products of all experts would stand there for every token.
-        body = jax.checkpoint(body, policy=None if self.execution.remat or c.num_experts else KEPT)
-        params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)) | {"adapters": adapters or {}}
-        inputs = params, jnp.arange(c.num_layers), jnp.asarray(c.windows, jnp.int32), layer_ropes
-        (x, kv), _ = jax.lax.scan(body, (shard_rows(x), kv), inputs)
+        params, beside, carry = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)), adapters or {}, (shard_rows(x), kv)
+        for run in runs(c):
+            # Kept, the products of all experts would stand there for every token.
+            policy = None if self.execution.remat or run.config.num_experts else KEPT
+            ours = {kind: of_layers(matrices, c, run.first, run.end) for kind, matrices in beside.items()}
+            inputs = (
+                of_layers(params, c, run.first, run.end) | {"adapters": ours},
+                jnp.arange(run.first, run.end),
+                jnp.asarray(c.windows[run.first : run.end], jnp.int32),
+                None if layer_ropes is None else layer_ropes[run.first : run.end],
+            )
+            carry, _ = jax.lax.scan(jax.checkpoint(functools.partial(body, run), policy=policy), carry, inputs)
+        x, kv = carry
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
         x = norm(x, last, "final_norm", c)
         return x, None if kv is None else Cache(*kv, segments, filled + length)
+
+
+def of_layers(stacked: Mapping[str, Any], config: DecoderConfig, first: int, end: int) -> dict[str, Any]:
+    """Of what is stacked over the layers that have it, that of the layers from `first` up to `end`.
+
+    Args:
+      stacked: parameter, or the matrix that it stands beside -> arrays.
+    """
+    found = {}
+    for name, arrays in stacked.items():
+        having = layers_with(config, name)
+        places = [place for place, layer in enumerate(having) if first <= layer < end]
+        if places and len(places) == len(having):
+            found[name] = arrays
+        elif places:
+            found[name] = jax.tree.map(lambda array, a=places[0], b=places[-1]: array[a : b + 1], arrays)
+    return found
+
+
+def row_of(cut: dict[str, Any], stacked: Mapping[str, Any], config: DecoderConfig, run: Run, layer: jax.Array) -> dict:
+    """A layer's rows of what `of_layers` has cut for its run, read where they stood before."""
+    found = dict(cut)
+    for name in cut.keys() & stacked.keys():
+        having = layers_with(config, name)
+        if len(having) > run.end - run.first:
+            place = having.index(run.first) + layer - run.first
+            found[name] = jax.tree.map(functools.partial(_row, place), stacked[name], cut[name])
+    return found
+
+
+@jax.custom_vjp
+def _row(place: jax.Array, whole: jax.Array, row: jax.Array) -> jax.Array:
+    """Returns `row`, which is that at a place of `whole`, but reads it there: a part of a stack that a scan goes
+    through would be copied first. The gradient is `row`'s, which a scan gathers; `whole`'s it would sum layer by layer.
+    """
+    return jax.lax.dynamic_index_in_dim(whole, place, keepdims=False)
+
+
+_row.defvjp(lambda *given: (_row(*given), None), lambda _, gradient: (None, None, gradient))
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

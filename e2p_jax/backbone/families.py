@@ -15,7 +15,7 @@ from typing import Any
 from e2p_jax.backbone import config_layers as layers
 from e2p_jax.backbone import config_rules as rules
 from e2p_jax.backbone.config_reader import INERT, INERT_STARTS, Read, Reader, short
-from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
+from e2p_jax.backbone.layout import DecoderConfig, layer_shapes, layers_with
 from e2p_jax.backbone.packed import check_method
 from e2p_jax.errors import UserError
 from e2p_jax.json_files import read_object
@@ -194,14 +194,22 @@ FAMILIES: dict[str, Family] = {
         {"num_key_value_heads": 16, "sliding_window": 4096, "max_window_layers": 28, "decoder_sparse_step": 1}
         | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
         | {"shared_expert_intermediate_size": 5632},
-        _ROUTER | {"intermediate_size"},  # of dense layers
+        _ROUTER,
     ),
     "qwen3_moe": Family(
         (*_USUAL, layers.all_windows, rules.attention_bias, rules.qwen_experts),
         {"qk_norm": "head", "naming": "qwen3_moe"},
         {"num_key_value_heads": 4, "sliding_window": 4096}
         | {"decoder_sparse_step": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-        _ROUTER | {"intermediate_size", "max_window_layers"},  # of dense layers; what transformers does not read here
+        _ROUTER | {"max_window_layers"},  # which transformers does not read here
+    ),
+    "glm4_moe": Family(
+        (*_SIZES, layers.partial_rope, layers.unlimited, rules.qkv_bias, rules.glm_qk_norm, rules.glm_experts),
+        {"naming": "glm4_moe"},
+        {"num_key_value_heads": 8, "partial_rotary_factor": 0.5, "n_routed_experts": 128, "num_experts_per_tok": 8}
+        | {"moe_intermediate_size": 1408, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
+        | {"routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+        _ROUTER,
     ),
 }
 
@@ -263,7 +271,7 @@ def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] 
         )
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")
-    held = config.num_layers * sum(math.prod(shape) for shape in layer_shapes(config).values())
+    held = sum(len(layers_with(config, name)) * math.prod(shape) for name, shape in layer_shapes(config).items())
     if held + config.vocab_size * config.hidden_size > _MOST_PARAMETERS:
         raise UserError(f"{source}: describes a model of more than {_MOST_PARAMETERS:.0e} parameters; {CONFIG_REMEDY}")
     return config

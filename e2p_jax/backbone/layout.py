@@ -1,7 +1,8 @@
 """Lays a decoder out: its config, the shapes of its parameters, and which names they have in files."""
 
 import dataclasses
-from typing import Literal
+import itertools
+from typing import Literal, NamedTuple
 
 from e2p_jax.backbone.names import NAMES
 from e2p_jax.backbone.rope import Rope
@@ -62,7 +63,18 @@ class DecoderConfig:
     within it on both sides (gpt-oss)."""
     num_experts: int = 0
     """Gated MLPs of `intermediate_size` in place of each layer's own; 0 is none."""
+    dense_layers: tuple[int, ...] = ()
+    dense_size: int = 0
+    """Layers, from 0, that have an MLP of this width in place of experts."""
     experts_per_token: int = 0
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes weights of an expert's scores. With the sigmoid a learned bias has a say in which are chosen, not in
+    their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    """A token's experts are chosen among those of so many groups, the ones whose two best are best."""
+    expert_scale: float = 1.0
+    """Factor on what a token's experts say together."""
     shared_size: int = 0
     """Width of a gated MLP that all tokens share beside their experts; 0 is none."""
     shared_gated: bool = False
@@ -85,6 +97,8 @@ class DecoderConfig:
     """Which table of tensor names, of `names.NAMES`."""
     wrapped: bool = False
     """The files hold more than the language model, which is left alone there: an image encoder."""
+    further_layers: int = 0
+    """The files may hold so many layers behind the last one, which predict later tokens and are left alone."""
     fused_by_head: bool = False
     """A tensor of queries, keys and values holds those of the first head, then those of the second (GPT-NeoX)."""
     transposed: bool = False
@@ -110,23 +124,32 @@ PLAIN = Execution()
 
 
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Parameters of one layer -> shape: matrices [out, in], norms and biases [out]; those of experts [X, ...]."""
+    """Parameters of a layer -> shape: matrices [out, in], norms and biases [out]; those of experts [X, ...].
+
+    Where layers differ, those of all of them: `layers_with` says which has what.
+    """
     c = config
-    width, q, kv, hidden = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    width, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"q": (q, width), "k": (kv, width), "v": (kv, width), "o": (width, q)}
-    mlp = {"gate": (hidden, width)} if c.gated else {}
-    mlp |= {"up": (hidden, width), "down": (width, hidden)}
+
+    def mlp(size: int) -> dict[str, tuple[int, ...]]:
+        gate: dict[str, tuple[int, ...]] = {"gate": (size, width)} if c.gated else {}
+        return gate | {"up": (size, width), "down": (width, size)}
+
     if c.num_experts:
         shapes["router"] = (c.num_experts, width)
-        shapes |= {f"expert_{name}": (c.num_experts, *shape) for name, shape in mlp.items()}
+        if c.router == "sigmoid":
+            shapes["router_choice_bias"] = (c.num_experts,)
+        shapes |= {f"expert_{name}": (c.num_experts, *shape) for name, shape in mlp(c.intermediate_size).items()}
         if c.shared_size:
-            shapes |= {f"shared_{name}": (c.shared_size, width) for name in ("gate", "up")}
-            shapes["shared_down"] = (width, c.shared_size)
+            shapes |= {f"shared_{name}": shape for name, shape in mlp(c.shared_size).items()}
         if c.shared_gated:
             shapes["shared_router"] = (1, width)
-    else:
-        shapes |= mlp
-    of_mlp = ("router", *(f"expert_{name}" for name in mlp)) if c.num_experts else tuple(mlp)
+    of_mlp = [name for name in shapes if name.startswith(("router", "expert_")) and not name.endswith("_bias")]
+    if c.dense_layers or not c.num_experts:
+        dense = mlp(c.dense_size if c.num_experts else c.intermediate_size)
+        shapes |= dense
+        of_mlp += dense
     for names, biased in [(("q", "k", "v"), c.qkv_bias), (("o",), c.output_bias), (of_mlp, c.mlp_bias)]:
         if biased:
             shapes |= {f"{name}_bias": shapes[name][:-1] for name in names}
@@ -150,6 +173,35 @@ def matrix_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Those of `layer_shapes` that are matrices: experts' biases have two axes as well."""
     shapes = layer_shapes(config).items()
     return {name: shape for name, shape in shapes if len(shape) > 1 and not name.endswith("_bias")}
+
+
+def layers_with(config: DecoderConfig, name: str) -> list[int]:
+    """The layers that have a parameter, quantised or not, in order: what it is stacked over."""
+    dense = {*config.dense_layers} if config.num_experts else {*range(config.num_layers)}
+    if name.startswith(("router", "expert_", "shared_")):
+        return [layer for layer in range(config.num_layers) if layer not in dense]
+    if name.startswith(("gate", "up", "down")):
+        return sorted(dense)
+    return list(range(config.num_layers))
+
+
+class Run(NamedTuple):
+    """Layers in a row that are alike: the decoder scans over them."""
+
+    first: int
+    end: int
+    config: DecoderConfig
+    """That of a decoder which has such layers alone."""
+
+
+def runs(config: DecoderConfig) -> list[Run]:
+    """All layers, in order."""
+    dense = dataclasses.replace(config, num_experts=0, dense_layers=())
+    found = []
+    for is_dense, group in itertools.groupby(range(config.num_layers), lambda layer: layer in config.dense_layers):
+        first, *others = group
+        found.append(Run(first, first + 1 + len(others), dense if is_dense else config))
+    return found
 
 
 def tensor_names(config: DecoderConfig) -> dict[str, str]:

@@ -61,16 +61,31 @@ def _part(params: Params, prefix: str) -> Params:
 
 
 def route(x: jax.Array, params: Params, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """[..., D] -> each token's experts, [..., k] int32, and their weights, float32: the largest of a softmax over all.
+    """[..., D] -> each token's experts, [..., k] int32, and their weights, float32: the largest of all.
 
     Computed in float32, where transformers rounds the scores first.
     """
+    c = config
     exact: Params = {name: params[name].astype(jnp.float32) for name in ("router", "router_bias") if name in params}
     scores = linear(x.astype(jnp.float32), exact, "router")
-    share = jax.nn.softmax(scores)
-    chosen = jnp.argsort(share, axis=-1, descending=True)[..., : config.experts_per_token]  # `top_k` gathers all rows
-    weights = jnp.sum(jax.nn.one_hot(chosen, config.num_experts) * jnp.expand_dims(share, -2), axis=-1)
-    return (weights / jnp.sum(weights, axis=-1, keepdims=True) if config.normalise_topk else weights), chosen
+    share = jax.nn.softmax(scores) if c.router == "softmax" else jax.nn.sigmoid(scores)
+    liked = share
+    if "router_choice_bias" in params:
+        liked = share + jnp.expand_dims(params["router_choice_bias"].astype(jnp.float32), tuple(range(x.ndim - 1)))
+    if c.groups_per_token < c.expert_groups:
+        grouped = liked.reshape(*x.shape[:-1], c.expert_groups, -1)
+        groups = _best(jnp.sum(jnp.sort(grouped, axis=-1)[..., -2:], axis=-1), c.groups_per_token)
+        among = jnp.sum(jax.nn.one_hot(groups, c.expert_groups), axis=-2)
+        liked = jnp.where(among[..., None] > 0, grouped, -jnp.inf).reshape(liked.shape)
+    chosen = _best(liked, c.experts_per_token)
+    weights = jnp.sum(jax.nn.one_hot(chosen, c.num_experts) * jnp.expand_dims(share, -2), axis=-1)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True) if c.normalise_topk else weights
+    return (weights if c.expert_scale == 1 else weights * c.expert_scale), chosen
+
+
+def _best(scores: jax.Array, count: int) -> jax.Array:
+    """[..., X] -> the places of the largest, best first; `top_k` gathers all rows."""
+    return jnp.argsort(scores, axis=-1, descending=True)[..., :count]
 
 
 def _all(

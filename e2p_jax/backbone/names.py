@@ -4,6 +4,9 @@
 `=` at the end: a tensor of this name itself, and `<name>_bias`, in place of a module's `weight` and `bias`.
 """
 
+# What ends the name of a bias by which a router chooses.
+CHOICE_BIAS = ".e_score_correction_bias"
+
 _LLAMA = {
     "embedding": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -14,6 +17,12 @@ _LLAMA = {
     **{f"layers/{name}": f"model.layers.{{}}.self_attn.{name}" for name in ("q_norm", "k_norm")},
     **{f"layers/{name}": f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
+_MLP = ("gate", "up", "down")
+_EXPERTS = (
+    _LLAMA
+    | {"layers/router": "model.layers.{}.mlp.gate"}
+    | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in _MLP}
+)
 NAMES: dict[str, dict[str, str]] = {
     "llama": _LLAMA,
     "sandwich": _LLAMA
@@ -31,13 +40,13 @@ NAMES: dict[str, dict[str, str]] = {
         f"layers/expert_{name}": f"model.layers.{{}}.block_sparse_moe.experts.{{}}.{theirs}"
         for name, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
     },
-    "qwen3_moe": _LLAMA
-    | {"layers/router": "model.layers.{}.mlp.gate"}
-    | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
-    "qwen2_moe": _LLAMA
-    | {"layers/router": "model.layers.{}.mlp.gate", "layers/shared_router": "model.layers.{}.mlp.shared_expert_gate"}
-    | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")}
-    | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
+    "qwen3_moe": _EXPERTS,
+    "qwen2_moe": _EXPERTS
+    | {"layers/shared_router": "model.layers.{}.mlp.shared_expert_gate"}
+    | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in _MLP},
+    "glm4_moe": _EXPERTS
+    | {"layers/router_choice": "model.layers.{}.mlp.gate.e_score_correction="}
+    | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_experts.{name}_proj" for name in _MLP},
     "gpt_oss": _LLAMA
     | {"layers/router": "model.layers.{}.mlp.router", "layers/sinks": "model.layers.{}.self_attn.sinks="}
     | {f"layers/expert_{name}": "model.layers.{}.mlp.experts.gate_up_proj=" for name in ("gate", "up")}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2p_jax.backbone.layout import DecoderConfig, tensor_names
+from e2p_jax.backbone.layout import DecoderConfig, layers_with, tensor_names
 from e2p_jax.backbone.lazy import Lazy
 from e2p_jax.errors import UserError
 from e2p_jax.files import user_cache, write_text
@@ -107,6 +107,9 @@ class Checkpoint:
         ignored = {head} if config.tie_head else set()
         buffers = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
         extra = {name for name in present - wanted.keys() - ignored if not name.endswith(buffers)}
+        further = self.parts["layers/q"].template.partition("{}")[0]
+        behind = tuple(f"{further}{config.num_layers + number}." for number in range(config.further_layers))
+        extra = {name for name in extra if not name.startswith(behind)}
         if config.wrapped:
             extra = {name for name in extra if spelled.plain(name)}
         problems = [f"missing {name}" for name in sorted(wanted.keys() - present)]
@@ -236,6 +239,7 @@ class Part(NamedTuple):
 
     template: str  # `{}` is the layer, a second one the expert
     stack: tuple[int, ...]  # how many tensors make up the parameter: layers, and experts; empty where it is one
+    layers: list[int]  # that have it
     start: int  # its first row, of the tensor as [out, in]; of each group where they are several
     groups: int  # into which the tensor's rows fall; each holds a like part of every parameter
     transposed: bool  # the tensor is [in, out]
@@ -272,7 +276,10 @@ class Part(NamedTuple):
 
     def names(self) -> dict[tuple[int, ...], str]:
         """Place in the stack -> tensor, in order."""
-        return {index: self.template.format(*index) for index in np.ndindex(self.stack)}
+        return {
+            index: self.template.format(*(self.layers[layer] for layer in index[:1]), *index[1:])
+            for index in np.ndindex(self.stack)
+        }
 
 
 class Spelling(NamedTuple):
@@ -324,6 +331,6 @@ def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], spelled: Sp
         by_head = config.fused_by_head and name.split("_")[0] in ("q", "k", "v")
         in_turns = experts and not name.startswith("expert_down")
         groups = config.num_heads if by_head else shape[0] if in_turns else 1
-        found[path] = Part(template, stack, start, groups, transposed, experts)
+        found[path] = Part(template, stack, layers_with(config, name), start, groups, transposed, experts)
         rows[template] = start + shape[0] // groups
     return found

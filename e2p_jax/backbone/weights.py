@@ -21,6 +21,8 @@ from e2p_jax.backbone.families import CONFIG_REMEDY, language_config, read_confi
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.gguf import checkpoint as gguf
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, matrix_shapes
+from e2p_jax.backbone.lazy import Lazy
+from e2p_jax.backbone.names import CHOICE_BIAS
 from e2p_jax.backbone.packed import unpack
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
 from e2p_jax.backbone.tensor_files import Checkpoint, Part, parts, spelling
@@ -172,7 +174,7 @@ def load(
     checkpoint.check(config, {path: leaf.shape for path, leaf in flat.items()})
     for path, leaf in flat.items():
         kind = None if quantization == "none" or path not in matrices(config) else quantization
-        kept = dtype or checkpoint.dtype(path)
+        kept = leaf.dtype if dtype else checkpoint.dtype(path)
         shapes = jax.eval_shape(
             functools.partial(_stored, kind=kind, dtype=kept), jax.ShapeDtypeStruct(leaf.shape, kept)
         )
@@ -302,7 +304,7 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
 
     In a run of several processes all must call it; process 0 writes.
     """
-    tensors = ((name, tensor.astype(dtype)) for name, tensor in named_tensors(decoder))
+    tensors = ((name, in_dtype(name, tensor, dtype)) for name, tensor in named_tensors(decoder))
     if not is_first():
         collections.deque(tensors, maxlen=0)  # takes part in gathering them
         return
@@ -312,6 +314,11 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
         (temporary / "config.json").write_text(json.dumps(config))
         restate_config(temporary, dtype)
         write_tensors(temporary, tensors)
+
+
+def in_dtype(name: str, tensor: np.ndarray | Lazy, dtype: jnp.dtype) -> np.ndarray:
+    """A tensor as a directory of a dtype holds it: what decides between experts in float32, as it is published."""
+    return tensor.astype(np.float32 if name.endswith(CHOICE_BIAS) else dtype)
 
 
 def restate_config(directory: Path, dtype: jnp.dtype) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from e2p_jax.backbone import weights
-from e2p_jax.backbone.decoder import Decoder
+from e2p_jax.backbone.decoder import Decoder, of_layers
 from e2p_jax.config import MeshConfig
 from e2p_jax.data import control
 from e2p_jax.data.encode import load_tokenizer
@@ -75,8 +75,11 @@ def _first_layers(directory: Path, layer: int, mesh: Mesh) -> Decoder:
     if depth == config.num_layers:
         return decoder
     windows, ropes = config.windows[:depth], config.layer_ropes[:depth]
-    decoder.config = dataclasses.replace(config, num_layers=depth, windows=windows, layer_ropes=ropes)
-    nnx.update(decoder.layers, jax.tree.map(lambda stacked: stacked[:depth], nnx.state(decoder.layers)))
+    dense = tuple(layer for layer in config.dense_layers if layer < depth)
+    decoder.config = dataclasses.replace(
+        config, num_layers=depth, windows=windows, layer_ropes=ropes, dense_layers=dense
+    )
+    nnx.update(decoder.layers, of_layers(nnx.to_pure_dict(nnx.state(decoder.layers)), config, 0, depth))
     for name in ("final_norm", "final_norm_bias"):
         if hasattr(decoder, name):
             delattr(decoder, name)

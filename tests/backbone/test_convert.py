@@ -34,16 +34,21 @@ def head_saved_twice(values: Values) -> Values:
 def mixed_dtypes(values: Values) -> Values:
     """Of one stacked parameter too: a layer's query matrix, or an expert's, in another dtype than the others'."""
     odd = "model.layers.1.self_attn.q_proj.weight"
-    odd = odd if "model.layers.0.mlp.gate_proj.weight" in values else "model.layers.1.mlp.experts.2.up_proj.weight"
+    odd = odd if "model.layers.1.mlp.gate_proj.weight" in values else "model.layers.1.mlp.experts.2.up_proj.weight"
     mixed = {name: value if "norm" in name else value.to(torch.bfloat16) for name, value in values.items()}
     return mixed | {odd: values[odd].to(torch.float16)}
+
+
+def further_layer() -> Values:
+    """Of a layer behind the last one, which predicts later tokens; no parameter of ours."""
+    return {f"model.layers.3.{name}": torch.full((2, 3), 0.5) for name in ("eh_proj.weight", "mlp.gate_proj.weight")}
 
 
 SOURCES: dict[str, tuple[str, Callable[[Values], Values]]] = {
     "llama-mixed": ("llama", mixed_dtypes),
     "gemma-two-heads": ("gemma", head_saved_twice),
     "gpt2-bare": ("gpt2", as_published_gpt2),
-    "qwen3-moe-mixed": ("qwen3_moe", mixed_dtypes),
+    "glm4-moe-mixed": ("glm4_moe", lambda values: mixed_dtypes(values | further_layer())),
     "gpt-neox": ("gpt_neox", lambda values: values),  # one tensor for queries, keys and values, head by head
     "gemma3": ("gemma3", lambda values: values),  # an image encoder beside it
 }

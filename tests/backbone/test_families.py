@@ -26,7 +26,7 @@ from helpers import (
 from safetensors.numpy import load_file
 
 from e2p_jax.backbone.families import FAMILIES, parse_config, read_config, significant
-from e2p_jax.backbone.layout import DecoderConfig, tensor_names
+from e2p_jax.backbone.layout import DecoderConfig, layers_with, tensor_names
 from e2p_jax.backbone.weights import abstract
 from e2p_jax.errors import UserError
 
@@ -173,11 +173,22 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("qwen3_moe", {}, "norm_topk_prob", True, "logits"),
     ("qwen3_moe", {"sliding_window": 5}, "use_sliding_window", True, "logits"),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5}, "sliding_window", 9, "logits"),
-    ("qwen3_moe", {}, "decoder_sparse_step", 2, "refused"),
-    ("qwen3_moe", {}, "mlp_only_layers", [0], "refused"),
+    ("qwen3_moe", {}, "decoder_sparse_step", 2, "shapes"),
+    ("qwen3_moe", {}, "mlp_only_layers", [0], "shapes"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers", [0, 1, 2], "shapes"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "intermediate_size", 40, "shapes"),
     ("qwen3_moe", {}, "shared_expert_intermediate_size", 48, "refused"),
     ("qwen2_moe", {"sliding_window": 5, "layer_types": None}, "use_sliding_window", True, "logits"),
     ("qwen2_moe", {**WINDOW, "max_window_layers": 3}, "max_window_layers", 1, "logits"),
+    *(("glm4_moe", {}, key, value, "shapes") for key, value in
+      [("n_routed_experts", 9), ("n_shared_experts", 2), ("moe_intermediate_size", 40), ("intermediate_size", 40),
+       ("first_k_dense_replace", 0), ("first_k_dense_replace", 3), ("attention_bias", True), ("use_qk_norm", True)]),
+    *(("glm4_moe", {}, key, value, "logits") for key, value in
+      [("topk_group", 3), ("routed_scaling_factor", 1.0),
+       ("norm_topk_prob", False)]),
+    ("glm4_moe", {"topk_group": 1, "num_experts_per_tok": 2}, "n_group", 2, "logits"),
+    *(("glm4_moe", {}, key, value, "refused") for key, value in
+      [("n_group", 4), ("n_group", 6), ("topk_group", 1), ("topk_group", 4), ("n_shared_experts", 0)]),
     ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
     ("gpt_oss", {}, "hidden_act", "gelu", "refused"),
     ("gpt_oss", {"experts_per_token": 3}, "experts_per_token", 2, "refused"),
@@ -215,8 +226,10 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, template in names.items():
         axes = template.count("{}")
+        held = layers_with(config, path.split("/")[-1])
         for index in np.ndindex(ours[path][:axes]):
-            name, shape = template.format(*index), ours[path][axes:]
+            name = template.format(*(held[layer] for layer in index[:1]), *index[1:])
+            shape = ours[path][axes:]
             shapes[name] = (shapes.get(name, (0,))[0] + shape[0], *shape[1:])
     return {name: shape[::-1] if config.transposed and ".h." in name else shape for name, shape in shapes.items()}
 

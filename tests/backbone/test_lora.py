@@ -37,6 +37,26 @@ def test_experts_and_their_router_have_no_adapters(family: str) -> None:
     assert adapters.keys() == {f"{name}_lora_{part}" for name in "qkvo" for part in ("in", "out")}
 
 
+def test_adapters_where_dense_layers_and_experts_are_mixed(tmp_path: Path) -> None:
+    """Each stands where its matrix does; beside the weights they say what they say merged into them."""
+    hf_model(hf_config("glm4_moe")).save_pretrained(tmp_path)
+    decoder = load_backbone(tmp_path)
+    rng, fresh = np.random.default_rng(1), Adapter(decoder.config, Settings(rank=RANK), rngs=nnx.Rngs(0))
+    adapters = jax.tree.map(
+        lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), jnp.float32), nnx.to_pure_dict(nnx.state(fresh))
+    )
+    held = {name.removesuffix("_lora_in"): len(value) for name, value in adapters.items() if name.endswith("_in")}
+    mlp = ("gate", "up", "down")
+    assert held == dict.fromkeys("qkvo", 3) | dict.fromkeys(mlp, 1) | {f"shared_{name}": 2 for name in mlp}
+    inputs, beside = whole_rows(random_tokens(1, 8)), by_matrix("lora", adapters)
+    with jax.disable_jit():
+        expected, _ = decoder(decoder.embed(inputs[0]), *inputs[1:], adapters=beside)
+        plain, _ = decoder(decoder.embed(inputs[0]), *inputs[1:])
+        nnx.update(decoder.layers, merge(nnx.to_pure_dict(nnx.state(decoder.layers)), beside))
+        assert_close(decoder(decoder.embed(inputs[0]), *inputs[1:])[0], expected)
+    assert np.abs(np.asarray(plain - expected)).max() > 0.1
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_equals_peft(folder: Path) -> None:
     """Every matrix adapted, A and B random: the same logits, from adapters beside the weights and merged into them."""
