@@ -66,7 +66,7 @@ CARRIED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}),  # Qwen3-Coder
     ("mistral", DUMP),  # Mistral-7B-v0.3
     ("llama", DUMP),
-    ("qwen2", {"internal_version": "x", "neftune_noise_alpha": None, "_model_name_or_path": "/root/model"}),
+    ("qwen2", {"internal_version": "x", "neftune_noise_alpha": None, "_model_name_or_path": "models/mine"}),
     ("llama", {"neftune_noise_alpha": 5, "unk_token_id": 0, "_name_or_path": "x"}),  # fine-tunes, GGUF conversions
     ("mistral", {"layer_types": ["full_attention"] * 3, "sliding_window": None}),
     ("olmo2", {"layer_types": ["full_attention"] * 3}),

@@ -35,7 +35,7 @@ def kinds(directory: Path) -> dict[str, int]:
     """How many tensors of the directory's `model.gguf` are stored in which way."""
     path = (directory / WEIGHTS).resolve()
     held = file.read_file(path)
-    names = file.library(path).GGMLQuantizationType
+    names = file.gguf_package(path).GGMLQuantizationType
     return dict(collections.Counter(names(tensor.kind).name for tensor in held.tensors.values()).most_common())
 
 

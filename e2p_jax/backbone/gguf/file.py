@@ -57,7 +57,7 @@ class GgufFile(NamedTuple):
         return value
 
 
-def library(path: Path) -> ModuleType:
+def gguf_package(path: Path) -> ModuleType:
     """The package `gguf`.
 
     Raises:
@@ -114,7 +114,7 @@ def read_file(path: Path) -> GgufFile:
     Raises:
       UserError: the package gguf is absent; not a GGUF file, a part of one, damaged, or stored in a way unknown here.
     """
-    sizes = library(path).GGML_QUANT_SIZES
+    sizes = gguf_package(path).GGML_QUANT_SIZES
     try:
         with path.open("rb") as file:
             held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from e2p_jax.backbone.gguf.config import ROPE_TENSORS, Architecture, architecture
-from e2p_jax.backbone.gguf.file import GgufFile, Stored, library
+from e2p_jax.backbone.gguf.file import GgufFile, Stored, gguf_package
 from e2p_jax.backbone.layout import DecoderConfig, tensor_names
 from e2p_jax.backbone.lazy import Lazy
 
@@ -19,7 +19,7 @@ def tensors(file: GgufFile, config: DecoderConfig) -> dict[str, np.ndarray | Laz
     Args:
       config: as read from what `make_config` gives.
     """
-    gguf, kind = library(file.path), architecture(file)
+    gguf, kind = gguf_package(file.path), architecture(file)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[file.text("general.architecture")], config.num_layers)
     left = {name: stored for name, stored in file.tensors.items() if name not in ROPE_TENSORS}
