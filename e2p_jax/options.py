@@ -65,6 +65,8 @@ class EncoderSettings:
     """With backbone: a Hugging Face model directory, a GGUF file, a hub id, or `embedded`."""
     layer: int = -1
     """With backbone: after how many layers the hidden states are taken; negative counts from the last."""
+    ignored_keys: tuple[str, ...] = ()
+    """With backbone: unknown keys of config.json that change nothing, as backbone.ignored_keys."""
     items: str | None = None
     """With item-mean: table of item vectors, by item id for interactions, else by the texts of the contexts."""
     width: int = 64

@@ -3,7 +3,8 @@
 What is worked out of a GGUF file or of quantised tensors becomes a plain Hugging Face directory.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -34,13 +35,21 @@ from e2p_jax.parallel.mesh import make_mesh, param_sharding
 from e2p_jax.tensors import write_tensors
 
 
-def convert(directory: Path, out: Path, path: str, revision: str | None, dtype: str = "bfloat16") -> None:
+def convert(
+    directory: Path,
+    out: Path,
+    path: str,
+    revision: str | None,
+    dtype: str = "bfloat16",
+    ignored_keys: Collection[str] = (),
+) -> None:
     """Writes the other form of the model in `directory`.
 
     Args:
       dtype: of tensors that are worked out.
       path: what the directory was found by; a Flax checkpoint keeps it as the name that others know the model by.
       revision: of a hub id.
+      ignored_keys: of config.json, as `backbone.ignored_keys`; a Flax checkpoint remembers its own.
 
     Raises:
       UserError: unreadable or mismatched files, or a Flax checkpoint whose parameters were changed.
@@ -49,13 +58,13 @@ def convert(directory: Path, out: Path, path: str, revision: str | None, dtype: 
     if isinstance(checkpoint, FlaxCheckpoint):
         _to_hugging_face(checkpoint, out)
     elif checkpoint.worked_out:
-        _to_plain(checkpoint, out, jnp.dtype(dtype))
+        _to_plain(checkpoint, out, jnp.dtype(dtype), ignored_keys)
     else:
-        _to_flax(checkpoint, out, path, revision)
+        _to_flax(checkpoint, out, path, revision, ignored_keys)
 
 
-def _to_flax(checkpoint: Checkpoint, out: Path, path: str, revision: str | None) -> None:
-    decoder = _load(checkpoint.directory)
+def _to_flax(checkpoint: Checkpoint, out: Path, path: str, revision: str | None, ignored_keys: Collection[str]) -> None:
+    decoder = _load(checkpoint.directory, ignored_keys)
     checkpoint.check(decoder.config, {name: value.shape for name, value in parameters(decoder).items()})
     held = {name for part in checkpoint.parts.values() for name in part.names().values()}
     others = {name: tensor for name, tensor in checkpoint.stored.items() if name not in held}
@@ -63,6 +72,7 @@ def _to_flax(checkpoint: Checkpoint, out: Path, path: str, revision: str | None)
         "fingerprint": checkpoint.fingerprint(),
         "path": path,
         "revision": revision,
+        "ignored_keys": [*ignored_keys],
         "tensors": {name: tensor.dtype.name for name, tensor in sorted(checkpoint.tensors.items())},
     }
     with replace_directory(out) as temporary:
@@ -81,9 +91,9 @@ def _to_hugging_face(checkpoint: FlaxCheckpoint, out: Path) -> None:
             )
 
 
-def _to_plain(checkpoint: Checkpoint, out: Path, dtype: jnp.dtype) -> None:
+def _to_plain(checkpoint: Checkpoint, out: Path, dtype: jnp.dtype, ignored_keys: Collection[str]) -> None:
     """All of floating point in `dtype`, which config.json names; nothing there says any more how it was quantised."""
-    decoder = abstract(read_config(checkpoint.directory), dtype=dtype)
+    decoder = abstract(read_config(checkpoint.directory, ignored_keys), dtype=dtype)
     checkpoint.check(decoder.config, {name: value.shape for name, value in parameters(decoder).items()})
     with replace_directory(out) as temporary:
         copy_companions(checkpoint.directory, temporary)
@@ -104,12 +114,13 @@ def hugging_face_tensors(directory: Path, dtype: jnp.dtype | None = None) -> Ite
 
 
 def _unstacked(checkpoint: FlaxCheckpoint) -> Iterator[tuple[str, np.ndarray]]:
-    for name, tensor in named_tensors(_load(checkpoint.directory), checkpoint.names()):
+    for name, tensor in named_tensors(_load(checkpoint.directory, checkpoint.ignored_keys), checkpoint.names()):
         yield name, tensor.astype(jnp.dtype(checkpoint.dtypes[name]))
     yield from checkpoint.others().items()
 
 
-def _load(directory: Path) -> Decoder:
+def _load(directory: Path, ignored_keys: Collection[str]) -> Decoder:
     """In the dtypes of the files, over all devices."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=jax.device_count()))
-    return load(directory, dtype=None, sharding=lambda path, shape: param_sharding(mesh, path, shape))
+    place = functools.partial(param_sharding, mesh)
+    return load(directory, dtype=None, sharding=place, ignored_keys=ignored_keys)

@@ -249,6 +249,11 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> DecoderConfig
     return parse_config(read_object(source, CONFIG_REMEDY), source, ignored)
 
 
+def say_ignored(directory: Path, ignored: Collection[str]) -> list[str]:
+    """Gives a line for each key that is let past."""
+    return [f"{directory / 'config.json'}: {key} is ignored, as backbone.ignored_keys says" for key in ignored]
+
+
 def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] = ()) -> DecoderConfig:
     """`config.json` as a dict -> `DecoderConfig`.
 
@@ -267,7 +272,8 @@ def parse_config(values: dict[str, Any], source: Path, ignored: Collection[str] 
     if refused := [key for key in unknown if key not in ignored]:
         raise UserError(
             f"{source}: unknown keys {refused}; the decoder would ignore them, so the model is refused. "
-            "Where you know that they change nothing, name them as backbone.ignored_keys, or take them out"
+            "Where you know that they change nothing, name them as backbone.ignored_keys (in e2p convert and e2p embed "
+            "--ignored-keys), or take them out"
         )
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: num_attention_heads is not a multiple of num_key_value_heads")

@@ -42,14 +42,17 @@ class FlaxCheckpoint:
         path, remedy = directory / MANIFEST, "run `e2p convert` again"
         self.manifest = read_object(path, remedy)
         given: dict[str, Any] = {key: self.manifest.get(key) for key in ("fingerprint", "tensors", "path", "revision")}
+        self.ignored_keys = self.manifest.get("ignored_keys", [])
         if (
             not is_digest(given["fingerprint"])
             or not isinstance(given["path"], str)
             or not isinstance(given["revision"], str | None)
             or not isinstance(given["tensors"], dict)
             or not all(isinstance(name, str) and name in _DTYPES for name in given["tensors"].values())
+            or not isinstance(self.ignored_keys, list)
+            or not all(isinstance(key, str) for key in self.ignored_keys)
         ):
-            raise UserError(f"{path}: malformed (its fingerprint, path, revision or tensors); {remedy}")
+            raise UserError(f"{path}: malformed (its fingerprint, path, revision, tensors or ignored_keys); {remedy}")
         self._fingerprint, self.dtypes = given["fingerprint"], given["tensors"]
         self.name = given["path"], given["revision"]
         self._checkpointer = ocp.PyTreeCheckpointer()

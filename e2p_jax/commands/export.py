@@ -113,6 +113,7 @@ def convert(
     out: Path,
     revision: str | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    ignored_keys: tuple[str, ...] = (),
 ) -> None:
     """Writes a Hugging Face model as a Flax (Orbax) checkpoint, or such a checkpoint as a Hugging Face model again.
 
@@ -124,11 +125,16 @@ def convert(
       out: Directory to write.
       revision: Branch, tag or commit, when the model is a hub id.
       dtype: Of what is dequantised.
+      ignored_keys: Unknown keys of config.json that change nothing, as backbone.ignored_keys; a Flax checkpoint keeps
+        them.
     """
     from e2p_jax.backbone import convert as conversion
+    from e2p_jax.backbone.families import say_ignored
     from e2p_jax.backbone.weights import resolve
 
     directory = resolve(model, revision)
     name = str(directory.resolve()) if Path(model).expanduser().is_dir() else model
-    conversion.convert(directory, out, name, revision, dtype)
+    conversion.convert(directory, out, name, revision, dtype, ignored_keys)
+    for line in say_ignored(directory, ignored_keys):
+        say(f"warning: {line}")
     print(out)

@@ -69,6 +69,8 @@ def _table(found: dict[str, Any]) -> rich.table.Table:
 def _add_shape(table: rich.table.Table, found: dict[str, Any]) -> None:
     sizes, memory = found["sizes"], found["memory"]
     experts = f", {sizes['experts_per_token']} of {sizes['experts']} experts" if sizes["experts"] else ""
+    if dense := sizes["dense_layers"]:
+        experts += f", but in {len(dense)} dense layers ({_ranges(dense)}), MLP {sizes['dense_size']}"
     table.add_row(
         "sizes",
         f"{memory['parameters']:,} parameters; {sizes['num_layers']} layers of width {sizes['hidden_size']}, MLP "
@@ -88,6 +90,13 @@ def _add_shape(table: rich.table.Table, found: dict[str, Any]) -> None:
         table.add_row("windows", f"{window['layers']} layers {sees}")
     held = ", ".join(f"{name} {size / 1e9:,.3f} GB" for name, size in memory["bytes"].items())
     table.add_row("memory", f"weights: {held}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending whole numbers: `0 to 2, 7`."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _sample(found: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.decoder import Decoder, of_layers
+from e2p_jax.backbone.families import say_ignored
 from e2p_jax.config import MeshConfig
 from e2p_jax.data import control
 from e2p_jax.data.encode import load_tokenizer
@@ -20,18 +21,24 @@ from e2p_jax.embed.contexts import vectors_of_contexts
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
 from e2p_jax.products import einsum
+from e2p_jax.terminal import say
 
 _MULTIPLE = 64  # texts are padded to a multiple, so that few lengths are compiled
 _TOKENS = 1 << 12  # about, in a batch
 _LONGEST = 2048  # tokens of a context that are read
 
 
-def embed(data: str, backbone: str, layer: int) -> tuple[Sequence[str], np.ndarray]:
+def embed(data: str, backbone: str, layer: int, ignored_keys: Collection[str]) -> tuple[Sequence[str], np.ndarray]:
     """Ids of all users, and vectors of their contexts; see `backbone_vectors`."""
-    return vectors_of_contexts(data, lambda texts: backbone_vectors(texts, weights.resolve(backbone, None), layer))
+    directory = weights.resolve(backbone, None)
+    for line in say_ignored(directory, ignored_keys):
+        say(f"warning: {line}")
+    return vectors_of_contexts(data, lambda texts: backbone_vectors(texts, directory, layer, ignored_keys))
 
 
-def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer: int) -> np.ndarray:
+def backbone_vectors(
+    contexts: Sequence[tuple[str, ...]], directory: Path, layer: int, ignored_keys: Collection[str] = ()
+) -> np.ndarray:
     """The context, one sentence a line, goes through the backbone as plain text.
 
     Args:
@@ -39,6 +46,7 @@ def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer
       directory: of a Hugging Face model.
       layer: how many layers are gone through; negative counts from the last one, whose states are those after the
         final norm (transformers' `hidden_states[layer]`).
+      ignored_keys: of config.json, as `backbone.ignored_keys`.
 
     Returns:
       [N, D] float32.
@@ -48,7 +56,7 @@ def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer
     """
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with jax.set_mesh(mesh):
-        decoder = _first_layers(directory, layer, mesh)
+        decoder = _first_layers(directory, layer, mesh, ignored_keys)
         tokenizer = load_tokenizer(directory, decoder.config.vocab_size)
         limit = min(decoder.config.max_positions, _LONGEST)
         groups = control.break_up(tokenizer, control.control_tokens(tokenizer, str(tokenizer.chat_template), (), ()))
@@ -63,10 +71,11 @@ def backbone_vectors(contexts: Sequence[tuple[str, ...]], directory: Path, layer
         return _means(decoder, [np.asarray(tokens, np.int32) for tokens in encoded])
 
 
-def _first_layers(directory: Path, layer: int, mesh: Mesh) -> Decoder:
+def _first_layers(directory: Path, layer: int, mesh: Mesh, ignored_keys: Collection[str] = ()) -> Decoder:
     """A decoder whose output is the hidden state after `layer` layers."""
     dtype = weights.choose_dtype("auto", jax.default_backend())
-    decoder = weights.load(directory, dtype=dtype, sharding=functools.partial(param_sharding, mesh))
+    place = functools.partial(param_sharding, mesh)
+    decoder = weights.load(directory, dtype=dtype, sharding=place, ignored_keys=ignored_keys)
     config = decoder.config
     depth = layer if layer >= 0 else config.num_layers + 1 + layer
     if not 1 <= depth <= config.num_layers:

@@ -38,7 +38,8 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
       UserError: the data, the encoder or a setting is at fault, no user gets a vector, or the dtype cannot hold them.
     """
     chosen = ENCODERS.get(encoder, TEXT_ENCODER)
-    users, vectors = chosen.load()(data, **chosen.of(dataclasses.asdict(settings) | {"encoder": encoder}))
+    flags = chosen.of(dataclasses.asdict(settings) | {"encoder": encoder})
+    users, vectors = chosen.load()(data, **flags)
     known = ~np.isnan(vectors[:, 0]) | (encoder == "import")
     if not known.all():
         users = [user for user, has_vector in zip(users, known, strict=True) if has_vector]
@@ -59,7 +60,8 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
         _refuse_rounding(data, exact, vectors)
     digest = hashlib.sha256("\n".join(users).encode("utf-8", "surrogatepass"))
     digest.update(np.ascontiguousarray(vectors).data)
-    save_table(out, users, vectors, name=encoder, version=digest.hexdigest()[:12])
+    notes = {"ignored_keys": keys} if (keys := flags.get("ignored_keys")) else {}
+    save_table(out, users, vectors, name=encoder, version=digest.hexdigest()[:12], **notes)
     return Made(len(users), len(known) - len(users), _warnings(users, vectors, str(out)))
 
 

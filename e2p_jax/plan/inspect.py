@@ -97,6 +97,8 @@ def _shape(decoder: DecoderConfig) -> dict[str, Any]:
             **{name: getattr(decoder, name) for name in names},
             "experts": decoder.num_experts,
             "experts_per_token": decoder.experts_per_token,
+            "dense_layers": list(decoder.dense_layers),
+            "dense_size": decoder.dense_size,
             "tied_head": decoder.tie_head,
             "positions": decoder.max_positions,
         },

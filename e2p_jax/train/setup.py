@@ -18,7 +18,7 @@ from e2p_jax.backbone import weights
 from e2p_jax.backbone.adapter import Adapter
 from e2p_jax.backbone.attention import COMPILER_OPTIONS, choose
 from e2p_jax.backbone.decoder import Decoder
-from e2p_jax.backbone.families import DecoderConfig, read_config
+from e2p_jax.backbone.families import DecoderConfig, read_config, say_ignored
 from e2p_jax.backbone.layout import Execution
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.encode import Encoder, load_tokenizer
@@ -61,8 +61,7 @@ def read_inputs(config: Config) -> Inputs:
     """
     config.validate()
     directory = weights.resolve(config.backbone.path, config.backbone.revision)
-    ignored = config.backbone.ignored_keys
-    decoder = read_config(directory, ignored)
+    decoder = read_config(directory, config.backbone.ignored_keys)
     if config.data.seq_len > decoder.max_positions:
         raise UserError(
             f"data.seq_len={config.data.seq_len} is beyond the backbone's {decoder.max_positions} positions; lower it"
@@ -70,7 +69,7 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(directory, decoder.vocab_size)
     encoder = Encoder.from_config(config, tokenizer, decoder.vocab_size, named_stops(directory))
     if distributed.is_first():
-        said = [f"{directory / 'config.json'}: {key} is ignored, as backbone.ignored_keys says" for key in ignored]
+        said = say_ignored(directory, config.backbone.ignored_keys)
         for line in (*encoder.notes, *(f"warning: {warning}" for warning in (*said, *encoder.warnings))):
             print(line, file=sys.stderr)
     table = load_table(config.data.embeddings, config.data.missing_user) if config.data.embeddings else None

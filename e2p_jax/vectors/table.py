@@ -208,8 +208,8 @@ def open_table(path: str, missing: Literal["error", "null"] = "error") -> UserTa
     return UserTable(ids, vectors, str(place), missing)
 
 
-def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str, version: str) -> None:
-    """Writes a table directory.
+def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str, version: str, **notes: Any) -> None:
+    """Writes a table directory; `notes` are more that its meta.json says.
 
     Raises:
       UserError: what `UserTable` refuses, or an id that does not fit on a line of `ids.txt`.
@@ -217,7 +217,7 @@ def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str
     if broken := [user for user in ids if not user or "\n" in user or "\r" in user]:
         raise UserError(f"{path}: user id {shown(broken[0])} is empty or holds a line break; rename that user")
     table = UserTable(ids, vectors, str(path))
-    meta = {"name": name, "version": version, "width": table.width, "dtype": vectors.dtype.name}
+    meta = {"name": name, "version": version, "width": table.width, "dtype": vectors.dtype.name, **notes}
     with replace_directory(path) as temporary:
         _save_array(temporary / "embeddings.npy", vectors)
         with (temporary / "ids.txt").open("wb") as file:

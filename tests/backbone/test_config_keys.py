@@ -13,6 +13,8 @@ from test_families import config_json
 
 from e2p_jax.backbone.config_reader import INERT
 from e2p_jax.backbone.families import FAMILIES, WRAPPERS, parse_config, read_config
+from e2p_jax.backbone.tensor_files import Checkpoint
+from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config
 from e2p_jax.errors import UserError
 from e2p_jax.train.setup import read_inputs
@@ -154,6 +156,26 @@ def test_what_is_ignored_is_said_and_recorded(
     assert "config.json: mup_scale is ignored, as backbone.ignored_keys says" in capsys.readouterr().err
     assert json.loads(config.to_json())["backbone"]["ignored_keys"] == ["mup_scale"]
     assert load_backbone(tmp_path, ignored_keys=["mup_scale"]).config == read_config(tiny_backbone)
+
+
+def test_the_commands_that_read_a_backbone_let_keys_past_too(
+    tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Flax checkpoint keeps them, for the way back; a table of user vectors says them."""
+    odd, flax, back, table = (tmp_path / name for name in ("odd", "flax", "back", "table"))
+    shutil.copytree(tiny_backbone, odd)
+    (odd / "config.json").write_text(json.dumps(json.loads((odd / "config.json").read_text()) | {"mup_scale": 2.0}))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"user_id": "ann", "context": ["tea."], "prompt": "hi", "response": "ho"}))
+    embed = ["embed", "--data", str(data), "--encoder", "backbone", "--backbone", str(odd), "--out", str(table)]
+    for command in (["convert", str(odd), "--out", str(flax)], embed):
+        assert main(command) == 1
+        assert "unknown keys ['mup_scale']" in capsys.readouterr().err
+        assert main([*command, "--ignored-keys", "mup_scale"]) == 0
+        assert "warning: " in (said := capsys.readouterr().err) and "mup_scale is ignored" in said
+    assert json.loads((table / "meta.json").read_text())["ignored_keys"] == ["mup_scale"]
+    assert main(["convert", str(flax), "--out", str(back)]) == 0
+    assert Checkpoint(back).fingerprint() == Checkpoint(odd).fingerprint()
 
 
 @pytest.mark.parametrize("family", WRAPPERS)

@@ -71,6 +71,18 @@ def test_what_differs_from_layer_to_layer(tiny_backbone: Path, tmp_path: Path) -
     assert {"unsloth_version", "initializer_range"} <= set(found["inert_keys"])
 
 
+def test_dense_layers_among_experts_are_named(
+    tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = hf_config("qwen3_moe", vocab_size=4096, num_hidden_layers=6, mlp_only_layers=[0, 1, 4]).to_dict()
+    place = changed(tiny_backbone, tmp_path / "mixed", rope_theta=None, **config)
+    assert main(["inspect", str(place)]) == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "MLP 24, 3 of 6 experts, but in 3 dense layers (0 to 1, 4), MLP 48;" in out
+    sizes = inspect(str(place), None)["sizes"]
+    assert (sizes["dense_layers"], sizes["dense_size"]) == ([0, 1, 4], 48)
+
+
 def test_every_reason_to_refuse_is_there_at_once(
     tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
