@@ -23,6 +23,8 @@ def export(
     user: tuple[str, ...] = (),
     prompt: str | None = None,
     embeddings: str | None = None,
+    model: str | None = None,
+    cache_salt: bool = True,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     checkpoint: Checkpoint = "best",
 ) -> None:
@@ -36,6 +38,8 @@ def export(
       user: With peft and the engines: user ids, or @vector.npy (@@alice is the user @alice).
       prompt: With the engines: the user turn to answer.
       embeddings: With peft and the engines: table of user vectors to use in place of the run's.
+      model: With vllm and vllm-chat: the name that the engine serves. Default: the backbone's own.
+      cache_salt: With vllm and vllm-chat: keep users apart in the engine's prefix cache by a field of the body.
       dtype: With backbone: of the written tensors.
     """
     from e2p_jax.files import explain_refusal, write_text
@@ -43,6 +47,7 @@ def export(
 
     chosen = EXPORTS[format]
     given: dict[str, Any] = {"out": out, "users": user, "prompt": prompt}
+    given |= {"model": model, "cache_salt": cache_salt}
     given |= {"format": format, "include_backbone": include_backbone, "dtype": dtype}
     flags = chosen.of(given)
     if any(flags.get(name, True) in (None, ()) for name in _NEEDED):

@@ -7,7 +7,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,20 +27,27 @@ Messages = Sequence[dict[str, str]]
 class EngineClient:
     """Bodies to send with any HTTP client; add to them what the server's API knows (`max_tokens`, `stream`, ...)."""
 
-    def __init__(self, table: PrefixTable, model: str):
+    def __init__(self, table: PrefixTable, model: str, cache_salt: bool = True):
         """
         Args:
           table: of the users to serve.
           model: the name that the server serves.
+          cache_salt: whether vLLM is told to share cached blocks among requests with the same soft tokens only. Without
+            it, what stands in front of a late slot is shared by all users, where the server's keys hold embeddings.
 
         Raises:
-          UserError: the table is of a Gemma.
+          UserError: the table is of a Gemma, and of an earlier version.
         """
-        payloads.refuse_scaled(table.manifest["embedding_scale"], str(table.directory))
-        self.table, self.model = table, model
-        self._stops = table.manifest.get("stop_token_ids", ())  # not in tables of before
-        tokens = table.directory / f"{table.manifest['tokens']}.tokens.safetensors"
+        self.table, self.model, self._salted = table, model, cache_salt
+        manifest = table.manifest
+        if "token_scale" not in manifest and manifest["embedding_scale"] != 1:
+            raise UserError(f"{table.directory}: of a Gemma, by an earlier version of e2p_jax; rerun `e2p prefixes`")
+        self._scale = manifest.get("token_scale", 1)
+        self._stops = manifest.get("stop_token_ids", ())  # not in tables of before
+        tokens = table.directory / f"{manifest['tokens']}.tokens.safetensors"
         self._tokens = CheckedRows(tokens, "embeddings")  # [V, D]
+        stored = self._tokens.rows.dtype
+        self._dtype = stored if stored.name == manifest["dtype"] else np.dtype(np.float32)  # sending rounds nothing
 
     def vllm_completion(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/v1/completions`.
@@ -48,7 +55,9 @@ class EngineClient:
         Raises:
           UserError: a user who is not in the table.
         """
-        return payloads.vllm_completion(self.model, self.embeddings(user, messages), self._stops)
+        prefix = self._prefix(user)
+        whole = self._embeddings(user, messages, prefix)
+        return payloads.vllm_completion(self.model, whole, self._stops, self._salt(prefix))
 
     def vllm_chat(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/v1/chat/completions` of a server that was given the table's `chat_template.jinja`.
@@ -62,24 +71,33 @@ class EngineClient:
                 f"{self.table.directory}: trained with soft tokens {self.table.manifest['placement']}, which vLLM's "
                 "chat endpoint cannot say for this template; use vllm_completion"
             )
-        return payloads.vllm_chat(self.model, messages, self._prefix(user), self._stops)
+        prefix = self._prefix(user)
+        return payloads.vllm_chat(self.model, messages, prefix, self._stops, self._salt(prefix))
 
     def sglang(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/generate`.
 
         Raises:
-          UserError: a user who is not in the table.
+          UserError: a user who is not in the table, or a backbone that SGLang reads otherwise.
         """
+        payloads.refuse_sglang(self.table.manifest.get("model_type", ""), str(self.table.directory))
         return payloads.sglang(self.embeddings(user, messages), self._stops)
 
     def embeddings(self, user: str, messages: Messages) -> np.ndarray:
         """[T, D]: the templated prompt with the user's soft tokens in their slots."""
+        return self._embeddings(user, messages, self._prefix(user))
+
+    def _embeddings(self, user: str, messages: Messages, prefix: np.ndarray) -> np.ndarray:
         example = self._encoder.encode_prompt(Record(user, (), tuple(messages), source=f"user {user!r}"), "e2p")
-        return payloads.with_prefix(self._tokens.read(example.tokens), example.slot_start, self._prefix(user))
+        tokens = self._tokens.read(example.tokens).astype(self._dtype)
+        return payloads.with_prefix(tokens * self._dtype.type(self._scale), example.slot_start, prefix)
 
     def _prefix(self, user: str) -> np.ndarray:
-        """[K, D] in the dtype of the token embeddings."""
-        return payloads.soft_tokens(self.table.lookup([user])[0], self._tokens.rows.dtype, user)
+        """[K, D]"""
+        return payloads.soft_tokens(self.table.lookup([user])[0], self._dtype, user)
+
+    def _salt(self, prefix: np.ndarray) -> Mapping[str, str]:
+        return payloads.cache_salt(prefix) if self._salted else payloads.NO_SALT
 
     @functools.cached_property
     def _encoder(self) -> "Encoder":

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def refuse_foreign(out: Path, is_ours: Callable[[Path], bool]) -> None:
         raise UserError(f"--out {out}: holds other files than an earlier export; choose another directory")
 
 
-def settings_of(directory: Path) -> dict[str, object]:
+def settings_of(directory: Path) -> dict[str, Any]:
     """The `config.json` there; empty where there is none that can be read."""
     try:
         settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import asked_for
 from e2p_jax.export import payloads
+from e2p_jax.export.common import settings_of
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
@@ -43,43 +44,56 @@ _FLATTEN = """\
 """
 
 
-def export_engine(run: Run, format: str, users: Sequence[str], prompt: str) -> list[dict[str, Any]]:
+def export_engine(
+    run: Run, format: str, users: Sequence[str], prompt: str, model: str | None = None, cache_salt: bool = True
+) -> list[dict[str, Any]]:
     """A request body per user.
 
     Args:
       format: `vllm` (`/v1/completions`), `vllm-chat` (`/v1/chat/completions`) or `sglang` (`/generate`).
       users: ids in the run's table of user vectors, `@vector.npy`, or `@@alice` for the user `@alice`.
       prompt: the user turn to answer.
+      model: the name that the server serves; the backbone's own by default.
+      cache_salt: whether vLLM is to keep users apart by it; see docs/serving.md.
 
     Raises:
-      UserError: an unknown user, a trained backbone or a Gemma, or a run that the chat endpoint cannot serve.
+      UserError: an unknown user, a trained backbone, a family that the engine reads otherwise, or a run that the chat
+        endpoint cannot serve.
     """
     encoder = run.inputs.encoder
     refuse_trained_backbone(run.model.mask)
-    payloads.refuse_scaled(run.inputs.decoder.embedding_scale, str(run.directory))
+    if format == "sglang":
+        payloads.refuse_sglang(model_type(run), str(run.directory))
     if format == "vllm-chat" and not can_chat(encoder):
         raise UserError(
             "--format vllm-chat puts the soft tokens inside the first user turn, between tokens of the template; this "
             "run's placement or template says otherwise; use --format vllm, which sends the whole prompt"
         )
-    model, name = run.model.merged, run.inputs.published()[0]
+    merged, name = run.model.merged, model or run.inputs.published()[0]
     names, vectors = asked_for(run, users)
     bodies = []
     for user, vector in zip(names, vectors, strict=True):
-        projected = np.asarray(model.projector(vector))  # one by one: the same bytes, whoever else was asked for
+        projected = np.asarray(merged.projector(vector))  # one by one: the same bytes, whoever else was asked for
         messages = ({"role": "user", "content": prompt},)
         example = encoder.encode_prompt(Record(user, (), messages, source="--prompt"), "e2p")
-        tokens = np.asarray(model.backbone.embed(example.tokens[None])[0])
+        tokens = np.asarray(merged.backbone.embed(example.tokens[None])[0])
         prefix = payloads.soft_tokens(projected, tokens.dtype, user)
+        salt = payloads.cache_salt(prefix) if cache_salt else payloads.NO_SALT
         if format == "vllm-chat":
-            bodies.append(payloads.vllm_chat(name, messages, prefix, encoder.stops))
+            bodies.append(payloads.vllm_chat(name, messages, prefix, encoder.stops, salt))
             continue
         whole = payloads.with_prefix(tokens, example.slot_start, prefix)
         if format == "sglang":
             bodies.append(payloads.sglang(whole, encoder.stops))
         else:
-            bodies.append(payloads.vllm_completion(name, whole, encoder.stops))
+            bodies.append(payloads.vllm_completion(name, whole, encoder.stops, salt))
     return bodies
+
+
+def model_type(run: Run) -> str:
+    """The family of the run's backbone, as config.json has it."""
+    settings = settings_of(run.inputs.directory)
+    return str(settings.get("text_config", settings).get("model_type", ""))
 
 
 def serving_template(template: str) -> str:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,30 @@ import numpy as np
 from e2p_jax.errors import UserError
 
 SAMPLING = {"max_tokens": 64, "temperature": 0.0}  # as `e2p generate`; edit the payload for others
+NO_SALT: Mapping[str, str] = {}
 
 
-def vllm_completion(model: str, embeddings: np.ndarray, stops: Sequence[int]) -> dict[str, Any]:
+def vllm_completion(
+    model: str, embeddings: np.ndarray, stops: Sequence[int], salt: Mapping[str, str] = NO_SALT
+) -> dict[str, Any]:
     """Body for `/v1/completions`.
 
     Args:
       model: the name that the server serves.
       embeddings: [T, D] float32, float16 or bfloat16: the whole templated prompt.
       stops: token ids that end a reply, beside those that the server knows.
+      salt: see `cache_salt`.
     """
-    data = tensor_base64(embeddings)
     ends = {"stop_token_ids": list(stops)}
-    return {"model": model, "prompt_embeds": data, **SAMPLING, **ends, "cache_salt": _salt(data)}
+    return {"model": model, "prompt_embeds": tensor_base64(embeddings), **SAMPLING, **ends, **salt}
 
 
 def vllm_chat(
-    model: str, messages: Sequence[dict[str, str]], prefix: np.ndarray, stops: Sequence[int]
+    model: str,
+    messages: Sequence[dict[str, str]],
+    prefix: np.ndarray,
+    stops: Sequence[int],
+    salt: Mapping[str, str] = NO_SALT,
 ) -> dict[str, Any]:
     """Body for `/v1/chat/completions`: the soft tokens stand inside the first user turn.
 
@@ -42,11 +49,11 @@ def vllm_chat(
       messages: `{role, content}`, one of them a user's.
       prefix: [K, D].
       stops: token ids that end a reply, beside those that the server knows.
+      salt: see `cache_salt`.
 
     Raises:
       UserError: no user turn, or one that begins with white space, which training joined to the template's own.
     """
-    data = tensor_base64(prefix)
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise UserError("the conversation has no user turn for the soft tokens to stand in; add one")
@@ -55,10 +62,13 @@ def vllm_chat(
             "the first user turn begins with white space, which the chat endpoint would tokenise otherwise than "
             "training did; strip it, or use the completion form, which sends the whole prompt"
         )
-    parts = [{"type": "prompt_embeds", "data": data}, {"type": "text", "text": messages[first]["content"]}]
+    parts = [
+        {"type": "prompt_embeds", "data": tensor_base64(prefix)},
+        {"type": "text", "text": messages[first]["content"]},
+    ]
     spoken = [*messages[:first], {"role": "user", "content": parts}, *messages[first + 1 :]]
     ends = {"stop_token_ids": list(stops)}
-    return {"model": model, "messages": spoken, **SAMPLING, **ends, "cache_salt": _salt(data)}
+    return {"model": model, "messages": spoken, **SAMPLING, **ends, **salt}
 
 
 def sglang(embeddings: np.ndarray, stops: Sequence[int]) -> dict[str, Any]:
@@ -68,22 +78,22 @@ def sglang(embeddings: np.ndarray, stops: Sequence[int]) -> dict[str, Any]:
       embeddings: [T, D]: the whole templated prompt.
       stops: token ids that end a reply, beside those that the server knows.
     """
-    _refuse_not_finite(embeddings)
+    _refuse_extreme(embeddings)
     sampling: dict[str, Any] = {"max_new_tokens": SAMPLING["max_tokens"], "temperature": SAMPLING["temperature"]}
     sampling["stop_token_ids"] = list(stops)
     return {"input_embeds": embeddings.astype(np.float32).tolist(), "sampling_params": sampling}
 
 
-def refuse_scaled(scale: float, where: str) -> None:
-    """For families that scale token embeddings: engines scale embeddings from outside too, soft tokens included.
+def refuse_sglang(model_type: str, where: str) -> None:
+    """For the families for which SGLang (0.5.23) scales embeddings from outside, soft tokens included.
 
     Raises:
       UserError: naming `where` the model comes from.
     """
-    if scale != 1:
+    if model_type in ("gemma", "gemma2"):
         raise UserError(
-            f"{where}: a Gemma backbone; vLLM and SGLang multiply the embeddings that they are sent by {scale:.4g} for "
-            "some Gemmas and not for others; serve it with --format transformers"
+            f"{where}: SGLang multiplies what a request sends to a {model_type} by the square root of D, the soft "
+            "tokens too; serve it with vLLM (0.32), or with --format transformers"
         )
 
 
@@ -91,19 +101,27 @@ def soft_tokens(prefix: np.ndarray, dtype: np.dtype, user: str) -> np.ndarray:
     """[K, D] in the dtype of the token embeddings that they will stand among.
 
     Raises:
-      UserError: naming the user whose soft tokens are not finite in that dtype.
+      UserError: naming the user whose soft tokens are not finite in that dtype, or in float16, in which an engine may
+        run.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         out = prefix.astype(dtype)
-    if not np.isfinite(out).all():
-        raise UserError(f"user {user!r}: the soft tokens are not finite in {dtype.name}; repair or drop that vector")
+    if not _fits(out).all():
+        name = "float16, in which an engine may read them" if np.isfinite(out).all() else dtype.name
+        raise UserError(f"user {user!r}: the soft tokens are not finite in {name}; repair or drop that vector")
     return out
 
 
-def _refuse_not_finite(array: np.ndarray) -> None:
-    if not np.isfinite(array).all():
-        place = int(np.flatnonzero(~np.isfinite(array).all(axis=-1))[0])
-        raise UserError(f"embedding {place} of a request is not finite; repair or drop the user's vector")
+def _fits(array: np.ndarray) -> np.ndarray:
+    """[...] bool, of [..., D]. After a request that is not finite vLLM (0.32) answers every later one with nothing."""
+    most: np.ndarray = np.abs(array.astype(np.float32)).max(axis=-1, initial=0)
+    return most <= np.finfo(np.float16).max
+
+
+def _refuse_extreme(array: np.ndarray) -> None:
+    if not (fits := _fits(array)).all():
+        place = int(np.flatnonzero(~fits)[0])
+        raise UserError(f"embedding {place} of a request is not finite in float16; repair or drop the user's vector")
 
 
 def with_prefix(tokens: np.ndarray, start: int, prefix: np.ndarray) -> np.ndarray:
@@ -113,11 +131,12 @@ def with_prefix(tokens: np.ndarray, start: int, prefix: np.ndarray) -> np.ndarra
     return out
 
 
-def _salt(data: str) -> str:
-    """Shared by the same soft tokens only: the guard against vLLM #56655, whose prefix cache leaves out of its keys
-    which positions are embeddings, and against versions that leave out the embeddings themselves.
+def cache_salt(prefix: np.ndarray) -> dict[str, str]:
+    """The field that lets vLLM share cached blocks among requests with the same soft tokens [K, D] only.
+
+    So a user's later turns find the earlier ones, and another version of the vector, or another user, finds nothing.
     """
-    return hashlib.sha256(data.encode()).hexdigest()
+    return {"cache_salt": hashlib.sha256(f"{prefix.dtype} {prefix.shape}".encode() + prefix.tobytes()).hexdigest()}
 
 
 def tensor_base64(array: np.ndarray) -> str:
@@ -130,9 +149,9 @@ def tensor_base64(array: np.ndarray) -> str:
       array: float32, float16 or bfloat16.
 
     Raises:
-      UserError: a number is not finite.
+      UserError: a number is not finite in float16.
     """
-    _refuse_not_finite(array)
+    _refuse_extreme(array)
     storage = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}[array.dtype.name]
     strides = [int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)]
     pickled = (

@@ -4,7 +4,8 @@ A prefix table is a directory. `<digest>.ids.txt` holds the user ids, one a line
 finds a line (`e2p_jax.vectors.index`). Shards, `<digest>.safetensors` (`prefixes` [n, K, D]), hold the lines' soft
 tokens in their order; all but the last have the same n. A shard's digest covers the projector, dtype, ids and vectors
 that it was made from, so a shard that is there and whole is right: a killed run goes on with what is missing, and an
-update projects only shards in which something changed. `<digest>.tokens.safetensors` (`embeddings` [V, D]),
+update projects only shards in which something changed. `<digest>.tokens.safetensors` (`embeddings` [V, D],
+which the model multiplies by the manifest's `token_scale`),
 `<digest>.tokenizer/` and, where vLLM's chat endpoint can say what the run was trained on, `chat_template.jinja` are for
 `e2p_jax.export.client`.
 
@@ -31,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e2p_jax.errors import UserError
-from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, serving_template
+from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, model_type, serving_template
 from e2p_jax.export.prefix_files import (
     files_of,
     intact,
@@ -105,7 +106,7 @@ def export_prefixes(run: Run, out: Path, dtype: str, keep_hours: float = KEEP_HO
             manifest = _describe(run, table, dtype) | {
                 "ids": ids,
                 "shards": [dataclasses.asdict(shard) for shard in shards],
-                "tokens": write_tokens(out, np.asarray(embeddings), mended),
+                "tokens": write_tokens(out, narrowest(np.asarray(embeddings)), mended),
                 "tokenizer": write_tokenizer(run, out, mended),
             }
             if manifest["chat"]:
@@ -214,14 +215,21 @@ def _shard(made_by: bytes, table: UserTable, rows: np.ndarray) -> tuple[Shard, n
 
 
 def _token_embeddings(run: Run) -> jax.Array:
-    """[V, D], whole on every device."""
-    tokens, backbone = jnp.arange(run.inputs.decoder.vocab_size)[None], run.model.params["backbone"]
+    """[V, D], unscaled, whole on every device."""
+    rows = jax.jit(lambda rows: rows[: run.inputs.decoder.vocab_size], out_shardings=replicated(run.model.mesh))
+    return rows(run.model.params["backbone"]["embedding"])  # type: ignore[no-any-return]
 
-    def embed(embedding: jax.Array) -> jax.Array:
-        params = run.model.params | {"backbone": backbone | {"embedding": embedding}}
-        return nnx.merge(run.model.graph, params).backbone.embed(tokens)[0]
 
-    return jax.jit(embed, out_shardings=replicated(run.model.mesh))(backbone["embedding"])
+def narrowest(rows: np.ndarray) -> np.ndarray:
+    """In a dtype of two bytes that says every number exactly, if there is one: as a bfloat16 model is published that a
+    run on a CPU reads in float32.
+    """
+    for dtype in map(jnp.dtype, ("bfloat16", "float16")):
+        with np.errstate(over="ignore"):
+            narrow = rows.astype(dtype)
+        if np.array_equal(narrow.astype(rows.dtype), rows):
+            return narrow
+    return rows
 
 
 def _write(out: Path, shard: Shard, projected: jax.Array) -> None:
@@ -241,7 +249,8 @@ def _describe(run: Run, table: UserTable, dtype: str) -> dict[str, Any]:
         "placement": config.prefix.placement,
         "chat": can_chat(run.inputs.encoder),
         "stop_token_ids": list(run.inputs.encoder.stops),
-        "embedding_scale": decoder.embedding_scale,
+        "token_scale": decoder.embedding_scale,
+        "model_type": model_type(run),
         "num_tokens": config.projector.num_tokens,
         "width": decoder.hidden_size,
         "dtype": dtype,

@@ -1,6 +1,7 @@
 """Payloads for vLLM and SGLang, read as the engines document that they read them, against generation inside e2p_jax."""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -25,13 +26,16 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.export.client import EngineClient
-from e2p_jax.export.engines import _served, _trained, can_chat, export_engine
+from e2p_jax.export.engines import _served, _trained, can_chat, export_engine, model_type
 from e2p_jax.export.payloads import tensor_base64
+from e2p_jax.export.prefix_files import write_manifest
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
 from e2p_jax.export.transformers import export_transformers
+from e2p_jax.tensors import read_tensors
 from e2p_jax.train.run import Run
 from e2p_jax.train.setup import read_inputs
+from e2p_jax.vectors.table import UserTable
 
 WAYS = [("before_bos", 1, "mlp"), ("before_bos", 3, "linear"), ("after_bos", 2, "mlp"), ("in_chat", 1, "mlp")]
 USERS = ["user-1", "user-2", "user-3"]
@@ -132,10 +136,30 @@ def test_exports_stop_where_generation_does(make_run: Callable, tmp_path: Path):
     assert body["sampling_params"]["stop_token_ids"] == [5, 7, 9]
 
 
-def test_cache_salt_keeps_users_and_prompts_apart(make_run: Callable):
-    bodies = [*export_engine(make_run(), "vllm", USERS, PROMPT), *export_engine(make_run(), "vllm", USERS, "hi")]
-    assert len({body["cache_salt"] for body in bodies}) == 6
-    assert export_engine(make_run(), "vllm", USERS[:1], PROMPT) == bodies[:1]
+def test_cache_salt_keeps_users_apart_and_their_turns_together(make_run: Callable, tmp_path: Path):
+    run = make_run()
+    bodies = [*export_engine(run, "vllm", USERS, PROMPT), *export_engine(run, "vllm", USERS, "hi")]
+    salts = [body["cache_salt"] for body in bodies]
+    assert len(set(salts)) == 3 and salts[:3] == salts[3:]
+    assert export_engine(run, "vllm", USERS[:1], PROMPT) == bodies[:1]
+    (bare,) = export_engine(run, "vllm", USERS[:1], PROMPT, model="mine", cache_salt=False)
+    assert bare == {name: held for name, held in bodies[0].items() if name != "cache_salt"} | {"model": "mine"}
+    vectors, users = run.inputs.table.lookup(USERS, USERS), run.inputs.table
+    for version, change in enumerate((0, 1)):
+        vectors[0] += change
+        users = UserTable(USERS, vectors.copy(), "here")
+        updated = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, table=users))
+        export_prefixes(updated, tmp_path / f"table-{version}", "float32")
+    told = []
+    for version in range(2):
+        client = EngineClient(PrefixTable(tmp_path / f"table-{version}"), "mine")
+        messages = [{"role": "user", "content": "hi"}]
+        told.append([client.vllm_completion(user, messages)["cache_salt"] for user in USERS])
+        longer = [*messages, {"role": "assistant", "content": "so"}, *messages]
+        assert told[-1][0] == client.vllm_completion(USERS[0], longer)["cache_salt"]
+    assert told[0][0] != told[1][0] and told[0][1:] == told[1][1:]
+    silent = EngineClient(client.table, "mine", cache_salt=False)
+    assert "cache_salt" not in silent.vllm_completion(USERS[0], messages)
 
 
 @pytest.fixture(scope="module")
@@ -216,16 +240,52 @@ def test_chat_mistakes_are_named(chat_run: Run, tmp_path: Path):
         export_engine(dataclasses.replace(chat_run, model=trained), "vllm", USERS, PROMPT)
 
 
-def test_gemma_is_refused(make_run: Callable, tmp_path: Path):
-    """Of vLLM's, Gemma and Gemma 2 multiply embeddings from outside, Gemma 3 does not."""
-    run = make_run()
-    decoder = dataclasses.replace(run.inputs.decoder, embedding_scale=48.0)
-    scaled = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, decoder=decoder))
-    with pytest.raises(UserError, match="multiply the embeddings that they are sent by 48"):
-        export_engine(scaled, "vllm", USERS, PROMPT)
-    export_prefixes(scaled, tmp_path / "table", "float32")
-    with pytest.raises(UserError, match="multiply the embeddings"):
-        EngineClient(PrefixTable(tmp_path / "table"), "me/mine")
+def test_a_gemma_is_served_where_the_engine_scales_in_its_look_up(make_run: Callable, tmp_path: Path):
+    """Of the engines: vLLM 0.32 does for all Gemmas, and reads soft tokens as they are. SGLang scales both for two."""
+    run, messages = make_run(), [{"role": "user", "content": PROMPT}]
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    inputs = dataclasses.replace(run.inputs, directory=backbone)
+    for family in ("gemma", "gemma2", "gemma3_text"):
+        (backbone / "config.json").write_text(json.dumps({"text_config": {"model_type": family}}))
+        assert model_type(dataclasses.replace(run, inputs=inputs)) == family
+    export_prefixes(run, tmp_path / "table", "float32")
+    path = tmp_path / "table" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    plain = EngineClient(PrefixTable(path.parent), "mine").embeddings("user-1", messages)
+    for family, refused in [("gemma", True), ("gemma2", True), ("gemma3_text", False)]:
+        changed = {**manifest, "token_scale": 48.0, "model_type": family}
+        del changed["checksum"]
+        write_manifest(path.parent, changed)
+        client = EngineClient(PrefixTable(path.parent), "mine")
+        scaled = client.embeddings("user-1", messages)
+        assert np.array_equal(scaled[0], plain[0]) and np.array_equal(scaled[1:], plain[1:] * 48)
+        with pytest.raises(UserError, match=f"to a {family}") if refused else contextlib.nullcontext():
+            client.sglang("user-1", messages)
+    del changed["token_scale"]
+    write_manifest(path.parent, changed | {"embedding_scale": 48.0})
+    with pytest.raises(UserError, match="of a Gemma, by an earlier version of e2p_jax; rerun"):
+        EngineClient(PrefixTable(path.parent), "mine")
+
+
+def test_a_bfloat16_model_is_sent_in_bfloat16(make_run: Callable, tmp_path: Path):
+    """Though a run on a CPU reads it in float32; what a float32 table says beside it is not rounded."""
+    run, messages = make_run(), [{"role": "user", "content": PROMPT}]
+    backbone = run.model.params["backbone"]
+    halved = backbone["embedding"].astype(jnp.bfloat16).astype(jnp.float32)
+    params = {**run.model.params, "backbone": {**backbone, "embedding": halved}}
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, params=params))
+    export_prefixes(run, tmp_path / "table", "bfloat16")
+    table = PrefixTable(tmp_path / "table")
+    stored = read_tensors(tmp_path / "table" / f"{table.manifest['tokens']}.tokens.safetensors", "")["embeddings"]
+    assert stored.dtype.name == "bfloat16" and np.array_equal(stored.astype(np.float32), halved)
+    short = EngineClient(table, "mine").vllm_completion("user-1", messages)
+    export_prefixes(run, tmp_path / "exact", "float32")
+    exact = EngineClient(PrefixTable(tmp_path / "exact"), "mine").vllm_completion("user-1", messages)
+    read = [load_prompt_embeds(body["prompt_embeds"], 32) for body in (short, exact)]
+    assert [tensor.dtype for tensor in read] == [torch.bfloat16, torch.float32]
+    assert torch.equal(read[1].bfloat16(), read[0])
+    assert np.array_equal(read[1][0].numpy(), PrefixTable(tmp_path / "exact").lookup(["user-1"])[0, 0])
 
 
 def test_command_line_mistakes_are_one_line(make_run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

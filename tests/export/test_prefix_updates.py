@@ -119,13 +119,16 @@ def test_soft_tokens_that_are_not_finite_are_refused(make_run: Callable, tmp_pat
 
 
 def test_payloads_refuse_what_is_not_finite(make_run: Callable, tmp_path: Path):
-    with pytest.raises(UserError, match="user 'a': the soft tokens are not finite in float16"):
-        soft_tokens(np.full((1, 4), 1e6, np.float32), np.dtype(np.float16), "a")
-    broken = np.ones((3, 4), np.float32)
-    broken[1, 2] = np.nan
-    for make in (tensor_base64, lambda embeddings: sglang(embeddings, ())):
-        with pytest.raises(UserError, match="embedding 1 of a request is not finite"):
-            make(broken)
+    """In their own dtype, and in float16, which a server may cast to whatever it is sent."""
+    for dtype, name in [("float16", "float16; repair"), ("float32", "float16, in which an engine may read them; ")]:
+        with pytest.raises(UserError, match=f"user 'a': the soft tokens are not finite in {name}"):
+            soft_tokens(np.full((1, 4), 1e6, np.float32), np.dtype(dtype), "a")
+    for value in (np.nan, -np.inf, 7e4):
+        broken = np.ones((3, 4), np.float32)
+        broken[1, 2] = value
+        for make in (tensor_base64, lambda embeddings: sglang(embeddings, ())):
+            with pytest.raises(UserError, match="embedding 1 of a request is not finite in float16"):
+                make(broken)
     vectors = VECTORS.copy()
     vectors[5] *= 1e38
     for format in ("vllm", "sglang"):
