@@ -14,6 +14,7 @@ from e2p_jax.vectors.table import UserTable
 
 _BLOCK = 1 << 24  # bytes of float32 that are gathered at once
 _CONSTANT = 1e-6  # of a dimension's mean: what float32 rounds away is no difference between users
+_DEAD = 1e-20  # of the widest dimension's spread: MiniLM has dimensions near 1e-33, beside 0.05 in the others
 _RANGE = (1e-30, 1e30)  # in which float32 holds a mean, a spread and the quotient of the two with room to spare
 _SAMPLE = 1 << 11  # users by whom the spread of all but the outermost is judged
 _OUTERMOST = 0.01  # of the sample, on either side of a dimension
@@ -61,8 +62,8 @@ class Moments(NamedTuple):
 
     @property
     def varies(self) -> np.ndarray:
-        """[E] bool: whether users differ in a dimension by more than rounding."""
-        return self.std > _CONSTANT * np.abs(self.mean)
+        """[E] bool: whether users differ in a dimension by more than rounding, and by something beside the others."""
+        return self.std > np.maximum(_CONSTANT * np.abs(self.mean), _DEAD * self.std.max())
 
     def population(self) -> Population:
         """Divides a dimension that never varies by its own size, or by the others' spread if that is greater: a

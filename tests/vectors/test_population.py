@@ -88,6 +88,16 @@ def test_the_scale_of_a_table_has_no_say(scale: float) -> None:
     assert np.abs((other - a.mean) / a.std)[4:].max() < 1  # not blown up
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e20])
+def test_a_dead_dimension_of_an_encoder_is_constant(scale: float) -> None:
+    """all-MiniLM-L6-v2 has two of its 384 dimensions near 1e-33, different for everybody."""
+    vectors = VECTORS * np.array([scale, scale, scale, scale, scale, 1e-33 * scale])
+    with np.errstate(under="ignore"):
+        found, warnings = measured(vectors)
+    np.testing.assert_allclose(found.std[5], np.sqrt(np.mean(found.std[:5].astype(np.float64) ** 2)), rtol=1e-5)
+    assert warnings == []
+
+
 def test_rounding_is_no_difference_between_users() -> None:
     vectors = VECTORS.copy()
     vectors[:, 2] = 1e6 * (1 + 1e-7 * np.random.default_rng(2).normal(size=400))
