@@ -21,6 +21,7 @@ def train_command(name: str, defaults: Config) -> Callable[..., None]:
         config: Named,
         /,
         workdir: RunPath | None = None,
+        profile: int = 0,
         processes: Together = DETECTED,
         overrides: Overrides = defaults,
     ) -> None:
@@ -28,16 +29,19 @@ def train_command(name: str, defaults: Config) -> Callable[..., None]:
 
         Args:
           workdir: Run directory. Default: runs/CONFIG.
+          profile: Steps to trace, from the third on, into profile/ of the run directory, for XProf and TensorBoard.
         """
         from e2p_jax.parallel.distributed import session
 
+        if profile < 0:
+            raise UsageError("--profile must not be negative")
         with session(processes):
-            _train(overrides, name, workdir)
+            _train(overrides, name, workdir, profile)
 
     return command
 
 
-def _train(config: Config, name: str, workdir: str | None) -> None:
+def _train(config: Config, name: str, workdir: str | None, profile: int) -> None:
     """Trains, then shows the table of conditions, the loss curve and the answers of two held-out users."""
     from e2p_jax.evaluate.evaluation import evaluate_splits, save
     from e2p_jax.evaluate.users import show_answers
@@ -45,7 +49,7 @@ def _train(config: Config, name: str, workdir: str | None) -> None:
     from e2p_jax.report.figures import draw_loss
     from e2p_jax.train.loop import train_model
 
-    run = train_model(config.resolved(), workdir or f"runs/{name}")
+    run = train_model(config.resolved(), workdir or f"runs/{name}", profile=profile)
     if is_first():
         say(f"loss curve: {draw_loss(run.directory)}")
     if config.evaluate.conditions or config.evaluate.prompts:

@@ -116,17 +116,20 @@ def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_rows: int) -> Batch:
-    """Puts this process's rows in their places of the global batch."""
-    local = local_rows(mesh, batch_rows)
+    """Sends this process's rows to their places of the global batch, and does not wait until they are there."""
+    place = row_sharding(mesh)
+    return {  # type: ignore[return-value]
+        name: jax.make_array_from_process_local_data(place, array, (batch_rows, *array.shape[1:]))
+        for name, array in batch.items()
+    }
 
-    def place(array: np.ndarray) -> jax.Array:
-        def shard(index: Any) -> np.ndarray:
-            rows = np.searchsorted(local, np.arange(batch_rows)[index[0]])
-            return array[rows]
 
-        return jax.make_array_from_callback((batch_rows, *array.shape[1:]), row_sharding(mesh), shard)
-
-    return {name: place(array) for name, array in batch.items()}  # type: ignore[return-value]
+def batch_shapes(mesh: Mesh, batch_rows: int, budget: Budget, width: int) -> Batch:
+    """Shapes, dtypes and shardings of what `to_devices` gives, of vectors of `width` numbers."""
+    return {  # type: ignore[return-value]
+        name: jax.ShapeDtypeStruct((batch_rows, *array.shape[1:]), array.dtype, sharding=row_sharding(mesh))
+        for name, array in empty_rows(1, budget, width).items()
+    }
 
 
 def train_iterator(
@@ -136,6 +139,18 @@ def train_iterator(
     source = _Steps(dataset, batch_rows, steps, seed, local_rows(mesh, batch_rows))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def on_devices(iterator: grain.DatasetIterator, mesh: Mesh, batch_rows: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """The iterator's batches on the devices, each with the iterator's state behind it: a run that has consumed the
+    batch goes on from there. The next is on its way by then, so that no step waits for its bytes.
+    """
+    sent: list[tuple[Batch, dict[str, Any]]] = []
+    for batch in iterator:
+        sent.append((to_devices(batch, mesh, batch_rows), iterator.get_state()))
+        if len(sent) > 1:
+            yield sent.pop(0)
+    yield from sent
 
 
 def eval_batches(dataset: PackedDataset, mesh: Mesh, batch_rows: int) -> Iterator[tuple[Batch, list[np.ndarray]]]:

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.families import DecoderConfig, read_config
 from e2p_jax.config import Config, MeshConfig
-from e2p_jax.data.packing import Budget, empty_rows
+from e2p_jax.data.packing import Budget
+from e2p_jax.data.pipeline import batch_shapes
 from e2p_jax.errors import UserError
-from e2p_jax.parallel.mesh import bytes_per_device, make_mesh, row_sharding
+from e2p_jax.parallel.mesh import bytes_per_device, make_mesh
 from e2p_jax.plan.hlo import Program
 from e2p_jax.plan.topology import Chip, Topology
 from e2p_jax.prefix.model import Batch
@@ -124,11 +125,8 @@ def read_backbone(config: Config) -> DecoderConfig:
 def abstract_batch(config: Config, shape: RowShape, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a batch."""
     targets = config.data.seq_len // 2 if shape.targets is None else shape.targets
-    row = empty_rows(1, Budget(config.data.seq_len, targets, shape.segments), shape.embedding_width)
-    return {  # type: ignore[return-value]
-        name: jax.ShapeDtypeStruct((config.train.rows, *array.shape[1:]), array.dtype, sharding=row_sharding(mesh))
-        for name, array in row.items()
-    }
+    budget = Budget(config.data.seq_len, targets, shape.segments)
+    return batch_shapes(mesh, config.train.rows, budget, shape.embedding_width)
 
 
 def make_plan(
@@ -148,7 +146,7 @@ def make_plan(
     batch = abstract_batch(config, shape, mesh)
     model = abstract_model(config, decoder, shape.embedding_width, mesh)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
-    steps = {"train": (jit_train_step(model, config.train), (state, frozen, batch))}
+    steps: dict[str, tuple[Any, tuple]] = {"train": (jit_train_step(model, config.train), (state, frozen, batch))}
     if evaluation:
         steps["evaluate"] = jit_eval_step(model), (state.trainable, frozen, batch)
     with jax.set_mesh(mesh), jax.default_device(topology.devices[0]):  # of which tokamax asks what it can do

@@ -12,7 +12,7 @@ from etils import epath
 
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.conditions import FRONTS, vectors_of
-from e2p_jax.data.pipeline import PackedDataset, rows_at, to_devices, train_iterator
+from e2p_jax.data.pipeline import PackedDataset, batch_shapes, on_devices, rows_at, train_iterator
 from e2p_jax.data.training import read_training
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import Preempted, UserError
@@ -23,6 +23,7 @@ from e2p_jax.prefix.model import Batch
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.partition import describe, join, split
+from e2p_jax.train.profile import Profile
 from e2p_jax.train.run import Run, claim_run, lock_run, restore_parameters
 from e2p_jax.train.score import pack_conditions, score, some
 from e2p_jax.train.setup import (
@@ -88,11 +89,12 @@ def train(config: Config, run: epath.PathLike) -> epath.Path:
     return train_model(config, run).directory
 
 
-def train_model(config: Config, run: epath.PathLike, shared: Shared | None = None) -> Run:
+def train_model(config: Config, run: epath.PathLike, shared: Shared | None = None, profile: int = 0) -> Run:
     """Trains until `train.steps`, resuming whatever `run` already holds. Every process of a run calls it.
 
     Args:
       shared: the backbone is taken from there, if it is the same one, or left there.
+      profile: steps to trace (`Profile`).
 
     Returns:
       The run with the parameters of its best checkpoint, in front of the backbone that was trained in front of.
@@ -111,12 +113,12 @@ def train_model(config: Config, run: epath.PathLike, shared: Shared | None = Non
     with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
         with contextlib.closing(Checkpoints(run, config.train)) as checkpoints:  # waits for what is being written
-            model = _train(config, run, data, model, checkpoints)
+            model = _train(config, run, data, model, checkpoints, profile)
             step, model = restore_parameters(checkpoints, "best", model, config.train)
     return Run(run, step, inputs, model)
 
 
-def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoints: Checkpoints) -> Model:
+def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoints: Checkpoints, profile: int) -> Model:
     """The model as it is after the last step."""
     settings, mesh = config.train, model.mesh
     held = {"data": data.train.digest().hex()}
@@ -149,7 +151,6 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
     if distributed.is_first():
         write_text(run / "config.json", config.to_json())  # the settings in force
 
-    train_step = jit_train_step(model, settings, max_traces=1)
     eval_step = jit_eval_step(model, max_traces=len(data.held_out))  # splits differ in their targets per row
     recorder = Recorder(
         run,
@@ -177,12 +178,20 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
         + (f"; resumed at step {first}" if first else "")
     )
 
-    stop = False
-    with contextlib.closing(recorder), jax.set_mesh(mesh), distributed.preemption(first) as stop_here:
-        for number in range(first + 1, settings.steps + 1):
-            batch = to_devices(next(iterator), mesh, settings.rows)
-            with jax.transfer_guard("disallow"):
+    stop, numbers = False, range(first + 1, settings.steps + 1)
+    with (
+        contextlib.closing(recorder),
+        contextlib.closing(Profile(run, first, profile)) as traced,
+        jax.set_mesh(mesh),
+        distributed.preemption(first) as stop_here,
+    ):
+        if numbers:
+            shapes = batch_shapes(mesh, settings.rows, data.train.budget, data.train.vectors.width)
+            train_step: jax.stages.Compiled = jit_train_step(model, settings).lower(state, frozen, shapes).compile()
+        for number, (batch, position) in zip(numbers, on_devices(iterator, mesh, settings.rows), strict=False):
+            with traced.step(number), jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, frozen, batch)
+            traced.after(number, metrics)
             recorder.step(number, metrics)
             last, nll = number == settings.steps, None
             evaluated = number % settings.eval_every == 0 or last
@@ -195,7 +204,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             stop = stop_here(number) and not last
             if evaluated or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()
-                position = {**iterator.get_state(), **held, "steps": settings.steps}
+                position = {**position, **held, "steps": settings.steps}
                 checkpoints.save(state, frozen["projector"], position, nll)
             if stop:
                 break

@@ -26,7 +26,7 @@ from e2p_jax.data.stops import named_stops
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError
 from e2p_jax.parallel import distributed
-from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated
+from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated, row_sharding
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.optimizer import make_optimizer, schedule
@@ -234,7 +234,7 @@ def _initialised(make: Callable[[], PyTree], model: Model, part: str, wanted: Ca
             lambda path, value: value if wanted(f"{part}/{path_name(path)}") else None, values
         )
 
-    places = chosen(jax.tree.map(lambda leaf: leaf.sharding, shapes))
+    places = chosen(_places(shapes))
     made = jax.jit(lambda: chosen(make()), out_shardings=places)()
     return jax.tree.map(lambda shape, value: shape if value is None else value, shapes, made)
 
@@ -286,6 +286,10 @@ def _load_backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) 
     return _initialised(initialise, model, "backbone", wanted), "random"
 
 
+def _places(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def state_shardings(model: Model, state: PyTree) -> PyTree:
     """Optimizer moments lie where their parameters lie: the path inside the state ends with the parameter's."""
 
@@ -314,20 +318,29 @@ def _fresh_state(model: Model, config: TrainConfig, trainable: PyTree) -> TrainS
 def initial_state(model: Model, config: TrainConfig) -> tuple[TrainState, PyTree]:
     """A fresh state on the mesh, and the frozen parameters."""
     trainable, frozen = split(model.params, model.mask)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config))
+    places = _places(abstract_state(model, config))
     return jax.jit(functools.partial(_fresh_state, model, config), out_shardings=places)(trainable), frozen
 
 
-def jit_train_step(model: Model, config: TrainConfig, max_traces: int | None = None) -> Callable[..., Any]:
-    """(state, frozen, batch) -> (state, metrics), the state donated; more than `max_traces` traces are an error."""
+def jit_train_step(model: Model, config: TrainConfig) -> jax.stages.Wrapped:
+    """(state, frozen, batch) -> (state, metrics) of arrays in their places, where the new state is written over the
+    old one. Lowered and compiled it is one program, which takes nothing that lies elsewhere.
+    """
     optimizer, rate = make_optimizer(config, model.mask), schedule(config)
     step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation)
-    step = chex.assert_max_traces(step, n=max_traces) if max_traces else step
-    return jax.jit(step, donate_argnums=0, compiler_options=model.compiler_options)
+    state, (_, frozen) = _places(abstract_state(model, config)), _places(split(model.params, model.mask))
+    return jax.jit(
+        step,
+        in_shardings=(state, frozen, row_sharding(model.mesh)),
+        out_shardings=(state, replicated(model.mesh)),
+        donate_argnums=0,
+        compiler_options=model.compiler_options,
+    )
 
 
 def jit_eval_step(model: Model, max_traces: int | None = None) -> Callable[..., Any]:
-    """(trainable, frozen, batch) -> [B, S], the same on every device."""
+    """(trainable, frozen, batch) -> [B, S], the same on every device; more than `max_traces` traces are an error."""
     step = make_eval_step(model.graph, model.mask)
     step = chex.assert_max_traces(step, n=max_traces) if max_traces else step
-    return jax.jit(step, out_shardings=replicated(model.mesh))
+    places = (*_places(split(model.params, model.mask)), row_sharding(model.mesh))
+    return jax.jit(step, in_shardings=places, out_shardings=replicated(model.mesh))

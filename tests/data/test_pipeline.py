@@ -99,6 +99,20 @@ def test_restored_iterator_gives_the_remaining_batches(dataset: PackedDataset, d
             np.testing.assert_array_equal(ours[name], theirs[name])
 
 
+def test_a_batch_is_sent_while_the_one_before_is_used_and_keeps_its_own_place(dataset: PackedDataset) -> None:
+    """The iterator is one ahead; what was used last says where a run goes on, not how far it has read."""
+    ahead, mesh, batches = iterator(dataset), make_mesh(MeshConfig()), list(iterator(dataset))
+    used = pipeline.on_devices(ahead, mesh, 4)
+    for number in range(3):
+        batch, position = next(used)
+        np.testing.assert_array_equal(np.asarray(batch["tokens"]), batches[number]["tokens"])
+        fresh = iterator(dataset)
+        fresh.set_state(position)
+        np.testing.assert_array_equal(next(fresh)["tokens"], batches[number + 1]["tokens"])
+        assert ahead.get_state() != position
+    assert len(list(used)) == 20 - 3
+
+
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_global_batch_is_the_same_on_every_mesh(dataset: PackedDataset, axes: dict[str, int]) -> None:
     mesh = make_mesh(MeshConfig(**axes))

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from e2p_jax.config import Config, from_json
 from e2p_jax.data import pipeline
 from e2p_jax.parallel import distributed
@@ -20,20 +22,21 @@ from e2p_jax.train import loop
 def train_until(config: Config, run: Path, step: int) -> None:
     """Appends `{row of the batch: digest}` a step to `RUN.PROCESS.jsonl`; stops as SIGTERM would make it."""
 
-    def digests(batch: dict[str, Any], mesh: Any, rows: int) -> Any:
-        held = {
-            int(row): hashlib.sha256(batch["tokens"][n].tobytes() + batch["user_embeddings"][n].tobytes()).hexdigest()
-            for n, row in enumerate(pipeline.local_rows(mesh, rows))
-        }
-        with run.with_suffix(f".{os.getpid()}.jsonl").open("a") as file:
-            file.write(json.dumps(held) + "\n")
-        return pipeline.to_devices(batch, mesh, rows)
+    def digests(iterator: Any, mesh: Any, rows: int) -> Iterator[Any]:
+        for batch, position in pipeline.on_devices(iterator, mesh, rows):
+            held, shards = {}, (batch["tokens"].addressable_shards, batch["user_embeddings"].addressable_shards)
+            for here in zip(*shards, strict=True):
+                for row, *parts in zip(range(rows)[here[0].index[0]], *(np.asarray(s.data) for s in here), strict=True):
+                    held[row] = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+            with run.with_suffix(f".{os.getpid()}.jsonl").open("a") as file:
+                file.write(json.dumps(held) + "\n")
+            yield batch, position
 
     @contextlib.contextmanager
     def stop(first: int) -> Iterator[Callable[[int], bool]]:
         yield lambda number: number == step
 
-    with mock.patch.object(loop, "to_devices", digests), mock.patch.object(distributed, "preemption", stop):
+    with mock.patch.object(loop, "on_devices", digests), mock.patch.object(distributed, "preemption", stop):
         loop.train(config, run)
 
 

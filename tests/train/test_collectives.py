@@ -32,6 +32,7 @@ class Step(NamedTuple):
     trainable: int  # bytes
     state: int  # bytes a device, without the key's eight
     donated: int  # of them, what the new state is written over
+    is_placed: bool  # all lies where the model has it, before and after, though nobody said so to the compiler
 
 
 @functools.cache
@@ -48,14 +49,21 @@ def step(trainable: tuple[str, ...] = ("projector/**",), decoder: DecoderConfig 
     batch = abstract_batch(config, RowShape(WIDTH, TARGETS, SEGMENTS), mesh)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(loss, "LOGITS_AT_ONCE", CHUNK * ROWS * DECODER.vocab_size // 4)  # on each of four devices
-        compiled = jit_train_step(model, config.train).lower(state, frozen, batch).compile()
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, frozen, batch))
+        compiled = jit_train_step(model, config.train).lower(*shapes).compile()
     backbone = model.params["backbone"]
     weights = {name: leaf.shape[1:] for name, leaf in backbone["layers"].items() if leaf.ndim == 3}
     weights |= {name: backbone[name].shape for name in ("embedding", "head")}
     trained = sum(int(np.prod(leaf.shape)) * 4 for leaf in jax.tree.leaves(state.trainable))
     collectives = Program(compiled.as_text()).collectives
     donated = compiled.memory_analysis().alias_size_in_bytes
-    return Step(collectives, weights, trained, bytes_per_device(state), donated)
+    taken, given = jax.tree.leaves(compiled.input_shardings[0]), jax.tree.leaves(compiled.output_shardings[0])
+    arrays = jax.tree.leaves((state, frozen, batch))
+    is_placed = all(
+        place.is_equivalent_to(leaf.sharding, leaf.ndim)
+        for leaf, place in [*zip(arrays, taken, strict=True), *zip(jax.tree.leaves(state), given, strict=True)]
+    )
+    return Step(collectives, weights, trained, bytes_per_device(state), donated, is_placed)
 
 
 def of_kind(collectives: list[Collective], *kinds: str) -> list[Collective]:
@@ -73,6 +81,11 @@ def test_gradients_are_summed_once_and_are_those_of_the_trainable_part(axes: dic
     sums = [c for c in sums if not any(a.shape[:1] == (ROWS // 2,) for a in c.arrays)]
     assert [c.nbytes * c.times for c in sums] == [trainable + 8]
     assert sums[0].group == (2 if "tensor" in axes else 4)
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_the_step_says_where_all_lies(axes: dict[str, int]) -> None:
+    assert step(**axes).is_placed
 
 
 @pytest.mark.parametrize("trainable", [("projector/**",), EVERYTHING], ids=["projector", "everything"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -34,6 +35,7 @@ from e2p_jax.datasets.records import write_jsonl
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.prefix import mlp
+from e2p_jax.train import loop
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.loop import read_data, train, train_model
 from e2p_jax.train.metrics import read_metrics
@@ -228,6 +230,21 @@ def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig, ref
     for a, b in zip(reference, sharded, strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
+
+
+def test_one_compiled_program_is_called_and_traced_where_asked(
+    config: Config, tmp_path: Path, reference: list, monkeypatch: pytest.MonkeyPatch
+):
+    """What is called cannot compile: of a jitted step the loop takes nothing but its lowering."""
+    make = loop.jit_train_step
+    monkeypatch.setattr(loop, "jit_train_step", lambda *settings: SimpleNamespace(lower=make(*settings).lower))
+    run = train_model(config, tmp_path / "run", profile=2).directory
+    assert numbers(run) == reference
+    (path,) = (path for path in Path(run / "profile").rglob("*") if path.is_file())
+    assert path.parent.relative_to(run / "profile") == Path("plugins/profile/steps-3-4")
+    data = jax.profiler.ProfileData.from_file(str(path))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events if event.name == "train"]
+    assert [dict(event.stats)["step_num"] for event in events] == [3, 4]
 
 
 def test_every_split_is_evaluated_with_one_trace_each(config: Config, tmp_path: Path):
