@@ -38,7 +38,7 @@ def nll(kind: Any, users: int) -> dict[str, float]:
     )
     step, figures = jit_eval_step(model), {"matrix_bytes": matrix_bytes(model.params["backbone"]["layers"])}
     with jax.set_mesh(model.mesh):
-        for name, dataset in packed.items():
+        for (name, _), dataset in packed.items():
             scores = score(dataset, kept, lambda batch: step(trainable, frozen, batch), model.mesh, 8)
             figures[f"nll_{name}"] = round(scores.per_target, 4)
     return figures

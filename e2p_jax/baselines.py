@@ -61,6 +61,7 @@ ARMS: dict[str, tuple[str, Condition]] = {
     "none": ("e2p", "none"),
     "e2p": ("e2p", "e2p"),
     "text": ("e2p", "text"),
+    "text+shuffled": ("e2p", "text+shuffled"),
     "e2p+text": ("e2p+text", "e2p+text"),
     "static": ("static", "static"),
     "lora": ("lora", "none"),
@@ -69,4 +70,5 @@ ARMS: dict[str, tuple[str, Condition]] = {
     "mean": ("e2p", "mean"),
     "zero": ("e2p", "zero"),
     "noise": ("e2p", "noise"),
+    "extreme": ("e2p", "extreme"),
 }

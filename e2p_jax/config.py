@@ -19,7 +19,9 @@ from e2p_jax.errors import UsageError, UserError
 from e2p_jax.json_files import parse_object
 from e2p_jax.registry import ADAPTERS, KINDS, PROJECTORS, load_plugins, one_of, plugins_of
 
-Condition = Literal["none", "e2p", "text", "e2p+text", "static", "shuffled", "mean", "zero", "noise"]
+Condition = Literal[
+    "none", "e2p", "text", "e2p+text", "static", "shuffled", "text+shuffled", "mean", "zero", "noise", "extreme"
+]
 Measures = Literal["ranking", "users", "texts"]
 Placement = Literal["before_bos", "after_bos", "in_chat"]
 Thinking = Literal["auto", "none", "empty", "full"]
@@ -194,6 +196,9 @@ class EvaluateConfig:
     measures: tuple[Measures, ...] = free(())
     """Beside likelihood. ranking: the true last reply among candidates; users: the true user among others; texts:
     greedy last replies against the true ones."""
+    derangements: int = free(4, POSITIVE)
+    """So many other users, or all there are, everybody meets under `shuffled` and `text+shuffled`, whose mean is shown;
+    each costs what another condition costs."""
     candidates: int = free(20)
     """What is ranked among, the true one included: replies, where records bring none, and users."""
     max_records: int = free(200, NOT_NEGATIVE)

@@ -16,6 +16,7 @@ def evaluate(
     /,
     conditions: tuple[Condition, ...] = (),
     measures: tuple[Measures, ...] = (),
+    derangements: int | None = None,
     split: str | None = None,
     data: Path | None = None,
     embeddings: Embeddings = None,
@@ -27,9 +28,11 @@ def evaluate(
     """Scores a run under several conditions.
 
     Args:
-      conditions: What stands in front: none, e2p, text, e2p+text, static (the mean vector, for a run trained on it),
-        and instead of the user's vector: shuffled (another user's), mean, zero, noise. Default: the run's config.
+      conditions: What stands in front: none, e2p, text, e2p+text, static (the mean vector, for a run trained on it);
+        instead of the user's vector shuffled (another user's), mean, zero, noise, extreme (it, times 1000); instead of
+        the user's text text+shuffled (another user's). Default: the run's config.
       measures: Beside likelihood: ranking, users, texts. Default: the run's config.
+      derangements: So many other users everybody meets under shuffled and text+shuffled. Default: the run's config.
       split: Split of the run's dataset. Default: all of `data.eval_splits`.
       data: JSON Lines file to score in place of the run's dataset.
       per_example: Write one JSON line per record and condition to this file, in input order.
@@ -39,9 +42,13 @@ def evaluate(
     from e2p_jax.parallel.distributed import is_first, session
     from e2p_jax.train.run import open_run
 
+    if derangements is not None and derangements < 1:
+        raise UsageError("--derangements must be positive")
     with session(processes):
         opened = open_run(run, checkpoint, embeddings)
         config = opened.inputs.config
+        if derangements is not None:
+            config = config.change(evaluate={"derangements": derangements})
         if data is not None:
             config = config.change(data={"path": str(data)})
         if measures:

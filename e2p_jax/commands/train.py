@@ -62,7 +62,7 @@ def _train(config: Config, name: str, workdir: str | None, profile: int) -> None
         say(f"run directory: {run.directory}")
 
 
-ALL = ("none", "shuffled", "mean", "static", "e2p", "text", "e2p+text", "lora")
+ALL = ("none", "shuffled", "mean", "static", "e2p", "text", "text+shuffled", "e2p+text", "lora")
 
 
 def compare_command(name: str, defaults: Config) -> Callable[..., None]:

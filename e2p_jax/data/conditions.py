@@ -5,7 +5,9 @@ training or in evaluation. So `static` and `mean` are the same front: the former
 tuning), the latter asks a run trained on `e2p` what its token is worth without a user.
 """
 
-from collections.abc import Sequence
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,21 +24,34 @@ from e2p_jax.vectors.table import UserTable
 class Front(NamedTuple):
     """The front of a conversation under a condition."""
 
-    vector: Literal["own", "other", "mean", "zero", "noise"] | None  # None: no slots
-    context: bool  # the record's context, in the system message
+    vector: Literal["own", "other", "mean", "zero", "noise", "extreme"] | None  # None: no slots
+    context: Literal["own", "other"] | None  # in the system message
+
+    @property
+    def reads_table(self) -> bool:
+        """Whether what stands in the slots was some user's vector."""
+        return self.vector in ("own", "other", "extreme")
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether another user stands in front: who, a derangement says (`other_users`)."""
+        return "other" in self
 
 
 FRONTS: dict[Condition, Front] = {
-    "none": Front(None, False),
-    "e2p": Front("own", False),
-    "text": Front(None, True),
-    "e2p+text": Front("own", True),
-    "static": Front("mean", False),
-    "shuffled": Front("other", False),
-    "mean": Front("mean", False),
-    "zero": Front("zero", False),
-    "noise": Front("noise", False),
+    "none": Front(None, None),
+    "e2p": Front("own", None),
+    "text": Front(None, "own"),
+    "e2p+text": Front("own", "own"),
+    "static": Front("mean", None),
+    "shuffled": Front("other", None),
+    "text+shuffled": Front(None, "other"),
+    "mean": Front("mean", None),
+    "zero": Front("zero", None),
+    "noise": Front("noise", None),
+    "extreme": Front("extreme", None),
 }
+EXTREME = 1000.0  # times the user's vector
 
 
 def user_vectors(
@@ -44,11 +59,11 @@ def user_vectors(
     condition: Condition,
     table: UserTable | None,
     population: Population,
-    seed: int = 0,
+    draw: int = 0,
 ) -> Vectors:
     """Of every record, as `vectors_of` has it."""
     users, where = [record.user_id for record in records], [record.source for record in records]
-    return vectors_of(users, where, condition, table, population, seed)
+    return vectors_of(users, where, condition, table, population, draw)
 
 
 def vectors_of(
@@ -57,44 +72,83 @@ def vectors_of(
     condition: Condition,
     table: UserTable | None,
     population: Population,
-    seed: int = 0,
+    draw: int = 0,
 ) -> Vectors:
     """One per user: where it is in the table, or in a small array for what is not a user's own.
 
     `shuffled` gives every user another user's, and leaves the null user what it is; `noise` draws one per user from a
-    normal distribution with the training users' mean and spread.
+    normal distribution with the training users' mean and spread; `extreme` is the user's own times `EXTREME`.
 
     Args:
       users: N user ids.
       where: for errors, the record that each stands in.
+      draw: number of the derangement, of those users who have a vector.
 
     Raises:
       UserError: a user without a vector, or with one that is not finite.
     """
     kind = FRONTS[condition].vector
-    if kind in ("own", "other"):
+    if FRONTS[condition].reads_table:
         if table is None:
             raise UserError(f"data.embeddings is not set; condition {condition!r} needs a table of user vectors")
         rows = table.rows(users, where)
         if kind == "other":
             known = np.flatnonzero(rows >= 0)
-            rows[known] = table.rows(other_users([users[n] for n in known.tolist()], seed), where)
+            rows[known] = table.rows(other_users([users[n] for n in known.tolist()], draw), where)
         table.check(distinct(rows))
+        if kind == "extreme":
+            held, row = np.unique(rows, return_inverse=True)
+            return Vectors(table.gather(held) * np.float32(EXTREME), row)
         return Vectors(table, rows)
     if kind == "noise":
         names, row = np.unique(np.asarray(users[:], str), return_inverse=True)
         size = len(names), len(population.mean)
-        drawn = np.random.default_rng([seed, 2]).normal(population.mean, population.std, size)
+        drawn = np.random.default_rng([0, 2]).normal(population.mean, population.std, size)
         return Vectors(drawn.astype(np.float32), row)
     vector = population.mean if kind == "mean" else np.zeros_like(population.mean)
     return Vectors(vector[None], np.zeros(len(users), np.int64))
 
 
-def other_users(users: Sequence[str], seed: int) -> list[str]:
-    """For every user the next one around a random circle: never oneself, and every user as often as a user."""
+def other_users(users: Sequence[str], draw: int = 0) -> list[str]:
+    """For every user one further around a random circle: never oneself, and every user as often as a user.
+
+    Each `draw` goes one further than the one before, so that with U users nobody meets anybody twice in U - 1 of them.
+
+    Raises:
+      UserError: there is one user alone.
+    """
     circle = sorted(set(users))
     if len(circle) < 2:
-        raise UserError("condition 'shuffled' needs at least two users in the split")
-    order = np.random.default_rng([seed, 1]).permutation(len(circle))
-    following = {circle[a]: circle[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+        raise UserError("conditions 'shuffled' and 'text+shuffled' need at least two users in the split")
+    order = np.random.default_rng([0, 1]).permutation(len(circle))
+    others = np.roll(order, -1 - draw % (len(circle) - 1))
+    following = {circle[a]: circle[b] for a, b in zip(order, others, strict=True)}
     return [following[user] for user in users]
+
+
+def draws(condition: Condition, users: Iterable[str], most: int) -> int:
+    """How many derangements a condition is the mean of: `most`, or all there are; one where there are none to draw."""
+    return max(min(most, len(set(users)) - 1), 1) if FRONTS[condition].is_shuffled else 1
+
+
+def spelled_out(records: Iterable[Record], condition: Condition, draw: int = 0) -> Iterable[Record]:
+    """The records with the context that a condition spells out.
+
+    For `text+shuffled` it is another user's, of the one whose vector `shuffled` gives in the same draw where all have
+    one: for a user's first record that of the other's first, and so on, around if there are fewer.
+
+    Raises:
+      UserError: there is one user alone.
+    """
+    if FRONTS[condition].context != "other":
+        return records
+    records, contexts = list(records), collections.defaultdict(list)
+    for record in records:
+        contexts[record.user_id].append(record.context)
+    met: collections.Counter[str] = collections.Counter()
+    out = []
+    for record, other in zip(records, other_users([record.user_id for record in records], draw), strict=True):
+        theirs = contexts[other]
+        out.append(dataclasses.replace(record, context=theirs[met[record.user_id] % len(theirs)]))
+        met[record.user_id] += 1
+    return out

@@ -9,6 +9,7 @@ import xxhash
 
 from e2p_jax.config import Config
 from e2p_jax.data.columns import Ragged
+from e2p_jax.data.conditions import spelled_out
 from e2p_jax.data.encode import Encoder
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import choose_budget, plan_rows
@@ -56,8 +57,9 @@ def statistics(config: Config, encoder: Encoder, table: UserTable | None) -> dic
 
 
 def _encode(records: Sequence[Record], encoder: Encoder, config: Config) -> tuple[Examples, int]:
-    fitted = [encoder.fit(record, [config.data.condition]) for record in records]
-    examples = Examples.of(fit.examples[config.data.condition] for fit in fitted)
+    condition = config.data.condition
+    fitted = [encoder.fit(record, [condition]) for record in spelled_out(records, condition)]
+    examples = Examples.of(fit.examples[condition] for fit in fitted)
     return examples, sum(fit.dropped_messages for fit in fitted)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import e2p_jax
 from e2p_jax.config import Config, DataConfig
 from e2p_jax.data.columns import Ragged
+from e2p_jax.data.conditions import spelled_out
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples, map_column
 from e2p_jax.data.packing import Budget, choose_budget, plan_rows
@@ -108,7 +109,7 @@ def _read(config: Config, encoder: Encoder, directory: Path) -> Training:
 
     def fitted() -> Iterator[Example]:
         nonlocal dropped
-        for record in learned:
+        for record in spelled_out(learned, condition):
             fit = encoder.fit(record, [condition])
             dropped += fit.dropped_messages
             yield fit.examples[condition]

@@ -27,10 +27,10 @@ from e2p_jax.parallel.distributed import is_first
 from e2p_jax.train import identity, manifest
 from e2p_jax.train.loop import train_model
 from e2p_jax.train.run import Run, open_run
-from e2p_jax.train.score import Scores
+from e2p_jax.train.score import Scores, fit_arms
 from e2p_jax.train.setup import Shared
 
-_LAYOUT = 2  # of a file of scores
+_LAYOUT = 3  # of a file of scores
 
 
 def train_all(
@@ -70,7 +70,8 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> l
         arms = {name: ARMS[name][1] for name in compared if ARMS[name][0] == trained}
         run = open_run(place, shared=shared)
         # A record that is too long with one condition in front loses the same turns in all runs.
-        fitted = {name: [run.inputs.encoder.fit(r, fronts).record for r in records] for name, records in splits.items()}
+        encoder, most = run.inputs.encoder, config.evaluate.derangements
+        fitted = {name: fit_arms(records, fronts, encoder, most)[0] for name, records in splits.items()}
         for name, scores in _scores(run, directory / "scores" / f"{trained}.npz", fitted, list(arms.values())).items():
             found[name] |= {arm: scores[front] for arm, front in arms.items()}
         kept = fitted
@@ -108,7 +109,8 @@ def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
     for name in first.scores:
         each = [evaluation.scores[name] for evaluation in evaluations]
         more = {measure: np.mean([s.more[measure] for s in each], axis=0) for measure in each[0].more}
-        scores[name] = dataclasses.replace(each[0], nll=np.mean([s.nll for s in each], axis=0), more=more, replies=())
+        nll = np.mean([s.drawn for s in each], axis=0)
+        scores[name] = dataclasses.replace(each[0], drawn=nll, more=more, replies=())
     return dataclasses.replace(first, scores=scores)
 
 
@@ -138,7 +140,7 @@ def _key(run: Run, splits: dict[str, list[Record]], conditions: list[Condition])
     """Names everything that scores depend on: what is measured of which records, with which vectors, of what model."""
     inputs, settings = run.inputs, run.inputs.config.evaluate
     vectors: dict[str, str] = {}
-    if inputs.table is not None and any(FRONTS[c].vector in ("own", "other") for c in conditions):
+    if inputs.table is not None and any(FRONTS[c].reads_table for c in conditions):
         for name, records in splits.items():
             held = inputs.table.gather(inputs.table.index.find(sorted({record.user_id for record in records})))
             vectors[name] = hashlib.sha256(held.data).hexdigest()
@@ -147,6 +149,7 @@ def _key(run: Run, splits: dict[str, list[Record]], conditions: list[Condition])
         "version": e2p_jax.__version__,
         "conditions": conditions,
         "measured": [settings.measures, settings.candidates, settings.max_records],
+        "derangements": settings.derangements if any(FRONTS[c].is_shuffled for c in conditions) else None,
         "records": {name: [repr(record) for record in records] for name, records in splits.items()},
         "vectors": vectors,
         "backbone": identity.describe(inputs, run.model),
@@ -156,7 +159,7 @@ def _key(run: Run, splits: dict[str, list[Record]], conditions: list[Condition])
     return digest(asked)
 
 
-_COLUMNS = ("nll", "targets", "words", "bytes")
+_COLUMNS = ("drawn", "targets", "words", "bytes")
 
 
 def _pack(scores: Scores) -> dict[str, np.ndarray]:

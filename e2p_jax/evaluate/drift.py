@@ -9,7 +9,7 @@ from e2p_jax.config import Condition
 from e2p_jax.data.conditions import user_vectors
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.measures import MEASURES, Difference, Interval, bootstrap, difference, sums_by_user
+from e2p_jax.evaluate.measures import Difference, Interval, difference, share_of
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
 from e2p_jax.vectors.table import UserTable
@@ -88,17 +88,10 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     statistics = _statistics(run, kept, {"old": old, "new": new})
     owners, samples = [record.user_id for record in kept], run.inputs.config.evaluate.bootstrap_samples
     change = difference("nll_per_target", statistics["new", "e2p"], statistics["old", "e2p"], owners, samples)
-    value = MEASURES["nll_per_target"].value
-    cases: list[Case] = [("old", "e2p"), ("old", "shuffled"), ("new", "e2p"), ("new", "shuffled")]
-    sums = sums_by_user([statistics[case] for case in cases], owners)
-    drawn = bootstrap(sums, value, samples)
-    old_e2p, old_other, new_e2p, new_other = (float(value(group.sum(axis=0))) for group in sums)
-    gain_old = Interval.of(old_other - old_e2p, drawn[:, 1] - drawn[:, 0])
-    gain_new = Interval.of(new_other - new_e2p, drawn[:, 3] - drawn[:, 2])
-    share, retrain = None, None
-    if gain_old.low > 0:
-        ratios = (drawn[:, 3] - drawn[:, 2]) / (drawn[:, 1] - drawn[:, 0])
-        share = Interval.of(gain_new.value / gain_old.value, ratios)
+    new_pair, old_pair = ((statistics[version, "e2p"], statistics[version, "shuffled"]) for version in ("new", "old"))
+    gain_new, gain_old, share = share_of(new_pair, old_pair, owners, samples)
+    retrain = None
+    if share is not None:
         retrain = True if share.high < keep else False if share.low >= keep else None
     return Drift(
         users=len(names),

@@ -18,11 +18,13 @@ from e2p_jax.evaluate.generate import generate
 from e2p_jax.evaluate.measures import (
     MEASURES,
     Difference,
+    Share,
     difference,
     distinct,
     interval,
     interval_text,
     p_text,
+    share_of,
     text_statistics,
     value_text,
 )
@@ -45,6 +47,7 @@ from e2p_jax.train.score import Scorer, Scores, pack_conditions
 from e2p_jax.vectors.table import UserTable
 
 BASELINES = ("none", "shuffled")  # what differences are shown to
+SHARED = ("e2p", "shuffled", "text", "text+shuffled")  # what the share is of
 REPLY = Sampling(max_new_tokens=32)
 
 
@@ -68,8 +71,19 @@ class Evaluation:
         users = [record.user_id for record in self.records]
         return difference(measure, both[0], both[1], users, self.bootstrap_samples)
 
+    def share(self) -> Share | None:
+        """What the soft token carries of what the persona is worth to this backbone as text, each compared with another
+        user's; None where one of the four conditions was not asked for.
+        """
+        if not set(SHARED) <= set(self.scores):
+            return None
+        e2p, shuffled, text, other = (self.scores[name].statistics["nll_per_target"] for name in SHARED)
+        users = [record.user_id for record in self.records]
+        return share_of((e2p, shuffled), (text, other), users, self.bootstrap_samples)
+
     def to_dict(self) -> dict[str, Any]:
         """Gives what `--json` prints."""
+        share = self.share()
         any_scores = next(iter(self.scores.values()))
         return {
             "split": self.split,
@@ -80,6 +94,7 @@ class Evaluation:
             "dropped_messages": self.dropped_messages,
             "conditions": {name: self._condition(name) for name in self.scores},
             "recommenders": {name: self._recommender(by) for name, by in self.recommenders.items()},
+            "share": share and {name: part and part._asdict() for name, part in share._asdict().items()},
         }
 
     def _recommender(self, by_measure: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
@@ -128,14 +143,19 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
       UserError: a user without a vector, or a record that cannot fit.
     """
     inputs = run.inputs
-    packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table, run.population)
+    most = inputs.config.evaluate.derangements
+    packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table, run.population, most)
     scorer = Scorer(run)
-    scores: dict[str, Scores] = {}
-    progress = Progress(len(conditions), 0, f"evaluate {split_name}")
-    for number, condition in enumerate(conditions, 1):
-        scores[condition] = scorer.scores(packed[condition], kept)
-        progress.update(number, condition, show=True)
+    drawn: dict[Condition, list[Scores]] = {condition: [] for condition in conditions}
+    progress = Progress(len(packed), 0, f"evaluate {split_name}")
+    for number, ((condition, draw), dataset) in enumerate(packed.items(), 1):
+        drawn[condition].append(scorer.scores(dataset, kept))
+        progress.update(number, f"{condition} {draw + 1}" if draw else condition, show=True)
     progress.close()
+    scores: dict[str, Scores] = {
+        condition: dataclasses.replace(each[0], drawn=np.concatenate([one.drawn for one in each]))
+        for condition, each in drawn.items()
+    }
     scores = _measure(run, scorer, kept, scores, conditions)
     samples = inputs.config.evaluate.bootstrap_samples
     return Evaluation(split_name, kept, scores, dropped, samples, rank_without(inputs.config, inputs.table, kept))
@@ -238,6 +258,8 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
         "differences in nats per target, below zero is better; "
         "95 % paired bootstrap over users, paired permutation test"
     )
+    if values["share"]:
+        table.caption += f"\n{share_text(values['share'])}"
     table.add_column("condition")
     for column in ("NLL per target", "PPL per word", "minus none", "p", "minus shuffled", "p"):
         table.add_column(column, justify="right")
@@ -261,6 +283,16 @@ def render_seeds(by_seed: Mapping[int, Evaluation]) -> rich.table.Table:
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
+
+
+def share_text(entry: dict[str, dict[str, float] | None]) -> str:
+    """The share of `Evaluation.to_dict`, in one sentence."""
+    gain, whole = ("{value:.4f} [{low:.4f}, {high:.4f}]".format(**entry[name] or {}) for name in ("gain", "whole"))
+    parts = f"e2p is {gain} nats per target better than shuffled, text {whole} better than text+shuffled"
+    if entry["share"] is None:
+        return f"no share: {parts}, which is not told from nothing"
+    share, low, high = (f"{100 * entry['share'][name]:.0f} %" for name in ("value", "low", "high"))
+    return f"the soft token carries {share} [{low}, {high}] of what the persona is worth as text: {parts}"
 
 
 def _cells(entry: dict[str, float] | None) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from e2p_jax.backbone.decoder import Cache
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import FRONTS
+from e2p_jax.data.conditions import FRONTS, spelled_out
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError, shown
@@ -238,7 +238,7 @@ def generate(
       UserError: a prompt too long for the backbone.
     """
     encoder: Encoder = run.inputs.encoder
-    prompts = _encode(run, records, [condition] * len(records), sampling)
+    prompts = _encode(run, list(spelled_out(records, condition)), [condition] * len(records), sampling)
     replies: list[str] = []
     size = min(batch, len(prompts))
     for first in range(0, len(prompts), batch):

@@ -1,7 +1,8 @@
 """Measures as sums, what can be said of their differences, and the sums of those on generated texts.
 
 A measure has statistics that add up over records, [N, k], and a value that is a function of their sums. So any of them,
-corpus BLEU too, can be taken over a resampled set of users: a bootstrap and a permutation test serve all.
+corpus BLEU too, can be taken over a resampled set of users: a bootstrap and a permutation test serve all. Where another
+user stands in front, who that is was drawn: statistics in R derangements are [R, N, k], their sums the mean of the R.
 """
 
 import collections
@@ -99,17 +100,23 @@ class Difference:
 
 
 def sums_by_user(groups: Sequence[np.ndarray], users: Sequence[str]) -> list[np.ndarray]:
-    """[N, k] per record -> [U, k], for each group: two records of one user are not independent, and stay together.
-    Records that add nothing were not measured, and their users have no part.
+    """[N, k] or [R, N, k] per record -> [R, U, k], for each group: two records of one user are not independent, and
+    stay together. Records that add nothing were not measured, and their users have no part.
     """
-    measured = np.any([statistics.any(axis=1) for statistics in groups], axis=0)
+    drawn = [statistics.reshape(-1, *statistics.shape[-2:]) for statistics in groups]
+    measured = np.any([statistics.any(axis=(0, 2)) for statistics in drawn], axis=0)
     names, owner = np.unique(np.asarray(users, str)[measured], return_inverse=True)
     out = []
-    for statistics in groups:
-        sums = np.zeros((len(names), statistics.shape[1]))
-        np.add.at(sums, owner, statistics[measured])
-        out.append(sums)
+    for statistics in drawn:
+        sums = np.zeros((len(names), len(statistics), statistics.shape[2]))
+        np.add.at(sums, owner, statistics[:, measured].swapaxes(0, 1))
+        out.append(sums.swapaxes(0, 1))
     return out
+
+
+def total(sums: np.ndarray) -> np.ndarray:
+    """[R, U, k] by user -> [k], over users, the mean over derangements."""
+    return sums.sum(axis=1).mean(axis=0)
 
 
 def blocks(samples: int, users: int) -> list[int]:
@@ -119,23 +126,27 @@ def blocks(samples: int, users: int) -> list[int]:
 
 
 def bootstrap(groups: Sequence[np.ndarray], value: Callable[[np.ndarray], np.ndarray], samples: int) -> np.ndarray:
-    """[samples, len(groups)]: values over users drawn with replacement, the same ones for every group [U, k]
-    (Efron & Tibshirani, 1993).
+    """[samples, len(groups)]: values over users drawn with replacement, the same ones for every group [R, U, k]
+    (Efron & Tibshirani, 1993). Derangements are drawn so, too, the same ones for all groups that have as many (of both
+    ways: Owen, 2007, who shows that such an interval errs to the wide side).
     """
-    rng, users = np.random.default_rng(0), len(groups[0])
+    rng, users = np.random.default_rng(0), groups[0].shape[1]
+    others = {many: np.random.default_rng([3, many]) for many in sorted({len(sums) for sums in groups})}
     drawn = []
     for size in blocks(samples, users):
         counts = rng.multinomial(users, np.full(users, 1 / users), size=size)
-        drawn.append(np.stack([value(counts @ sums) for sums in groups], axis=-1))
+        shares = {many: r.multinomial(many, np.full(many, 1 / many), size=size) / many for many, r in others.items()}
+        resampled = [np.einsum("rsk,sr->sk", counts @ sums, shares[len(sums)]) for sums in groups]
+        drawn.append(np.stack([value(sums) for sums in resampled], axis=-1))
     return np.concatenate(drawn)
 
 
 def permutation_p(
     a: np.ndarray, b: np.ndarray, value: Callable[[np.ndarray], np.ndarray], samples: int
 ) -> tuple[float, float]:
-    """Two-sided p of "it does not matter which of the two a user gets": each user's sums [U, k] change sides, in every
-    way there is where there are at most `samples` of them (Fisher, 1935), else at random (approximate randomisation;
-    Noreen, 1989).
+    """Two-sided p of "it does not matter which of the two a user gets": each user's sums [U, k], the mean over
+    derangements, change sides, in every way there is where there are at most `samples` of them (Fisher, 1935), else at
+    random (approximate randomisation; Noreen, 1989).
 
     Returns:
       p, and the least p that this test can give.
@@ -173,9 +184,9 @@ def interval_text(name: str, entry: Mapping[str, float] | None) -> str:
 
 
 def interval(name: str, statistics: np.ndarray, users: Sequence[str], samples: int) -> Interval:
-    """A measure's value and its 95 % interval, a percentile bootstrap over users."""
+    """A measure's value and its 95 % interval, a percentile bootstrap over users and derangements."""
     value, (sums,) = MEASURES[name].value, sums_by_user([statistics], users)
-    return Interval.of(float(value(sums.sum(axis=0))), bootstrap([sums], value, samples))
+    return Interval.of(float(value(total(sums))), bootstrap([sums], value, samples))
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray, users: Sequence[str], samples: int) -> Difference:
@@ -183,16 +194,43 @@ def difference(name: str, ours: np.ndarray, theirs: np.ndarray, users: Sequence[
 
     Args:
       name: of the measure.
-      ours: [N, k] statistics.
-      theirs: [N, k].
+      ours: [N, k] or [R, N, k] statistics.
+      theirs: the same of the other.
       users: N ids.
       samples: of bootstrap and test, each.
     """
     value = MEASURES[name].value
     a, b = sums_by_user([ours, theirs], users)
     drawn = bootstrap([a, b], value, samples)
-    found = Interval.of(float(value(a.sum(axis=0)) - value(b.sum(axis=0))), drawn[:, 0] - drawn[:, 1])
-    return Difference(*found, *permutation_p(a, b, value, samples))
+    found = Interval.of(float(value(total(a)) - value(total(b))), drawn[:, 0] - drawn[:, 1])
+    return Difference(*found, *permutation_p(a.mean(axis=0), b.mean(axis=0), value, samples))
+
+
+class Share(NamedTuple):
+    """What one gain is of another; gains are of a condition over the same with another user in front."""
+
+    gain: Interval
+    whole: Interval
+    share: Interval | None  # gain / whole; none where the whole is not told from zero: a ratio to it says nothing
+
+
+def share_of(
+    gain: tuple[np.ndarray, np.ndarray], whole: tuple[np.ndarray, np.ndarray], users: Sequence[str], samples: int
+) -> Share:
+    """A ratio of means; its interval is a percentile bootstrap over users and derangements, all four resampled alike.
+
+    Args:
+      gain: statistics of `nll_per_target` with the user's own in front, and with another's; [N, 2] or [R, N, 2].
+      whole: the same, of what the gain is a share of.
+    """
+    value, sums = MEASURES["nll_per_target"].value, sums_by_user([*gain, *whole], users)
+    own, other, whole_own, whole_other = (float(value(total(group))) for group in sums)
+    drawn = bootstrap(sums, value, samples)
+    gains, wholes = drawn[:, 1] - drawn[:, 0], drawn[:, 3] - drawn[:, 2]
+    part, all_of_it = Interval.of(other - own, gains), Interval.of(whole_other - whole_own, wholes)
+    if all_of_it.low <= 0:
+        return Share(part, all_of_it, None)
+    return Share(part, all_of_it, Interval.of(part.value / all_of_it.value, gains / wholes))
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -5,12 +5,13 @@ one compiled step. And the same candidates without a language model. A tie count
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from e2p_jax.config import Condition
+from e2p_jax.data.conditions import spelled_out
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
 from e2p_jax.datasets.records import Record
@@ -59,22 +60,27 @@ def with_candidates(records: Sequence[Record], count: int, seed: int = 0) -> lis
     return out
 
 
-def candidate_examples(
-    record: Record, conditions: Sequence[Condition], encoder: Encoder
-) -> dict[Condition, list[Example]]:
-    """The conversation with each candidate in place of its last reply; only that reply is a target."""
-    spoken = [
-        dataclasses.replace(record, messages=(*record.messages[:-1], {"role": "assistant", "content": text}))
-        for text in record.candidates
-    ]
-    # What is too long with one candidate loses the same turns with all.
-    fitted = min((encoder.fit(each, conditions).record for each in spoken), key=lambda each: len(each.messages))
-    before = fitted.messages[:-1]
+def candidate_examples(versions: Mapping[Condition, Record], encoder: Encoder) -> dict[Condition, list[Example]]:
+    """The conversation with each candidate in place of its last reply; only that reply is a target.
+
+    Args:
+      versions: the record as each condition spells it out.
+    """
+    spoken = {
+        condition: [
+            dataclasses.replace(record, messages=(*record.messages[:-1], {"role": "assistant", "content": text}))
+            for text in record.candidates
+        ]
+        for condition, record in versions.items()
+    }
+    # What is too long with one candidate, under one condition, loses the same turns with all.
+    fitted = [encoder.fit(each, [condition]).record for condition, talks in spoken.items() for each in talks]
+    before = min(fitted, key=lambda each: len(each.messages)).messages[:-1]
     out: dict[Condition, list[Example]] = {}
-    for condition in conditions:
+    for condition, record in versions.items():
         prompt = len(encoder.encode_prompt(dataclasses.replace(record, messages=before), condition).tokens)
         out[condition] = []
-        for each in spoken:
+        for each in spoken[condition]:
             example = encoder.encode(dataclasses.replace(each, messages=(*before, each.messages[-1])), condition)
             is_target = example.is_target & (np.arange(len(example.tokens)) >= prompt)
             out[condition].append(example._replace(is_target=is_target))
@@ -90,7 +96,11 @@ def candidate_nll(
       records: that end with an assistant turn and bring candidates.
     """
     encoder = run.inputs.encoder
-    examples = [candidate_examples(record, conditions, encoder) for record in records]
+    versions = {condition: list(spelled_out(records, condition)) for condition in conditions}
+    examples = [
+        candidate_examples({condition: versions[condition][row] for condition in conditions}, encoder)
+        for row in range(len(records))
+    ]
     counts = [len(record.candidates) for record in records]
     groups = {}
     for condition in conditions:

@@ -68,7 +68,7 @@ def read_data(inputs: Inputs) -> Data:
     held_out = {}
     for name, others in ({"dev": read.dev} | read.reported if read.dev else read.reported).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
-        held_out[name] = (packed[condition], kept)
+        held_out[name] = (packed[condition, 0], kept)
     return Data(train, held_out, population, warnings, read.dropped_messages, read.skipped)
 
 
@@ -81,7 +81,7 @@ def _population(inputs: Inputs, users: Sequence[str], where: Sequence[str]) -> t
     known = rows[rows >= 0]  # the null user has no part in the statistics
     if not len(known):
         raise UserError(f"{table.source}: holds none of the {len(set(users))} training users; give their table")
-    return training_population(table, known, told_apart=FRONTS[condition].vector in ("own", "other"))
+    return training_population(table, known, told_apart=FRONTS[condition].reads_table)
 
 
 def train(config: Config, run: epath.PathLike) -> epath.Path:

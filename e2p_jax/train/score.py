@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import user_vectors
+from e2p_jax.data.conditions import FRONTS, draws, spelled_out, user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget
@@ -24,18 +24,24 @@ from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import UserTable
 
 Key = TypeVar("Key", bound=Hashable)
+Arm = tuple[Condition, int]  # and the number of its derangement
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """Measurements under one condition: per record, in input order."""
 
-    nll: np.ndarray  # [N] float64, nats summed over the record's targets
+    drawn: np.ndarray  # [R, N] float64, nats summed over the record's targets, in each of R derangements
     targets: np.ndarray  # [N] int64, tokens
     words: np.ndarray  # [N] int64, white-space words of the targets
     bytes: np.ndarray  # [N] int64, of the targets as UTF-8
     more: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [N, k] statistics of further measures
     replies: tuple[str, ...] = ()  # what was generated, for N records or none
+
+    @property
+    def nll(self) -> np.ndarray:
+        """[N] float64: nats summed over the record's targets, the mean over the derangements."""
+        return self.drawn.mean(axis=0)
 
     @property
     def per_target(self) -> float:
@@ -48,9 +54,11 @@ class Scores:
 
     @property
     def statistics(self) -> dict[str, np.ndarray]:
-        """By measure (`e2p_jax.evaluate.measures`), [N, k]."""
+        """By measure (`e2p_jax.evaluate.measures`), [R, N, k], or [N, k] of further ones."""
         per = {"nll_per_target": self.targets, "word_perplexity": self.words, "bits_per_byte": self.bytes}
-        return {name: np.stack([self.nll, count], axis=1) for name, count in per.items()} | self.more
+        return {
+            name: np.stack(np.broadcast_arrays(self.drawn, count), axis=-1) for name, count in per.items()
+        } | self.more
 
 
 def pack_groups(groups: Mapping[Key, tuple[Sequence[Example], Vectors]], encoder: Encoder) -> dict[Key, Any]:
@@ -61,24 +69,63 @@ def pack_groups(groups: Mapping[Key, tuple[Sequence[Example], Vectors]], encoder
     return {key: pack(held[key], vectors, encoder, budget) for key, (_, vectors) in groups.items()}
 
 
+def fit_arms(
+    records: Sequence[Record], conditions: Sequence[Condition], encoder: Encoder, derangements: int = 1
+) -> tuple[list[Record], dict[Arm, list[Example]], int]:
+    """The same records under several conditions.
+
+    A record too long under one condition or derangement loses the same turns under all, so that all score the same
+    targets.
+
+    Returns:
+      The records as scored; their examples by arm, of which `shuffled` has one, for its derangements differ in vectors
+      alone; and how many messages were dropped.
+    """
+    versions = {
+        (condition, draw): list(spelled_out(records, condition, draw))
+        for condition, draw in _arms(records, conditions, derangements)
+        if draw == 0 or FRONTS[condition].context == "other"
+    }
+    kept: list[Record] = []
+    examples: dict[Arm, list[Example]] = {arm: [] for arm in versions}
+    dropped = 0
+    for row in range(len(records)):
+        fits = {arm: encoder.fit(version[row], [arm[0]]) for arm, version in versions.items()}
+        shortest = min(fits.values(), key=lambda fit: len(fit.record.messages))
+        kept.append(dataclasses.replace(shortest.record, context=records[row].context))
+        dropped += shortest.dropped_messages
+        for arm, fit in fits.items():
+            cut = dataclasses.replace(fit.record, messages=kept[-1].messages)
+            same = len(fit.record.messages) == len(cut.messages)
+            examples[arm].append(fit.examples[arm[0]] if same else encoder.encode(cut, arm[0]))
+    return kept, examples, dropped
+
+
+def _arms(records: Sequence[Record], conditions: Sequence[Condition], derangements: int) -> list[Arm]:
+    users = {record.user_id for record in records}
+    return [(c, draw) for c in dict.fromkeys(conditions) for draw in range(draws(c, users, derangements))]
+
+
 def pack_conditions(
     records: Sequence[Record],
     conditions: Sequence[Condition],
     encoder: Encoder,
     table: UserTable | None,
     population: Population,
-) -> tuple[dict[Condition, PackedDataset], list[Record], int]:
-    """The same records under several conditions.
-
-    A record too long under one condition loses the same turns under all, so that all score the same targets.
+    derangements: int = 1,
+) -> tuple[dict[Arm, PackedDataset], list[Record], int]:
+    """The same records and targets under several conditions, as `fit_arms` has them.
 
     Returns:
-      Datasets by condition, the records as scored, and how many messages were dropped.
+      Datasets by arm, the records as scored, and how many messages were dropped.
     """
-    fitted = [encoder.fit(record, conditions) for record in records]
-    kept = [fit.record for fit in fitted]
-    groups = {c: ([fit.examples[c] for fit in fitted], user_vectors(kept, c, table, population)) for c in conditions}
-    return pack_groups(groups, encoder), kept, sum(fit.dropped_messages for fit in fitted)
+    kept, examples, dropped = fit_arms(records, conditions, encoder, derangements)
+    vectors = {
+        arm: user_vectors(kept, arm[0], table, population, arm[1]) for arm in _arms(kept, conditions, derangements)
+    }
+    packed = pack_groups({arm: (found, vectors[arm]) for arm, found in examples.items()}, encoder)
+    by_arm = {arm: packed.get(arm, packed[arm[0], 0]) for arm in vectors}
+    return {arm: dataclasses.replace(by_arm[arm], vectors=held) for arm, held in vectors.items()}, kept, dropped
 
 
 def example_nll(
@@ -121,7 +168,7 @@ def score(
     nll = example_nll(dataset, evaluate, mesh, batch_rows)
     targets = dataset.examples.target_counts
     words = np.array([record.reply_words for record in records])
-    return Scores(nll, targets, words, np.array([record.reply_bytes for record in records]))
+    return Scores(nll[None], targets, words, np.array([record.reply_bytes for record in records]))
 
 
 class Scorer:

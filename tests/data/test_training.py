@@ -13,7 +13,7 @@ import pytest
 
 from e2p_jax.config import Config, DataConfig
 from e2p_jax.data import training
-from e2p_jax.data.conditions import vectors_of
+from e2p_jax.data.conditions import spelled_out, vectors_of
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import choose_budget, plan_rows
@@ -140,9 +140,22 @@ def test_training_records_are_read_one_by_one(tmp_path: Path, dev: str) -> None:
     assert len(others) >= 3 and len(users) == left and not set(users) & set(others)
 
 
+def test_another_users_text_is_learned_from(config: Config, make_tokenizer: Callable) -> None:
+    config = config.change(data={"condition": "text+shuffled"})
+    tokenizer = make_tokenizer()
+    found, cached = read(config, tokenizer), read(config, tokenizer)
+    assert_same(cached, found)
+    records = list(load_training(config.data, found.reported)[0])
+    encoder = Encoder.from_config(config, tokenizer)
+    for example, record in zip(found.examples, spelled_out(records, "text+shuffled"), strict=True):
+        assert record.context != next(r.context for r in records if r.user_id == record.user_id)
+        np.testing.assert_array_equal(example.tokens, encoder.fit(record, ["text"]).examples["text"].tokens)
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "seq_len": {"data": {"seq_len": 128}},
     "condition": {"data": {"condition": "text"}},
+    "another's text": {"data": {"condition": "text+shuffled"}},
     "targets": {"data": {"targets": "all"}},
     "too_long": {"data": {"too_long": "refuse"}},
     "context_prompt": {"data": {"context_prompt": "I am: {context}"}},

@@ -74,7 +74,8 @@ def test_the_whole_table_and_its_parts_again(
 
     trained = {run: (tmp_path / "compared" / run / "metrics.jsonl").read_text() for run in ("e2p", "static")}
     monkeypatch.setattr(comparison, "evaluate", refuse)
-    runs = ["none", "e2p", "text", "shuffled", "mean", "zero", "noise", "static"]
+    assert table["share"]["gain"]["value"] == pytest.approx(-rows["e2p"]["minus_shuffled"]["mean"])
+    runs = ["none", "e2p", "text", "text+shuffled", "shuffled", "mean", "zero", "noise", "extreme", "static"]
     assert main([*command, *runs]) == 0
     again = json.loads(capsys.readouterr().out)["splits"][0]["conditions"]
     assert again == {name: rows[name] for name in runs}
@@ -170,11 +171,15 @@ def test_scores_are_reused_only_while_all_they_depend_on_stays(config: Config, t
     encoder, decoder = run.inputs.encoder, run.inputs.decoder
     one = dataclasses.replace(second.records[0], context=("other",))
     evaluate = dataclasses.replace(run.inputs.config.evaluate, max_records=1)
+    fewer = with_inputs(config=run.inputs.config.change(evaluate={"derangements": 2}))
     other = Structure(encoder.tokenizer, encoder.template + " ", "another template")
     changed = [
         key(run),
         key(with_inputs(encoder=dataclasses.replace(encoder, stops=()))),
         key(run, conditions=("e2p", "shuffled")),
+        key(fewer, conditions=("e2p", "shuffled")),
+        key(run, conditions=("e2p", "text+shuffled")),
+        key(fewer, conditions=("e2p", "text+shuffled")),
         key(run, {"test": second.records}),
         key(run, {"validation": [one, *second.records[1:]]}),
         key(dataclasses.replace(run, model=dataclasses.replace(run.model, fingerprint="f" * 64))),
@@ -186,6 +191,8 @@ def test_scores_are_reused_only_while_all_they_depend_on_stays(config: Config, t
     ]
     assert len(set(changed)) == len(changed)
     assert key(run, conditions=["none"]) == key(with_inputs(table=None), conditions=["none"])
+    assert key(run, conditions=["extreme"]) != key(with_inputs(table=None), conditions=["extreme"])
+    assert key(run) == key(fewer)
 
 
 def test_script_of_the_papers_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

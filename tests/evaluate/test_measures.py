@@ -22,7 +22,7 @@ from e2p_jax.train.score import Scores
 
 
 def scores(nll: np.ndarray, targets: np.ndarray) -> Scores:
-    return Scores(nll.astype(np.float64), targets, targets * 2, targets * 9)
+    return Scores(nll.astype(np.float64)[None], targets, targets * 2, targets * 9)
 
 
 def nll_difference(
@@ -93,7 +93,7 @@ def test_users_are_resampled_whole():
 
 
 def test_likelihood_in_every_unit():
-    s = Scores(np.array([2.0, 4.0]), np.array([3, 3]), np.array([1, 2]), np.array([5, 7]))
+    s = Scores(np.array([[2.0, 4.0]]), np.array([3, 3]), np.array([1, 2]), np.array([5, 7]))
     assert s.word_perplexity == pytest.approx(math.exp(2.0)) and s.per_target == pytest.approx(1.0)
     values = {name: interval(name, stats, ["a", "b"], 50)[0] for name, stats in s.statistics.items()}
     expected = {"nll_per_target": 1.0, "word_perplexity": math.exp(2.0), "bits_per_byte": 6 / 12 / math.log(2)}
@@ -101,7 +101,7 @@ def test_likelihood_in_every_unit():
 
 
 def test_blocks_of_a_bootstrap_are_one_bootstrap(monkeypatch: pytest.MonkeyPatch):
-    sums = np.random.default_rng(0).normal(size=(30, 2)) + 5
+    sums = np.random.default_rng(0).normal(size=(3, 30, 2)) + 5
     value = MEASURES["nll_per_target"].value
     whole = bootstrap([sums], value, 100)
     monkeypatch.setattr("e2p_jax.evaluate.measures.MOST", 210)

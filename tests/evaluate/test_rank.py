@@ -75,11 +75,11 @@ def test_candidates_are_scored_as_replies_one_by_one(run: Run, scorer: Scorer):
 def test_too_long_with_one_candidate_loses_the_same_turns_with_all(run: Run):
     record, encoder = synthetic.record(0), run.inputs.encoder
     record = dataclasses.replace(record, candidates=(record.messages[-1]["content"], "word " * 60))
-    short, long = ranking.candidate_examples(record, ["e2p"], encoder)["e2p"]
+    short, long = ranking.candidate_examples({"e2p": record}, encoder)["e2p"]
     assert len(long.tokens) <= 128
     assert short.tokens[~short.is_target].tolist() == long.tokens[~long.is_target].tolist()
     alone = dataclasses.replace(record, candidates=record.candidates[:1])
-    assert len(ranking.candidate_examples(alone, ["e2p"], encoder)["e2p"][0].tokens) > len(short.tokens)
+    assert len(ranking.candidate_examples({"e2p": alone}, encoder)["e2p"][0].tokens) > len(short.tokens)
 
 
 def test_the_users_own_vector_is_ranked_among_others(run: Run, scorer: Scorer):
