@@ -46,6 +46,7 @@ def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
     from e2p_jax.commands.generate import demo, generate
     from e2p_jax.commands.inspect import inspect
     from e2p_jax.commands.plan import plan_command
+    from e2p_jax.commands.serve import serve
     from e2p_jax.commands.train import compare_command, train_command
 
     command, rest = arguments[:1], arguments[1:]
@@ -65,6 +66,7 @@ def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
         "data": with_config(data_command, rest if command == ["data"] else []),
         "export": export,
         "prefixes": prefixes,
+        "serve": serve,
         "import": import_run,
     }
 

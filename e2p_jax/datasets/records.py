@@ -142,12 +142,21 @@ def read_prompts(path: Path) -> list[Record]:
             messages = [{"role": "user", "content": values["prompt"]}]
             # A file to train on may be asked again: its response is left out.
             values = {k: v for k, v in values.items() if k not in ("prompt", "response")} | {"messages": messages}
-        record = _parse(values, source)
-        _check_messages(record)
-        if record.messages[-1]["role"] not in ("user", "tool"):
-            raise UserError(f"{source}: the last message must be a user turn, or a tool's, to be answered")
-        records.append(record)
+        records.append(to_answer(values, source))
     return records
+
+
+def to_answer(values: Any, source: str) -> Record:
+    """A decoded `{user_id, messages}` -> `Record` whose last turn is the user's, or a tool's.
+
+    Raises:
+      UserError: a missing, unknown or malformed key, or another last turn.
+    """
+    record = _parse(values, source)
+    _check_messages(record)
+    if record.messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"{source}: the last message must be a user turn, or a tool's, to be answered")
+    return record
 
 
 def _record_and_split(line: Line) -> tuple[Record, str | None]:

@@ -20,6 +20,7 @@ from e2p_jax.export.prefix_reader import MANIFEST, REMEDY, CheckedRows, PrefixTa
 
 if TYPE_CHECKING:
     from e2p_jax.data.encode import Encoder
+    from e2p_jax.data.examples import Example
 
 Messages = Sequence[dict[str, str]]
 
@@ -49,15 +50,26 @@ class EngineClient:
         stored = self._tokens.rows.dtype
         self._dtype = stored if stored.name == manifest["dtype"] else np.dtype(np.float32)  # sending rounds nothing
 
-    def vllm_completion(self, user: str, messages: Messages) -> dict[str, Any]:
+    def vllm_completion(self, user: str | None, messages: Messages, room: int | None = None) -> dict[str, Any]:
         """For `/v1/completions`.
 
+        Args:
+          user: None is nobody: the prompt as it is without soft tokens.
+          room: tokens that prompt and reply may have together; `max_tokens` is then what the prompt leaves of it.
+
         Raises:
-          UserError: a user who is not in the table.
+          UserError: a user who is not in the table, or a prompt that leaves no room.
         """
+        example = self._encode(user, messages)
+        left = {} if room is None else {"max_tokens": room - len(example.tokens)}
+        if room is not None and len(example.tokens) >= room:
+            raise UserError(
+                f"the prompt has {len(example.tokens)} tokens; {room} is the most, with the reply; shorten it"
+            )
+        if user is None:
+            return payloads.vllm_text(self.model, example.tokens, self._stops) | left
         prefix = self._prefix(user)
-        whole = self._embeddings(user, messages, prefix)
-        return payloads.vllm_completion(self.model, whole, self._stops, self._salt(prefix))
+        return payloads.vllm_completion(self.model, self._fill(example, prefix), self._stops, self._salt(prefix)) | left
 
     def vllm_chat(self, user: str, messages: Messages) -> dict[str, Any]:
         """For `/v1/chat/completions` of a server that was given the table's `chat_template.jinja`.
@@ -85,10 +97,13 @@ class EngineClient:
 
     def embeddings(self, user: str, messages: Messages) -> np.ndarray:
         """[T, D]: the templated prompt with the user's soft tokens in their slots."""
-        return self._embeddings(user, messages, self._prefix(user))
+        return self._fill(self._encode(user, messages), self._prefix(user))
 
-    def _embeddings(self, user: str, messages: Messages, prefix: np.ndarray) -> np.ndarray:
-        example = self._encoder.encode_prompt(Record(user, (), tuple(messages), source=f"user {user!r}"), "e2p")
+    def _encode(self, user: str | None, messages: Messages) -> "Example":
+        record = Record(user or "", (), tuple(messages), source="the prompt" if user is None else f"user {user!r}")
+        return self._encoder.encode_prompt(record, "none" if user is None else "e2p")
+
+    def _fill(self, example: "Example", prefix: np.ndarray) -> np.ndarray:
         tokens = self._tokens.read(example.tokens).astype(self._dtype)
         return payloads.with_prefix(tokens * self._dtype.type(self._scale), example.slot_start, prefix)
 

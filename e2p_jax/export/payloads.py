@@ -35,6 +35,17 @@ def vllm_completion(
     return {"model": model, "prompt_embeds": tensor_base64(embeddings), **SAMPLING, **ends, **salt}
 
 
+def vllm_text(model: str, tokens: np.ndarray, stops: Sequence[int]) -> dict[str, Any]:
+    """Body for `/v1/completions` of a prompt without soft tokens.
+
+    Args:
+      model: the name that the server serves.
+      tokens: [T] int32.
+      stops: token ids that end a reply, beside those that the server knows.
+    """
+    return {"model": model, "prompt": tokens.tolist(), **SAMPLING, "stop_token_ids": list(stops)}
+
+
 def vllm_chat(
     model: str,
     messages: Sequence[dict[str, str]],

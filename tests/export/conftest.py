@@ -1,5 +1,6 @@
 """Short runs in front of the tiny backbone, one per way a prefix can be made and placed."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +29,20 @@ USERS = range(30)
 
 @pytest.fixture(scope="session")
 def lively_backbone(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny backbone with weights so large that every prompt and prefix gets an answer of its own."""
+    """The tiny backbone with weights so large that every prompt and prefix gets an answer of its own.
+
+    Its heads are twice as wide: vLLM's attention on processors takes none below 32.
+    """
     out = tmp_path_factory.mktemp("lively") / "backbone"
     shutil.copytree(tiny_backbone, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"head_dim": 2 * config["head_dim"]}))
     rng = np.random.default_rng(0)
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
     for name, tensor in tensors.items():
         if tensor.ndim == 2:
-            tensors[name] = (0.4 * rng.normal(size=tensor.shape)).astype(np.float32)
+            wide = (1, 2) if "o_proj" in name else (2, 1) if "self_attn" in name else (1, 1)
+            tensors[name] = (0.4 * rng.normal(size=np.multiply(tensor.shape, wide))).astype(np.float32)
     safetensors.numpy.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 

@@ -127,6 +127,8 @@ def test_export_examples(run: Run, lively_backbone: Path):
 
 def test_serving_examples(run: Run, server: str, capsys: pytest.CaptureFixture[str]):
     for arguments in commands("serving.md"):
+        if arguments[0] == "serve":
+            continue  # it ends when it is told to
         given = [run.inputs.config.data.embeddings if word == "TABLE" else word for word in arguments]
         assert main([str(word) for word in given]) == 0
     assert len(json.loads(Path("body.json").read_text())["input_embeds"][0]) == 32
