@@ -53,6 +53,26 @@ YARN: dict[str, Any] = {
 USER_WIDTH = 8
 
 
+# Heads of 12 plain numbers and 8 rotated ones, and the experts beside them.
+LATENTS: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "attention_bias": True,
+    "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.707},
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+
+
 # What some families need beside `SIZES`, or call otherwise. Soft caps bite at the logits of these models.
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "phi3": {"hidden_size": 64, "pad_token_id": 0},
@@ -67,6 +87,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     | {"rope_parameters": {**YARN, "truncate": False}},
     "glm4_moe": {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 3}
     | {"topk_group": 2, "routed_scaling_factor": 2.5},
+    "deepseek_v2": LATENTS | {"n_routed_experts": 6, "topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
+    "deepseek_v3": LATENTS | {"n_routed_experts": 12, "num_experts_per_tok": 4, "first_k_dense_replace": 1},
     "olmo3": {"sliding_window": 5},
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4}},
     "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1}

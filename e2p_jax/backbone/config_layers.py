@@ -1,6 +1,7 @@
 """What keys of `config.json` say of each layer: which rope it has, and how far back it sees."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,47 @@ def ministral3_rope(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
         reader.refuse("llama_4_scaling_beta", growth, "a number from 0")
     return read | {"query_growth": float(growth), "query_period": int(period)}
 
+
+def latent_attention(reader: Reader, fields: dict[str, Any], interleaved: bool | None = None) -> dict[str, Any]:
+    """Heads of a rotated part and a plain one, made of latent vectors; the scale of the scores goes by the rope's.
+
+    Args:
+      interleaved: how the part is rotated; None where `rope_interleave` says it.
+    """
+    rotated, values = reader.size("qk_rope_head_dim"), reader.size("v_head_dim")
+    width = rotated + reader.size("qk_nope_head_dim")
+    if values > width:
+        reader.refuse("v_head_dim", values, f"at most qk_nope_head_dim + qk_rope_head_dim, {width}")
+    if fields["num_kv_heads"] != fields["num_heads"]:
+        reader.refuse("num_key_value_heads", fields["num_kv_heads"], f"num_attention_heads, {fields['num_heads']}")
+    for key, value, what in (("head_dim", rotated, ""), ("qk_head_dim", width, " + qk_nope_head_dim")):
+        if (stated := reader.take(key, value)) != value:
+            reader.refuse(key, stated, f"qk_rope_head_dim{what}, {value}")
+    found: dict[str, Any] = {}
+
+    def spelled(settings: _Settings) -> _Settings:
+        found.update(settings or {})
+        return settings
+
+    read = plain_rope(reader, fields | {"head_dim": rotated}, spelled=spelled)
+    grown = 1.0
+    if (share := found.get("mscale_all_dim")) and found["factor"] > 1:
+        grown += 0.1 * share * math.log(found["factor"])
+    queries = reader.size("q_lora_rank", 0, least=0)
+    return read | {
+        "head_dim": width,
+        "attention_scale": width**-0.5 * grown**2,
+        "latent_size": reader.size("kv_lora_rank"),
+        "query_latent_size": queries,
+        "shared_key_size": rotated,
+        "latent_value_size": values,
+        "fused_by_head": ("k", "v"),
+        "naming": "deepseek_latent" if queries else "deepseek",
+        "interleaved": reader.flag("rope_interleave") if interleaved is None else interleaved,
+    }
+
+
+interleaved_latents = functools.partial(latent_attention, interleaved=True)
 
 _MINISTRAL3_ROPE = {
     "type": "yarn",

@@ -139,27 +139,44 @@ def qwen_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def glm_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    """After the first layers, which are dense; layers behind the last one are in the files alone."""
-    count, groups = reader.size("n_routed_experts", most=MOST_EXPERTS), reader.size("n_group")
-    if count % groups or count < 2 * groups:
-        reader.refuse("n_group", groups, f"a divisor of n_routed_experts, {count}, with two experts in each group")
-    among = reader.size("topk_group")
-    if among > groups:
+    """Layers behind the last one are in the files alone."""
+    read = shared_experts(reader, fields, reader.flag("norm_topk_prob"), grouped=True, best=2)
+    further = reader.size("num_nextn_predict_layers", least=0, most=MOST_LAYERS)
+    return {"router": "sigmoid"} | read | {"further_layers": further}
+
+
+def deepseek_v2_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    ways = ("greedy", "group_limited_greedy")
+    reader.require("topk_method", ways, None)
+    return shared_experts(reader, fields, False, grouped=reader.take("topk_method") == ways[1], best=1)
+
+
+def shared_experts(
+    reader: Reader, fields: dict[str, Any], normalise: bool, *, grouped: bool, best: int
+) -> dict[str, Any]:
+    """Experts after the first layers, which are dense, beside one that all tokens share.
+
+    Args:
+      grouped: whether the groups have a say.
+      best: by how many of its experts a group is chosen.
+    """
+    count = reader.size("n_routed_experts", most=MOST_EXPERTS)
+    groups, among = (reader.size(key, 1) for key in ("n_group", "topk_group"))
+    if grouped and (count % groups or count < best * groups):
+        reader.refuse("n_group", groups, f"a divisor of n_routed_experts, {count}, with {best} experts in each group")
+    if grouped and among > groups:
         reader.refuse("topk_group", among, f"at most n_group, {groups}")
-    read = experts(reader, count, reader.flag("norm_topk_prob"))
-    if read["experts_per_token"] > count // groups * among:
+    read = experts(reader, count, normalise)
+    if grouped and read["experts_per_token"] > count // groups * among:
         reader.refuse("topk_group", among, f"enough groups of {count // groups} for num_experts_per_tok")
     size = reader.size("moe_intermediate_size")
+    read |= {"expert_groups": groups, "groups_per_token": among, "group_best": best} if grouped else {}
     read |= {
-        "router": "sigmoid",
-        "expert_groups": groups,
-        "groups_per_token": among,
         "expert_scale": reader.number("routed_scaling_factor"),
         "shared_size": size * reader.size("n_shared_experts", most=MOST_EXPERTS),
     }
     first = min(reader.size("first_k_dense_replace", least=0), fields["num_layers"])
-    further = reader.size("num_nextn_predict_layers", least=0, most=MOST_LAYERS)
-    return beside_dense(fields, read, size, list(range(first))) | {"further_layers": further}
+    return beside_dense(fields, read, size, list(range(first)))
 
 
 def granite_factors(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:

@@ -15,21 +15,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from e2p_jax.backbone import latent
 from e2p_jax.backbone.adapter import Adapters
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
 from e2p_jax.backbone.blocks import SAVED, soft_cap
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, Run, layer_shapes, layers_with, matrix_shapes, runs
 from e2p_jax.backbone.mlp import linear, mlp
+from e2p_jax.backbone.norm import norm
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
 from e2p_jax.products import einsum
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far."""
+    """Keys and values of the positions seen so far, or what they are made of."""
 
-    keys: jax.Array  # [L, B, S, G, C]
-    values: jax.Array  # [L, B, S, G, C]
+    keys: jax.Array  # [L, B, S, G, C], or shared ones [L, B, S, 1, R]
+    values: jax.Array  # [L, B, S, G, C], or latents [L, B, S, 1, Z]
     segments: jax.Array  # [B, S] int32, 0 where empty
     filled: jax.Array  # [] int32, positions written
 
@@ -62,6 +64,7 @@ class Layers(nnx.Module):
         def normal(name: str, scale: float = 0.02) -> jax.Array:
             return scale * jax.random.normal(rngs.params(), (count[name], *shapes[name]), dtype)
 
+        rotations: dict[str, jax.Array] = {}
         kv_rows = jnp.arange(c.num_kv_heads * c.head_dim) % c.hidden_size
         q_rows = jnp.repeat(kv_rows.reshape(c.num_kv_heads, c.head_dim), c.num_heads // c.num_kv_heads, axis=0).ravel()
 
@@ -70,8 +73,9 @@ class Layers(nnx.Module):
             rotation = jax.random.orthogonal(rngs.params(), c.hidden_size, (c.num_layers,)) * gain
             return rotation[:, q_rows].astype(dtype), rotation[:, kv_rows].astype(dtype)
 
-        (q, k), (o, v) = mimetic(0.7), mimetic(0.22)
-        rotations = {"q": q, "k": k, "v": v, "o": o.swapaxes(1, 2)}
+        if not c.latent_size:
+            (q, k), (o, v) = mimetic(0.7), mimetic(0.22)
+            rotations = {"q": q, "k": k, "v": v, "o": o.swapaxes(1, 2)}
         for name, shape in shapes.items():
             if name in matrix_shapes(c):
                 residual = name in ("o", "down", "expert_down", "shared_down")
@@ -138,9 +142,12 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         c = self.config
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-        keys = jnp.zeros(shape, self.dtype)
-        return Cache(keys, jnp.zeros_like(keys), jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
+        front = (c.num_layers, batch, length)
+        kept = [(c.num_kv_heads, c.head_dim)] * 2
+        if c.latent_size:
+            kept = [(1, c.shared_key_size), (1, c.latent_size)]
+        keys, values = (jnp.zeros((*front, *shape), self.dtype) for shape in kept)
+        return Cache(keys, values, jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -203,7 +210,10 @@ class Decoder(nnx.Module):
                 y = y.reshape(batch, length, count, c.head_dim)
                 return norm(y, p, f"{name}_norm", c) if c.qk_norm == "head" else y
 
-            q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+            if c.latent_size:
+                q, k, v = latent.project(h, p, c)
+            else:
+                q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
             if ropes:
                 rope = ropes[0] if stacked is None else jax.tree.map(lambda table: table[which], stacked)
                 cos, sin = rope
@@ -217,8 +227,9 @@ class Decoder(nnx.Module):
                     jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(kv, (k, v), strict=True)
                 )
                 k, v = (jax.lax.dynamic_index_in_dim(layers, layer, keepdims=False) for layers in kv)
-            mixed = attend(q, k, v, window=window, sinks=p.get("sinks"))
-            mixed = linear(mixed.reshape(batch, length, c.num_heads * c.head_dim), p, "o")
+            k, v = latent.expand(k, v, p, c) if c.latent_size else (k, v)
+            mixed = attend(q, k, v, window=window, sinks=p.get("sinks"))[..., : c.value_size]
+            mixed = linear(mixed.reshape(batch, length, c.num_heads * c.value_size), p, "o")
             after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
             said = mlp(read, p, run.config, self.execution.sort_tokens)
@@ -293,30 +304,6 @@ def query_growth(config: DecoderConfig, positions: jax.Array) -> jax.Array | Non
         return None
     periods = (positions // config.query_period).astype(jnp.float32)
     return (1 + config.query_growth * jnp.log(1 + periods))[..., None, None]
-
-
-def norm(x: jax.Array, params: dict[str, jax.Array], name: str, config: DecoderConfig) -> jax.Array:
-    """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) or LayerNorm (Ba et al., arXiv 1607.06450) over the last axis.
-
-    Computed in float32. Families differ in whether the weight is applied before or after the return to x's dtype.
-    A family without this norm leaves x as it is.
-    """
-    if name not in params:
-        return x
-
-    def row(name: str) -> jax.Array:
-        return jnp.expand_dims(params[name], tuple(range(x.ndim - 1)))
-
-    y = x.astype(jnp.float32)
-    if config.norm.startswith("layer"):
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
-    if config.norm == "rms":
-        return y.astype(x.dtype) * row(name).astype(x.dtype)
-    y = y * (row(name).astype(jnp.float32) + (1.0 if config.norm == "rms_one_plus" else 0.0))
-    if config.norm == "layer":
-        y = y + row(f"{name}_bias").astype(jnp.float32)
-    return y.astype(x.dtype)
 
 
 def rope_tables(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -63,6 +63,9 @@ _SANDWICH = {"post_norms": True, "naming": "sandwich"}
 _GEMMA_ABSENT = {"tie_word_embeddings": True, "head_dim": 256}
 # Training's: the loss that balances experts.
 _ROUTER = frozenset({"router_aux_loss_coef", "output_router_logits"})
+_LATENTS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+_DEEPSEEK = frozenset({"ep_size", "aux_loss_alpha", "seq_aux"})  # of training
+_LATENT_SIZES = (functools.partial(rules.sizes, head_key="qk_rope_head_dim"), rules.hidden_act)
 _QWEN_ABSENT = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: dict[str, Family] = {
@@ -136,7 +139,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         (*_LAYER_NORM, layers.neox_rope, layers.unlimited, rules.attention_bias, rules.parallel_residual),
-        {"norm": "layer", "gated": False, "mlp_bias": True, "naming": "gpt_neox", "fused_by_head": True},
+        {"norm": "layer", "gated": False, "mlp_bias": True, "naming": "gpt_neox"} | {"fused_by_head": ("q", "k", "v")},
         {"hidden_act": "gelu", "attention_bias": True, "rotary_pct": 0.25},
     ),
     "phi": Family(
@@ -210,6 +213,29 @@ FAMILIES: dict[str, Family] = {
         | {"moe_intermediate_size": 1408, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
         | {"routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
         _ROUTER,
+    ),
+    "deepseek_v2": Family(
+        (*_LATENT_SIZES, layers.interleaved_latents, layers.unlimited, rules.attention_bias, rules.deepseek_v2_experts),
+        absent=_LATENTS
+        | {"q_lora_rank": 1536, "n_routed_experts": 64, "moe_intermediate_size": 1407, "n_shared_experts": 2}
+        | {"routed_scaling_factor": 1.0, "first_k_dense_replace": 0, "topk_method": "greedy"},
+        inert=_ROUTER | _DEEPSEEK,
+        own={"scoring_func": "softmax", "moe_layer_freq": 1, "norm_topk_prob": False},
+    ),
+    "deepseek_v3": Family(
+        (*_LATENT_SIZES, layers.latent_attention, layers.unlimited, rules.attention_bias, rules.glm_experts),
+        absent=_LATENTS
+        | {
+            "num_key_value_heads": 128,
+            "q_lora_rank": 1536,
+            "n_routed_experts": 256,
+            "moe_intermediate_size": 2048,
+            "n_shared_experts": 1,
+        }
+        | {"routed_scaling_factor": 2.5, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4}
+        | {"num_experts_per_tok": 8, "norm_topk_prob": True, "num_nextn_predict_layers": 1, "rope_interleave": True},
+        inert=_ROUTER | _DEEPSEEK,
+        own={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     ),
 }
 

@@ -72,7 +72,8 @@ class DecoderConfig:
     their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
     expert_groups: int = 1
     groups_per_token: int = 1
-    """A token's experts are chosen among those of so many groups, the ones whose two best are best."""
+    group_best: int = 2
+    """A token's experts are chosen among those of so many groups, the ones whose so many best are best."""
     expert_scale: float = 1.0
     """Factor on what a token's experts say together."""
     shared_size: int = 0
@@ -81,6 +82,14 @@ class DecoderConfig:
     """What it says is multiplied by the sigmoid of a score of its own."""
     normalise_topk: bool = False
     """The weights of a token's experts are divided by their sum."""
+    latent_size: int = 0
+    """Keys and values are made of a vector of so many numbers, see `backbone/latent.py`; 0 is of the hidden state."""
+    query_latent_size: int = 0
+    """Queries are made of another one; 0 is of the hidden state."""
+    shared_key_size: int = 0
+    """Numbers of a key that all heads share: those that are rotated."""
+    latent_value_size: int = 0
+    """Width of a head's values, where they are made of a vector."""
     sinks: bool = False
     """Each head has a score beside those of its keys, which takes its share of the weights and gives nothing."""
     attention_cap: float = 0.0
@@ -99,12 +108,17 @@ class DecoderConfig:
     """The files hold more than the language model, which is left alone there: an image encoder."""
     further_layers: int = 0
     """The files may hold so many layers behind the last one, which predict later tokens and are left alone."""
-    fused_by_head: bool = False
-    """A tensor of queries, keys and values holds those of the first head, then those of the second (GPT-NeoX)."""
+    fused_by_head: tuple[str, ...] = ()
+    """Parameters of which a tensor holds those of the first head, then those of the second."""
     transposed: bool = False
     """Layer matrices are stored [in, out], as GPT-2's Conv1D keeps them."""
     experts_together: bool = False
     """A tensor holds a layer's experts, [X, in, out], gate and up in turns along out (gpt-oss)."""
+
+    @property
+    def value_size(self) -> int:
+        """Width of what a head says."""
+        return self.latent_value_size or self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +145,17 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     c = config
     width, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"q": (q, width), "k": (kv, width), "v": (kv, width), "o": (width, q)}
+    if c.latent_size:
+        shapes = {
+            "q": (q, c.query_latent_size or width),
+            "latent": (c.latent_size, width),
+            "k_shared": (c.shared_key_size, width),
+            "k": (c.num_heads * (c.head_dim - c.shared_key_size), c.latent_size),
+            "v": (c.num_heads * c.value_size, c.latent_size),
+            "o": (width, c.num_heads * c.value_size),
+        }
+    if c.query_latent_size:
+        shapes["q_latent"] = (c.query_latent_size, width)
 
     def mlp(size: int) -> dict[str, tuple[int, ...]]:
         gate: dict[str, tuple[int, ...]] = {"gate": (size, width)} if c.gated else {}
@@ -150,7 +175,9 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         dense = mlp(c.dense_size if c.num_experts else c.intermediate_size)
         shapes |= dense
         of_mlp += dense
-    for names, biased in [(("q", "k", "v"), c.qkv_bias), (("o",), c.output_bias), (of_mlp, c.mlp_bias)]:
+    first = ("q_latent", "latent", "k_shared") if c.latent_size else ("q", "k", "v")
+    of_hidden = [name for name in first if name in shapes]
+    for names, biased in [(of_hidden, c.qkv_bias), (("o",), c.output_bias), (of_mlp, c.mlp_bias)]:
         if biased:
             shapes |= {f"{name}_bias": shapes[name][:-1] for name in names}
     if c.sinks:
@@ -164,6 +191,10 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         norms |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
     if c.qk_norm == "all":
         norms |= {"q_norm": (q,), "k_norm": (kv,)}
+    if c.latent_size:
+        norms |= {"latent_norm": (c.latent_size,)}
+    if c.query_latent_size:
+        norms |= {"q_latent_norm": (c.query_latent_size,)}
     if c.norm == "layer":
         norms |= {f"{name}_bias": shape for name, shape in norms.items()}
     return shapes | norms

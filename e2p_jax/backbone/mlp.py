@@ -74,7 +74,7 @@ def route(x: jax.Array, params: Params, config: DecoderConfig) -> tuple[jax.Arra
         liked = share + jnp.expand_dims(params["router_choice_bias"].astype(jnp.float32), tuple(range(x.ndim - 1)))
     if c.groups_per_token < c.expert_groups:
         grouped = liked.reshape(*x.shape[:-1], c.expert_groups, -1)
-        groups = _best(jnp.sum(jnp.sort(grouped, axis=-1)[..., -2:], axis=-1), c.groups_per_token)
+        groups = _best(jnp.sum(jnp.sort(grouped, axis=-1)[..., -c.group_best :], axis=-1), c.groups_per_token)
         among = jnp.sum(jax.nn.one_hot(groups, c.expert_groups), axis=-2)
         liked = jnp.where(among[..., None] > 0, grouped, -jnp.inf).reshape(liked.shape)
     chosen = _best(liked, c.experts_per_token)

@@ -23,6 +23,17 @@ _EXPERTS = (
     | {"layers/router": "model.layers.{}.mlp.gate"}
     | {f"layers/expert_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj" for name in _MLP}
 )
+_GLM = (
+    _EXPERTS
+    | {"layers/router_choice": "model.layers.{}.mlp.gate.e_score_correction="}
+    | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_experts.{name}_proj" for name in _MLP}
+)
+_DEEPSEEK = (
+    _GLM
+    | {f"layers/{name}": "model.layers.{}.self_attn.kv_a_proj_with_mqa" for name in ("latent", "k_shared")}
+    | {f"layers/{name}": "model.layers.{}.self_attn.kv_b_proj" for name in "kv"}
+    | {"layers/latent_norm": "model.layers.{}.self_attn.kv_a_layernorm"}
+)
 NAMES: dict[str, dict[str, str]] = {
     "llama": _LLAMA,
     "sandwich": _LLAMA
@@ -44,9 +55,11 @@ NAMES: dict[str, dict[str, str]] = {
     "qwen2_moe": _EXPERTS
     | {"layers/shared_router": "model.layers.{}.mlp.shared_expert_gate"}
     | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in _MLP},
-    "glm4_moe": _EXPERTS
-    | {"layers/router_choice": "model.layers.{}.mlp.gate.e_score_correction="}
-    | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_experts.{name}_proj" for name in _MLP},
+    "glm4_moe": _GLM,
+    "deepseek": _DEEPSEEK,
+    "deepseek_latent": _DEEPSEEK
+    | {"layers/q_latent": "model.layers.{}.self_attn.q_a_proj", "layers/q": "model.layers.{}.self_attn.q_b_proj"}
+    | {"layers/q_latent_norm": "model.layers.{}.self_attn.q_a_layernorm"},
     "gpt_oss": _LLAMA
     | {"layers/router": "model.layers.{}.mlp.router", "layers/sinks": "model.layers.{}.self_attn.sinks="}
     | {f"layers/expert_{name}": "model.layers.{}.mlp.experts.gate_up_proj=" for name in ("gate", "up")}

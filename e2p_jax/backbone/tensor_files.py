@@ -328,7 +328,7 @@ def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], spelled: Sp
         experts = config.experts_together and name.startswith("expert_")
         shape = shape[int(experts) :]
         transposed = (experts or config.transposed) and axes > 0 and len(shape) == 2
-        by_head = config.fused_by_head and name.split("_")[0] in ("q", "k", "v")
+        by_head = name.removesuffix("_bias") in config.fused_by_head
         in_turns = experts and not name.startswith("expert_down")
         groups = config.num_heads if by_head else shape[0] if in_turns else 1
         found[path] = Part(template, stack, layers_with(config, name), start, groups, transposed, experts)

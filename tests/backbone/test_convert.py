@@ -48,7 +48,7 @@ SOURCES: dict[str, tuple[str, Callable[[Values], Values]]] = {
     "llama-mixed": ("llama", mixed_dtypes),
     "gemma-two-heads": ("gemma", head_saved_twice),
     "gpt2-bare": ("gpt2", as_published_gpt2),
-    "glm4-moe-mixed": ("glm4_moe", lambda values: mixed_dtypes(values | further_layer())),
+    "deepseek-mixed": ("deepseek_v3", lambda values: mixed_dtypes(values | further_layer())),
     "gpt-neox": ("gpt_neox", lambda values: values),  # one tensor for queries, keys and values, head by head
     "gemma3": ("gemma3", lambda values: values),  # an image encoder beside it
 }

@@ -189,6 +189,13 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("glm4_moe", {"topk_group": 1, "num_experts_per_tok": 2}, "n_group", 2, "logits"),
     *(("glm4_moe", {}, key, value, "refused") for key, value in
       [("n_group", 4), ("n_group", 6), ("topk_group", 1), ("topk_group", 4), ("n_shared_experts", 0)]),
+    *(("deepseek_v3", {}, key, value, "shapes") for key, value in
+      [("q_lora_rank", 20), ("q_lora_rank", None), ("kv_lora_rank", 12), ("v_head_dim", 20)]),
+    ("deepseek_v3", {"qk_head_dim": None}, "qk_nope_head_dim", 16, "shapes"),
+    *(("deepseek_v3", {}, key, value, "refused") for key, value in
+      [("v_head_dim", 24), ("num_key_value_heads", 2), ("head_dim", 16), ("qk_head_dim", 24), ("topk_group", 4),
+       ("scoring_func", "softmax"), ("topk_method", "greedy")]),
+    ("deepseek_v2", {}, "norm_topk_prob", True, "refused"),
     ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
     ("gpt_oss", {}, "hidden_act", "gelu", "refused"),
     ("gpt_oss", {"experts_per_token": 3}, "experts_per_token", 2, "refused"),
@@ -370,6 +377,7 @@ def test_an_absent_key_means_what_transformers_takes(family: str) -> None:
     epsilon = "layer_norm_eps" if "layer_norm_eps" in config_json(family) else "rms_norm_eps"
     values |= {"num_attention_heads": 32, "model_type": family, epsilon: 1e-6, "hidden_size": 256}
     values |= {"num_hidden_layers": 30}
+    values |= {"deepseek_v2": {"num_experts_per_tok": 6}, "deepseek_v3": {"num_attention_heads": 128}}.get(family, {})
     for switched in (False, True):
         values |= {"use_sliding_window": True} if switched and "use_sliding_window" in config_json(family) else {}
         theirs = transformers.CONFIG_MAPPING[family].from_dict(dict(values))

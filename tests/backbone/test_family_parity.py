@@ -35,6 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_moe-window": {"use_sliding_window": True, "sliding_window": 5, "norm_topk_prob": True, "qkv_bias": False},
     "gpt_oss": {"swiglu_limit": 0.5, "swiglu_alpha": 1.2},
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True},
+    "deepseek_v2": {"q_lora_rank": None},
+    "deepseek_v3": {"rms_norm_eps": 1e-3},
     "seed_oss": {"attention_out_bias": True},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}},
     "arcee": {"mlp_bias": True},

@@ -177,6 +177,7 @@ CONFIGS |= {
 }
 # Half the bytes that the published indices of the bfloat16 safetensors name; Gemma's, less its image encoder and
 # projection (416,866,032 and 6,194,304); GLM's, less the layer behind the last (3,616,573,568 and 5,539,962,272).
+# DeepSeek-V3's index counts FP8: as its tensors' headers were counted, less the layer behind the last.
 PUBLISHED = {
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.1-70B": 70_553_706_496,
@@ -209,6 +210,8 @@ MESHES = {
     "Qwen3-30B-A3B": [(16, 1), (32, 1), (8, 8)],
     "Mixtral-8x7B": [(16, 1), (32, 1), (8, 8)],
     "GLM-4.5-Air": [(32, 1), (64, 1), (16, 8)],
+    "DeepSeek-V2-Lite": [(8, 1), (16, 1), (4, 4)],
+    "DeepSeek-V3": [(64, 1), (128, 1), (32, 8)],
     "Mistral-Small-3.1-24B": [(16, 1), (32, 1), (8, 8)],
     "Seed-OSS-36B": [(16, 1), (32, 1), (8, 8)],
     "EXAONE-4.0-32B": [(16, 1), (32, 1), (8, 8)],

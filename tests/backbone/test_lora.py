@@ -38,8 +38,8 @@ def test_experts_and_their_router_have_no_adapters(family: str) -> None:
 
 
 def test_adapters_where_dense_layers_and_experts_are_mixed(tmp_path: Path) -> None:
-    """Each stands where its matrix does; beside the weights they say what they say merged into them."""
-    hf_model(hf_config("glm4_moe")).save_pretrained(tmp_path)
+    """Each stands where its matrix does, those of latents too; beside the weights it does what it does merged."""
+    hf_model(hf_config("deepseek_v3")).save_pretrained(tmp_path)
     decoder = load_backbone(tmp_path)
     rng, fresh = np.random.default_rng(1), Adapter(decoder.config, Settings(rank=RANK), rngs=nnx.Rngs(0))
     adapters = jax.tree.map(
@@ -47,7 +47,8 @@ def test_adapters_where_dense_layers_and_experts_are_mixed(tmp_path: Path) -> No
     )
     held = {name.removesuffix("_lora_in"): len(value) for name, value in adapters.items() if name.endswith("_in")}
     mlp = ("gate", "up", "down")
-    assert held == dict.fromkeys("qkvo", 3) | dict.fromkeys(mlp, 1) | {f"shared_{name}": 2 for name in mlp}
+    latents = dict.fromkeys((*"qkvo", "q_latent", "latent", "k_shared"), 3)
+    assert held == latents | dict.fromkeys(mlp, 1) | {f"shared_{name}": 2 for name in mlp}
     inputs, beside = whole_rows(random_tokens(1, 8)), by_matrix("lora", adapters)
     with jax.disable_jit():
         expected, _ = decoder(decoder.embed(inputs[0]), *inputs[1:], adapters=beside)

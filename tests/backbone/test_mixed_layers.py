@@ -5,13 +5,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import nnx
-from helpers import SIZES, assert_close, hf_config, hf_model, load_backbone, mesh_of, random_tokens, whole_rows
+from helpers import SIZES, hf_config, hf_model, load_backbone, mesh_of
 
 from e2p_jax.backbone.decoder import Decoder, of_layers, row_of
 from e2p_jax.backbone.families import parse_config
-from e2p_jax.backbone.layout import Execution, Run, layers_with, runs
+from e2p_jax.backbone.layout import Execution, Run, layer_shapes, layers_with, runs
 from e2p_jax.backbone.weights import abstract, load
 from e2p_jax.embed.hidden_states import _first_layers
 from e2p_jax.parallel.mesh import param_sharding
@@ -69,17 +68,17 @@ def test_a_part_of_a_stack_is_not_copied() -> None:
 
 
 def test_the_first_layers_alone(tmp_path: Path) -> None:
-    """What `e2p embed` reads of a model: a dense layer, or that and one with experts."""
-    theirs = hf_model(hf_config("glm4_moe"))
-    theirs.save_pretrained(tmp_path)
-    tokens, positions, segments = whole_rows(random_tokens(1, 8))
-    with torch.no_grad():
-        said = theirs(torch.tensor(np.array(tokens), dtype=torch.long), use_cache=False, output_hidden_states=True)
-    with jax.disable_jit():
-        decoder = _first_layers(tmp_path, 1, mesh_of())
-        assert_close(decoder(decoder.embed(tokens), positions, segments)[0], said.hidden_states[1])
-    two = _first_layers(tmp_path, 2, mesh_of()).layers
-    assert [len(getattr(two, name)[...]) for name in ("q", "gate", "expert_gate")] == [2, 1, 1]
+    """What `e2p embed` reads of a model: its first layers' rows, a dense layer's or that and one with experts."""
+    hf_model(hf_config("glm4_moe")).save_pretrained(tmp_path)
+    whole = load_backbone(tmp_path).layers
+    for depth, dense, experts in ((1, 1, 0), (2, 1, 1)):
+        decoder = _first_layers(tmp_path, depth, mesh_of())
+        assert [(run.first, run.end) for run in runs(decoder.config)] == [(0, 1), (1, 2)][:depth]
+        for name, count in (("q", depth), ("gate", dense), ("expert_gate", experts)):
+            if count:
+                np.testing.assert_array_equal(getattr(decoder.layers, name)[...], getattr(whole, name)[...][:count])
+            else:
+                assert name not in layer_shapes(decoder.config) or not layers_with(decoder.config, name)
 
 
 def test_the_bias_that_chooses_experts_is_kept_in_float32(tmp_path: Path) -> None:

@@ -139,25 +139,37 @@ def test_gpt_oss_as_published_is_the_model_that_its_mxfp4_stands_for(tmp_path: P
         np.testing.assert_array_equal(written[name], value)
 
 
-def quantised_model(directory: Path) -> dict[str, np.ndarray]:
-    """A Llama whose matrices are FP8 but for one; returns the tensors that they stand for."""
-    hf_model(hf_config()).save_pretrained(directory)
+def quantised_model(directory: Path, family: str) -> dict[str, np.ndarray]:
+    """A model whose matrices are FP8 but for one, with a scale a row, or a block of 16 x 16 as DeepSeek has them (of
+    128 x 128); returns the tensors that they stand for.
+    """
+    hf_model(hf_config(family)).save_pretrained(directory)
     tensors = read_tensors(directory / "model.safetensors", "")
-    expected = dict(tensors)
+    expected, blocks = dict(tensors), family == "deepseek_v3"
     for name in [name for name in tensors if "proj" in name and ".0.self_attn.o_proj" not in name]:
-        scale = np.abs(tensors[name]).max(axis=1, keepdims=True) / np.float32(448)
-        tensors[name] = (tensors[name] / scale).astype(ml_dtypes.float8_e4m3fn)
-        tensors[name.replace(".weight", ".weight_scale")] = scale
-        expected[name] = tensors[name].astype(np.float32) * scale
+        if not name.endswith("weight"):
+            continue
+        rows, columns = (np.arange(size) // 16 for size in tensors[name].shape)
+        scale, spread = np.abs(tensors[name]).max(axis=1, keepdims=True) / np.float32(448), (slice(None), slice(None))
+        if blocks:
+            scale = np.zeros((rows[-1] + 1, columns[-1] + 1), np.float32)
+            np.maximum.at(scale, np.ix_(rows, columns), np.abs(tensors[name]) / np.float32(448))
+            spread = np.ix_(rows, columns)
+        tensors[name] = (tensors[name] / scale[spread]).astype(ml_dtypes.float8_e4m3fn)
+        tensors[name.replace(".weight", ".weight_scale_inv" if blocks else ".weight_scale")] = scale
+        expected[name] = tensors[name].astype(np.float32) * scale[spread]
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    of_rows = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    of_blocks = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    config["quantization_config"] = of_blocks if blocks else of_rows
     (directory / "config.json").write_text(json.dumps(config))
     return expected
 
 
-def test_a_quantised_directory_loads_onto_a_mesh_and_converts_to_a_plain_one(tmp_path: Path) -> None:
-    expected = quantised_model(tmp_path / "fp8")
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_quantised_directory_loads_onto_a_mesh_and_converts_to_a_plain_one(tmp_path: Path, family: str) -> None:
+    expected = quantised_model(tmp_path / "fp8", family)
     held = open_checkpoint(tmp_path / "fp8").tensors
     assert held.keys() == expected.keys()
     assert main(["convert", str(tmp_path / "fp8"), "--out", str(tmp_path / "plain"), "--dtype", "float32"]) == 0

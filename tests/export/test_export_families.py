@@ -32,7 +32,7 @@ from e2p_jax.vectors.table import save_table
 WAYS = list(itertools.product(["before_bos", "after_bos", "in_chat"], [1, 3], ["mlp", "linear"]))
 # Families whose exports differ in kind; tests/backbone/test_family_parity.py has the others.
 EXPORTED = (
-    *("llama", "mistral", "qwen3", "phi3", "smollm3", "olmo2", "gemma", "gemma2", "gpt2", "mixtral", "glm4_moe"),
+    *("llama", "mistral", "qwen3", "phi3", "smollm3", "olmo2", "gemma", "gemma2", "gpt2", "mixtral", "deepseek_v3"),
     *("granite", "gemma3"),  # a wrapper: what is exported is its `gemma3_text`
 )
 MODELS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in EXPORTED), ("llama", {"rope_parameters": LLAMA3})]
