@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import rich.table
@@ -14,6 +14,7 @@ from e2p_jax.data.conditions import FRONTS
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits
 from e2p_jax.datasets.records import Record
+from e2p_jax.errors import shown
 from e2p_jax.evaluate.generate import generate
 from e2p_jax.evaluate.measures import (
     MEASURES,
@@ -41,6 +42,7 @@ from e2p_jax.files import write_text
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.terminal import say
+from e2p_jax.train.beyond import BREAKS, Beyond
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer, Scores, pack_conditions
@@ -81,6 +83,15 @@ class Evaluation:
         users = [record.user_id for record in self.records]
         return share_of((e2p, shuffled), (text, other), users, self.bootstrap_samples)
 
+    def beyond(self) -> dict[str, Beyond]:
+        """What a token costs user by user beyond none, by condition with slots; nothing where `none` was not scored."""
+        users = [record.user_id for record in self.records]
+        return {
+            name: Beyond.of(scores, self.scores["none"], users)
+            for name, scores in self.scores.items()
+            if "none" in self.scores and FRONTS.get(cast(Condition, name), FRONTS["none"]).vector
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Gives what `--json` prints."""
         share = self.share()
@@ -94,6 +105,7 @@ class Evaluation:
             "dropped_messages": self.dropped_messages,
             "conditions": {name: self._condition(name) for name in self.scores},
             "recommenders": {name: self._recommender(by) for name, by in self.recommenders.items()},
+            "beyond_none": {name: found.to_dict() for name, found in self.beyond().items()},
             "share": share and {name: part and part._asdict() for name, part in share._asdict().items()},
         }
 
@@ -258,6 +270,8 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
         "differences in nats per target, below zero is better; "
         "95 % paired bootstrap over users, paired permutation test"
     )
+    if values["beyond_none"]:
+        table.caption += f"\n{worst_text(values['beyond_none'])}"
     if values["share"]:
         table.caption += f"\n{share_text(values['share'])}"
     table.add_column("condition")
@@ -283,6 +297,16 @@ def render_seeds(by_seed: Mapping[int, Evaluation]) -> rich.table.Table:
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
+
+
+def worst_text(beyond: dict[str, dict[str, Any]]) -> str:
+    """Whom a token costs most, by condition, in one sentence; of `Evaluation.to_dict`."""
+    said = []
+    for name, found in beyond.items():
+        user, broken = found["worst"][0], f", {found['broken']} above {BREAKS}" if found["broken"] else ""
+        said.append(f"{name} {user['nats']:+.4f} ({shown(user['user_id'])}{broken})")
+    breaks = f" (more than {BREAKS} breaks the model)" if any(found["broken"] for found in beyond.values()) else ""
+    return f"worst user, nats per target beyond none{breaks}: {', '.join(said)}"
 
 
 def share_text(entry: dict[str, dict[str, float] | None]) -> str:

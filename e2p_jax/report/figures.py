@@ -16,6 +16,7 @@ from e2p_jax.evaluate.users import UserMap
 from e2p_jax.files import write_bytes
 from e2p_jax.report.collect import Curves, curves
 from e2p_jax.terminal import printable
+from e2p_jax.train.beyond import BREAKS
 
 INK = "#707172"  # stands for the text's colour until the page is made
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#eab308", "#ec4899")
@@ -80,6 +81,41 @@ class Figures:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"NLL per target (nats) minus {baseline} (left is better)")
+        self._save(figure, name)
+
+    def beyond(self, name: str, by_condition: dict[str, dict[str, Any]]) -> None:
+        """Users in the order of what a token costs them, a curve a condition, the worst user named."""
+        figure, grid = self._axes()
+        axes = grid[0, 0]
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.axhline(BREAKS, color=COLOURS[4], linestyle="--", linewidth=1.2, label=f"above {BREAKS}: breaks the model")
+        for number, (condition, found) in enumerate(by_condition.items()):
+            worst = found["worst"][0]
+            label = f"{condition}, worst: {worst['user_id']}"
+            axes.plot(found["percentiles"], color=COLOURS[number % 8], label=f"{_plain(label)} {worst['nats']:+.2f}")
+            axes.plot(100, worst["nats"], "o", color=COLOURS[number % 8], markersize=5)
+        axes.set(xlabel="users (%), in order", ylabel="nats per target beyond none")
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+        self._save(figure, name)
+
+    def share(self, name: str, share: dict[str, dict[str, float] | None]) -> None:
+        """Bars with whiskers: what the persona is worth as text, and what the soft token carries of it."""
+        figure, grid = self._axes(size=(5.4, 1.9))
+        axes, labels = grid[0, 0], {"whole": "persona as text", "gain": "soft token"}
+        for place, name_of in enumerate(labels):
+            found = share[name_of] or {}
+            axes.barh(place, found["value"], color=COLOURS[2 * place], alpha=0.55, height=0.55)
+            axes.plot([found["low"], found["high"]], [place, place], color=INK, linewidth=2)
+        text = "no share: what the text is worth is not told from nothing"
+        if part := share["share"]:
+            value, low, high = (f"{100 * part[name]:.0f} %" for name in ("value", "low", "high"))
+            text = f"the soft token carries {value} [{low}, {high}]"
+        axes.set_title(text, fontsize=9, color=INK)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_yticks(range(2), list(labels.values()))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("nats per target better than another user's")
         self._save(figure, name)
 
     def learning(self, curves: Curves, training: Curves) -> None:

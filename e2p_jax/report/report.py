@@ -11,7 +11,7 @@ import jinja2
 import markupsafe
 from etils import epath
 
-from e2p_jax.evaluate.evaluation import BASELINES
+from e2p_jax.evaluate.evaluation import BASELINES, share_text, worst_text
 from e2p_jax.evaluate.measures import MEASURES, interval_text, p_text, value_text
 from e2p_jax.files import replace_directory
 from e2p_jax.report.collect import Collected, collect
@@ -46,9 +46,8 @@ def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
         )
-        environment.globals.update(
-            SHOWN=SHOWN, MEASURES=MEASURES, value_text=value_text, interval_text=interval_text, p_text=p_text
-        )
+        texts = {f.__name__: f for f in (value_text, interval_text, p_text, share_text, worst_text)}
+        environment.globals.update(SHOWN=SHOWN, MEASURES=MEASURES, **texts)
         page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
             found=found,
             svgs=figures.svgs,
@@ -69,6 +68,10 @@ def _draw(figures: Figures, found: Collected) -> None:
             ]
             if rows:
                 figures.conditions(f"conditions-{place}-{baseline}", rows, baseline)
+        if split.get("share"):
+            figures.share(f"share-{place}", split["share"])
+        if split.get("beyond_none"):
+            figures.beyond(f"beyond-{place}", split["beyond_none"])
     figures.learning(found.learning, found.training)
     figures.robustness(found.robustness)
     figures.cost(found.costs)
@@ -126,6 +129,8 @@ def _write_csvs(out: Path, found: Collected) -> None:
                     numbers = [entry.get(column, "") for column in COLUMNS]
                     differences = [entry.get(f"minus_{b}", {}).get(part, "") for b in BASELINES for part in parts]
                     rows.append([source.name, split["split"], condition, measure, *numbers, *differences])
+    write("share.csv", ["source", "split", "part", *COLUMNS], _share_rows(found))
+    write("beyond.csv", ["source", "split", "condition", "percentile", "user_id", "nats"], _beyond_rows(found))
     write("conditions.csv", ["source", "split", "condition", "measure", *COLUMNS, *apart], rows)
     curves = [(name, step, nll) for name, points in found.learning.items() for step, nll in points]
     write("learning.csv", ["run", "step", "nll"], curves)
@@ -140,6 +145,23 @@ def _write_csvs(out: Path, found: Collected) -> None:
     answers = [(p.user_id, prompt, a) for p in found.people for prompt, a in zip(found.prompts, p.answers, strict=True)]
     answers += [("", prompt, answer) for prompt, answer in zip(found.prompts, found.without, strict=True)]
     write("answers.csv", ["user_id", "prompt", "answer"], answers)
+
+
+def _share_rows(found: Collected) -> Iterable[Sequence[Any]]:
+    for source in found.sources:
+        for split in source.splits:
+            for part, entry in (split.get("share") or {}).items():
+                yield [source.name, split["split"], part, *(entry[column] if entry else "" for column in COLUMNS)]
+
+
+def _beyond_rows(found: Collected) -> Iterable[Sequence[Any]]:
+    """The percentiles over users, then the worst ones by id."""
+    for source in found.sources:
+        for split in source.splits:
+            for condition, beyond in split.get("beyond_none", {}).items():
+                where = (source.name, split["split"], condition)
+                yield from ((*where, percent, "", nats) for percent, nats in enumerate(beyond["percentiles"]))
+                yield from ((*where, "", user["user_id"], user["nats"]) for user in beyond["worst"])
 
 
 def _shown(value: Any) -> Any:

@@ -12,7 +12,7 @@ from etils import epath
 
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.conditions import FRONTS, vectors_of
-from e2p_jax.data.pipeline import PackedDataset, batch_shapes, on_devices, rows_at, train_iterator
+from e2p_jax.data.pipeline import PackedDataset, batch_shapes, on_devices, pack, rows_at, train_iterator
 from e2p_jax.data.training import read_training
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import Preempted, UserError
@@ -20,12 +20,13 @@ from e2p_jax.files import explain_full_disk, run_directory, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
 from e2p_jax.prefix.model import Batch
+from e2p_jax.train.beyond import Beyond
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.partition import describe, join, split
 from e2p_jax.train.profile import Profile
 from e2p_jax.train.run import Run, claim_run, lock_run, restore_parameters
-from e2p_jax.train.score import pack_conditions, score, some
+from e2p_jax.train.score import Scores, pack_conditions, score, some
 from e2p_jax.train.setup import (
     Inputs,
     Model,
@@ -47,6 +48,7 @@ class Data:
 
     train: PackedDataset
     held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; `dev` picks the best checkpoint
+    without: PackedDataset | None  # `dev` under `none`, where it has slots
     population: Population  # of the training users' vectors
     warnings: list[str]  # about these
     dropped_messages: int
@@ -69,7 +71,14 @@ def read_data(inputs: Inputs) -> Data:
     for name, others in ({"dev": read.dev} | read.reported if read.dev else read.reported).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
         held_out[name] = (packed[condition, 0], kept)
-    return Data(train, held_out, population, warnings, read.dropped_messages, read.skipped)
+    without = _without(inputs, *held_out["dev"]) if read.dev and FRONTS[condition].vector else None
+    return Data(train, held_out, without, population, warnings, read.dropped_messages, read.skipped)
+
+
+def _without(inputs: Inputs, dataset: PackedDataset, records: Sequence[Record]) -> PackedDataset:
+    """Nothing in front, in rows of the same shape."""
+    examples = [inputs.encoder.encode(record, "none") for record in records]
+    return pack(examples, dataset.vectors, inputs.encoder, dataset.budget)
 
 
 def _population(inputs: Inputs, users: Sequence[str], where: Sequence[str]) -> tuple[Population, list[str]]:
@@ -179,6 +188,9 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
     )
 
     stop, numbers = False, range(first + 1, settings.steps + 1)
+    # What stands in front is compared with nothing there, which stays what it is while the projector alone learns.
+    watched = data.without is not None and not any(jax.tree.leaves({**model.mask, "projector": ()}))
+    without: Scores | None = None
     with (
         contextlib.closing(recorder),
         contextlib.closing(Profile(run, first, profile)) as traced,
@@ -198,9 +210,15 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             if evaluated:
                 recorder.flush()
                 evaluate = functools.partial(eval_step, state.trainable, frozen)
-                by_split = _evaluate(data, number, evaluate, mesh, settings.rows)
+                scores = _evaluate(data, number, evaluate, mesh, settings.rows)
+                by_split = {name: found.per_target for name, found in scores.items()}
                 nll = by_split.get("dev")  # without one, the last checkpoint is the best
-                recorder.evaluation(number, by_split)
+                beyond = None
+                if watched and data.without is not None:
+                    records = data.held_out["dev"][1]
+                    without = without or score(data.without, records, evaluate, mesh, settings.rows)
+                    beyond = Beyond.of(scores["dev"], without, [record.user_id for record in records])
+                recorder.evaluation(number, by_split, beyond)
             stop = stop_here(number) and not last
             if evaluated or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()
@@ -216,12 +234,12 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
 
 def _evaluate(
     data: Data, number: int, evaluate: Callable[[Batch], jax.Array], mesh: jax.sharding.Mesh, batch_rows: int
-) -> dict[str, float]:
-    """NLL per target by split, after step `number`."""
+) -> dict[str, Scores]:
+    """By split, after step `number`."""
     by_split = {}
     for name, (dataset, records) in data.held_out.items():
         try:
-            by_split[name] = score(dataset, records, evaluate, mesh, batch_rows).per_target
+            by_split[name] = score(dataset, records, evaluate, mesh, batch_rows)
         except UserError as error:
             raise UserError(f"after step {number}, split {name}: {error}") from error
     return by_split

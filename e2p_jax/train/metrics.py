@@ -17,6 +17,7 @@ from e2p_jax.errors import UserError
 from e2p_jax.files import LineFile, in_bucket, write_bytes, write_text
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.terminal import Console
+from e2p_jax.train.beyond import NAMED, Beyond
 
 
 class MetricsLog:
@@ -37,10 +38,12 @@ class MetricsLog:
         board = self._here.name if self._here else str(self._events)
         self._board = SummaryWriter(board, purge_step=resumed_step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers by name; a dict of numbers goes into metrics.jsonl alone."""
         self._file.write(json.dumps({"step": step, **values}))
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if not isinstance(value, dict):
+                self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Makes everything so far durable; called before a checkpoint that stands for it."""
@@ -181,12 +184,23 @@ class Recorder:
             self._log.write(number, {**values, "train/tokens_per_second": speed})
         self.progress.update(number, f"loss {values['train/loss']:.4f}  {speed:,.0f} tok/s", show=True)
 
-    def evaluation(self, number: int, nll: dict[str, float]) -> None:
-        """NLL per target by split, after step `number`; the time it took does not count as training."""
+    def evaluation(self, number: int, nll: dict[str, float], beyond: Beyond | None = None) -> None:
+        """NLL per target by split, after step `number`; the time it took does not count as training.
+
+        Args:
+          beyond: of the users of `dev`.
+        """
         self.flush()
-        if self._log:
-            self._log.write(number, {f"eval/{name}/nll": value for name, value in nll.items()})
+        values: dict[str, Any] = {f"eval/{name}/nll": value for name, value in nll.items()}
         self.progress.say(f"step {number}: " + ", ".join(f"{name} NLL {value:.4f}" for name, value in nll.items()))
+        if beyond:
+            worst = beyond.worst(NAMED)
+            values |= {"eval/dev/worst_user": worst[0][1], "eval/dev/broken_users": beyond.broken}
+            if warning := beyond.warning():
+                values["eval/dev/broken"] = dict(worst[: beyond.broken])
+                self.progress.say(f"step {number}, dev: {warning}")
+        if self._log:
+            self._log.write(number, values)
         self._clock = (time.monotonic(), number)
 
     def sync(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import other_users, user_vectors
 from e2p_jax.datasets import synthetic
-from e2p_jax.evaluate.evaluation import Evaluation, evaluate, render, share_text
+from e2p_jax.evaluate.evaluation import Evaluation, evaluate, render, share_text, worst_text
 from e2p_jax.evaluate.measures import difference, interval, share_of
 from e2p_jax.train.run import open_run
 from e2p_jax.train.score import Scorer
@@ -130,5 +130,14 @@ def test_no_share_of_what_is_not_told_from_nothing(evaluation: Evaluation) -> No
     apart = values["conditions"]["e2p"]["minus_shuffled"]
     assert shown["gain"] == pytest.approx({"value": -apart["mean"], "low": -apart["high"], "high": -apart["low"]})
     assert share_text(shown) in str(render(evaluation)[0].caption)
+    assert set(values["beyond_none"]) == {"e2p", "shuffled"}
+    worst = values["beyond_none"]["shuffled"]["worst"][0]
+    row = [record.user_id for record in evaluation.records].index(worst["user_id"])  # one record each
+    apart = evaluation.scores["shuffled"].drawn - evaluation.scores["none"].drawn
+    assert worst["nats"] == pytest.approx((apart / evaluation.scores["none"].targets).max())
+    assert worst["nats"] == pytest.approx((apart[:, row] / evaluation.scores["none"].targets[row]).max())
+    said = f"shuffled {worst['nats']:+.4f} ('{worst['user_id']}'"
+    assert said in str(render(evaluation)[0].caption) and said in worst_text(values["beyond_none"])
+
     without = {name: scores for name, scores in evaluation.scores.items() if name != "text"}
     assert dataclasses.replace(evaluation, scores=without).share() is None

@@ -21,7 +21,7 @@ from e2p_jax.report.collect import Collected, _open, collect
 from e2p_jax.terminal import printable
 from e2p_jax.train.run import Run, open_run
 
-CONDITIONS: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text")
+CONDITIONS: tuple[Condition, ...] = ("none", "shuffled", "e2p", "text", "text+shuffled")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,17 @@ def test_numbers_are_those_of_the_run(report: Path, learned_run: Path):
     assert float(found["e2p", "nll_per_target"]["minus_none_mean"]) < 0
     robust = {(row["disturbance"], float(row["level"])): float(row["nll"]) for row in rows(report / "robustness.csv")}
     assert robust["as trained", 0.0] == pytest.approx(evaluation.scores["e2p"].per_target, rel=1e-4)
+    shares = {row["part"]: row for row in rows(report / "share.csv")}
+    assert float(shares["gain"]["value"]) == pytest.approx(
+        -float(found["e2p", "nll_per_target"]["minus_shuffled_mean"])
+    )
+    share = table.share()
+    assert share is not None and float(shares["whole"]["low"]) == pytest.approx(share.whole.low)
+    users = rows(report / "beyond.csv")
+    named = [(row["condition"], row["user_id"]) for row in users if row["user_id"]]
+    worst = {name: beyond.worst(1)[0][0] for name, beyond in table.beyond().items()}
+    assert set(worst) == {"e2p", "shuffled"} and set(worst.items()) <= set(named)
+    assert sum(row["percentile"] != "" for row in users) == 2 * 101
     costs = {row["condition"]: float(row["prompt_tokens"]) for row in rows(report / "cost.csv")}
     assert costs["e2p"] == costs["none"] + 1 and costs["text"] > costs["e2p"] + 10
     users, answers = rows(report / "users.csv"), rows(report / "answers.csv")
@@ -87,11 +98,20 @@ def test_of_several_runs_one_backbone_is_loaded(
 def test_page_is_whole_by_itself(report: Path):
     page = (report / "index.html").read_text()
     assert not re.search(r"(?:src|href)=\"(?!#)", page) and "@import" not in page and "url(http" not in page
-    assert page.count("<svg") == 6  # two of differences, learning, robustness, cost, users
+    assert page.count("<svg") == 8  # two of differences, share, what users pay, learning, robustness, cost, users
+    assert "worst user, nats per target beyond none" in page and "e2p is" in page
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     pictures = {path.name for path in report.glob("*.png")}
-    assert {"learning.png", "robustness.png", "cost.png", "users.png", "conditions-0-none.png"} <= pictures
+    assert {
+        "share-0.png",
+        "beyond-0.png",
+        "learning.png",
+        "robustness.png",
+        "cost.png",
+        "users.png",
+        "conditions-0-none.png",
+    } <= pictures
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -138,7 +158,10 @@ def hostile(report: Path, collected: list[Collected], tmp_path: Path, monkeypatc
         found.people[0], user_id=ACTIVE, context=(ACTIVE, "x" * 50_000), nearest=[ACTIVE], answers=[ACTIVE]
     )
     long = dataclasses.replace(person, user_id="y" * 50_000, answers=["=1+1" + "z" * 50_000])
-    source = dataclasses.replace(found.sources[0], name=ACTIVE)
+    (split,) = found.sources[0].splits
+    beyond = {"e2p": {"percentiles": [0.0] * 101, "broken": 1, "worst": [{"user_id": ACTIVE, "nats": 0.5}]}}
+    beyond["e2p"]["worst"].append({"user_id": "=1+1" + "z" * 50_000, "nats": 0.1})
+    source = dataclasses.replace(found.sources[0], name=ACTIVE, splits=[split | {"beyond_none": beyond}])
     changed = dataclasses.replace(
         found,
         sources=[source],
@@ -162,7 +185,7 @@ def test_text_stays_text(hostile: Path, browser: Any):
     assert run("return window.owned") is None and run("return document.querySelectorAll('img, script').length") == 0
     assert run("return document.querySelector('.people h3').textContent") == shown
     assert run("return document.querySelector('h1').textContent") == shown
-    assert run("return document.querySelectorAll('figure svg').length") == 6
+    assert run("return document.querySelectorAll('figure svg').length") == 8
     words = "return [...document.querySelectorAll('figure svg')].map(e => e.textContent).join()"
     assert "$x^{$" in run(words) and "_<img src=x" in run(words)
     assert run("return document.documentElement.scrollWidth <= innerWidth")
