@@ -130,8 +130,8 @@ class Execution:
     attention: Literal["xla", "splash", "cudnn", "mosaic"] = "xla"
     """Whose attention: plain XLA, the TPU's splash kernel, cuDNN's or tokamax's; see `attention.choose`."""
     sort_tokens: bool = False
-    """Tokens are sorted to their experts: a mixture costs what its active experts cost. Not where an expert is split
-    over devices, or trained: there all tokens go to all experts."""
+    """Tokens are sorted to their experts: a mixture costs what its active experts cost. Not where experts are trained:
+    there all tokens go to all of them."""
 
 
 PLAIN = Execution()

@@ -128,8 +128,9 @@ def _rows_of(x: jax.Array) -> P:
 
 
 def by_rows(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function` (weights, arrays [B, ...] -> [B, ...]) by each device of the mesh around it for its own rows, with
-    weights that it has whole. Rows that the axes do not divide stay together.
+    """`function` (weights, arrays [B, ...] -> [B, ...]) by each device of the mesh around it for its own rows. What
+    `fsdp` splits of the weights is gathered first; the tensor axis goes on splitting them. Rows that the axes do not
+    divide stay together.
     """
 
     def mapped(weights: Any, *arrays: jax.Array) -> jax.Array:

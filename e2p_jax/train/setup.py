@@ -130,8 +130,7 @@ def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int,
             f"train.trainable names weights of the backbone, and backbone.quantization={kind} freezes them; set one of "
             "the two to its default"
         )
-    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
-    if decoder.num_experts and whole and not any(jax.tree.leaves(mask["backbone"])):
+    if decoder.num_experts and not any(jax.tree.leaves(mask["backbone"])):
         backbone.execution = dataclasses.replace(execution, sort_tokens=True)
     graph, state = nnx.split(model)
 

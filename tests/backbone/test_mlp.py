@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SIZES, assert_close, mesh_of
+from jax.sharding import Mesh
 
 from e2p_jax.backbone.families import parse_config
 from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
 from e2p_jax.backbone.mlp import mlp
 from e2p_jax.backbone.quantize import quantize
+from e2p_jax.parallel.mesh import param_sharding, row_sharding
 from e2p_jax.plan.hlo import Program
 
 MIXTRAL = parse_config(
@@ -31,9 +33,15 @@ def layer(config: DecoderConfig) -> dict[str, jax.Array]:
     return {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
+def placed(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """A stack of that one layer, split as the decoder's is."""
+    stacks = {name: value[None] for name, value in params.items()}
+    return {n: jax.device_put(v, param_sharding(mesh, f"backbone/layers/{n}", v.shape)) for n, v in stacks.items()}
+
+
 @pytest.mark.parametrize(
     ("config", "rows", "length", "mesh"),
-    [(MIXTRAL, 1, 1, {}), (GPT_OSS, 4, 24, {"data": 4})],
+    [(MIXTRAL, 1, 1, {}), (GPT_OSS, 4, 24, {"data": 4}), (GPT_OSS, 4, 24, {"fsdp": 2, "tensor": 2})],
     ids=lambda x: x.naming if isinstance(x, DecoderConfig) else str(x),
 )
 def test_sorted_tokens_give_what_all_experts_give(
@@ -42,15 +50,16 @@ def test_sorted_tokens_give_what_all_experts_give(
     """Values, and gradients by the tokens and by the router; one token makes fewer choices than there are experts."""
     params = layer(config)
     params |= {f"expert_up{form}": value for form, value in quantize(params.pop("expert_up"), "int8").items()}
+    experts, router = placed(params, mesh_of(**mesh)), params.pop("router")
     x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, length, config.hidden_size)), jnp.float32)
 
     def outcome(sort: bool) -> Any:
-        def loss(x: jax.Array, router: jax.Array) -> tuple[jax.Array, jax.Array]:
-            said = mlp(x, params | {"router": router}, config, sort)
+        def loss(x: jax.Array, router: jax.Array, experts: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            said = mlp(x, {name: value[0] for name, value in experts.items()} | {"router": router}, config, sort)
             return jnp.sum(jnp.sin(said)), said
 
         with jax.set_mesh(mesh_of(**mesh)):
-            return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, params["router"])
+            return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, router, experts)
 
     jax.tree.map(lambda ours, plain: assert_close(ours, plain, 1e-5), outcome(True), outcome(False))
 
@@ -58,11 +67,17 @@ def test_sorted_tokens_give_what_all_experts_give(
 def test_a_mixture_costs_what_its_active_experts_cost() -> None:
     """Products of the compiled program: near those of two of sixteen experts, where the tokens are sorted."""
     config = dataclasses.replace(MIXTRAL, hidden_size=64, intermediate_size=128)
-    params, x = layer(config), jnp.zeros((1, 512, 64))
+    params, x = layer(config), jnp.zeros((4, 512, 64))
 
-    def flops(sort: bool) -> float:
-        return Program(jax.jit(lambda x: mlp(x, params, config, sort)).lower(x).compile().as_text()).flops
+    def flops(sort: bool, mesh: Mesh) -> float:
+        def said(x: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+            return mlp(x, {name: value[0] for name, value in params.items()}, config, sort)
+
+        with jax.set_mesh(mesh):
+            rows = jax.device_put(x, row_sharding(mesh))
+            return Program(jax.jit(said).lower(rows, placed(params, mesh)).compile().as_text()).flops
 
     needed = 2 * x.size * config.experts_per_token * 3 * config.intermediate_size
-    assert flops(False) > 7.9 * needed
-    assert flops(True) < 1.6 * needed
+    assert flops(False, mesh_of()) > 7.9 * needed
+    assert flops(True, mesh_of()) < 1.6 * needed
+    assert flops(True, mesh_of(fsdp=4)) < 1.6 * needed / 4

@@ -117,16 +117,31 @@ def test_fsdp_gathers_weights_and_sends_nothing_else_of_the_backbone() -> None:
         assert sharing <= times <= 3 * sharing, shape
 
 
-def test_experts_are_gathered_one_by_one_and_no_token_travels_to_them() -> None:
-    """Nor do its scores. Gate, up and down of every expert, forward and backward."""
-    assert len(step(decoder=EXPERTS, data=4).collectives) == 1
-    collectives, weights, *_ = step(decoder=EXPERTS, fsdp=4)
+@pytest.mark.parametrize(("trainable", "at_once"), [(("projector/**",), 3), (EVERYTHING, 1)], ids=["frozen", "trained"])
+def test_experts_are_gathered_and_no_token_travels_to_them(trainable: tuple[str, ...], at_once: int) -> None:
+    """Nor do its scores. Gate, up and down of a layer's experts at once, of experts that train one after the other;
+    forward and backward.
+    """
+    assert trainable == EVERYTHING or len(step(trainable, EXPERTS, data=4).collectives) == 1
+    collectives, weights, *_ = step(trainable, EXPERTS, fsdp=4)
     gathers = of_kind(collectives, "all-gather")
-    assert len(gathers) + 1 == len(collectives)
-    own = [g.arrays[0].shape for g in gathers if g.times == EXPERTS.num_layers * EXPERTS.num_experts]
+    assert len(gathers) + 1 == len(collectives) or trainable == EVERYTHING
+    count, front = (EXPERTS.num_experts // at_once, (at_once,) if at_once > 1 else ())
     wide, narrow = (EXPERTS.intermediate_size, EXPERTS.hidden_size), (EXPERTS.hidden_size, EXPERTS.intermediate_size)
-    assert sorted(own) == [narrow] * 2 + [wide] * 4
-    assert {a.shape for g in gathers for a in g.arrays} == {*weights.values(), wide, narrow}
+    own = [g.arrays[0].shape for g in gathers if g.arrays[0].shape in ((*front, *wide), (*front, *narrow))]
+    assert {g.times for g in gathers if g.arrays[0].shape in own} == {EXPERTS.num_layers * count}
+    assert sorted(own) == [(*front, *narrow)] * 2 + [(*front, *wide)] * 4
+    assert {a.shape for g in gathers for a in g.arrays} == {*weights.values(), *own}
+
+
+def test_a_tensor_axis_sums_what_experts_say_of_the_own_rows() -> None:
+    """Block by block, as often on every device; each has its part of every expert."""
+    collectives, *_ = step(decoder=EXPERTS, fsdp=2, tensor=2)
+    gathered = {c.arrays[0].shape for c in of_kind(collectives, "all-gather") if len(c.arrays[0].shape) == 3}
+    width, half = EXPERTS.hidden_size, EXPERTS.intermediate_size // 2
+    assert {(3, half, width), (3, width, half)} == {shape for shape in gathered if shape[0] == 3}
+    blocks = [c for c in of_kind(collectives, "all-reduce") if c.arrays[0].shape == (256, width)]
+    assert len(blocks) == 2 and {c.group for c in blocks} == {2}
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
