@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from e2p_jax.backbone import weights
 from e2p_jax.backbone.decoder import Decoder, of_layers
 from e2p_jax.backbone.families import say_ignored
+from e2p_jax.backbone.layout import Execution
 from e2p_jax.config import MeshConfig
 from e2p_jax.data import control
 from e2p_jax.data.encode import load_tokenizer
@@ -76,6 +77,7 @@ def _first_layers(directory: Path, layer: int, mesh: Mesh, ignored_keys: Collect
     dtype = weights.choose_dtype("auto", jax.default_backend())
     place = functools.partial(param_sharding, mesh)
     decoder = weights.load(directory, dtype=dtype, sharding=place, ignored_keys=ignored_keys)
+    decoder.execution = Execution(sort_tokens=True)
     config = decoder.config
     depth = layer if layer >= 0 else config.num_layers + 1 + layer
     if not 1 <= depth <= config.num_layers:

@@ -74,6 +74,7 @@ def test_the_first_layers_alone(tmp_path: Path) -> None:
     for depth, dense, experts in ((1, 1, 0), (2, 1, 1)):
         decoder = _first_layers(tmp_path, depth, mesh_of())
         assert [(run.first, run.end) for run in runs(decoder.config)] == [(0, 1), (1, 2)][:depth]
+        assert decoder.execution.sort_tokens
         for name, count in (("q", depth), ("gate", dense), ("expert_gate", experts)):
             if count:
                 np.testing.assert_array_equal(getattr(decoder.layers, name)[...], getattr(whole, name)[...][:count])
