@@ -42,7 +42,7 @@ def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
     """
     from e2p_jax.commands.data import data_command, embed, prepare
     from e2p_jax.commands.evaluate import drift, evaluate, report
-    from e2p_jax.commands.export import convert, export, import_run, prefixes
+    from e2p_jax.commands.export import convert, export, import_run, prefixes, rollback
     from e2p_jax.commands.generate import demo, generate
     from e2p_jax.commands.inspect import inspect
     from e2p_jax.commands.plan import plan_command
@@ -66,6 +66,7 @@ def commands_of(arguments: list[str]) -> dict[str, Callable[..., Any]]:
         "data": with_config(data_command, rest if command == ["data"] else []),
         "export": export,
         "prefixes": prefixes,
+        "rollback": rollback,
         "serve": serve,
         "import": import_run,
     }

@@ -79,7 +79,8 @@ def prefixes(
     Args:
       out: Directory to write, or to update; with several processes, on storage that all share.
       dtype: Of the soft tokens.
-      keep_hours: How long at least files stay that an update takes out, for readers that opened the table before.
+      keep_hours: How long at least a version stays that an update takes out: to be put back by `e2p rollback`, and for
+        readers on hosts whose locks are not seen here. What a reader on this host holds stays anyway.
     """
     from e2p_jax.export.prefix_table import export_prefixes
     from e2p_jax.parallel.distributed import is_first, session
@@ -90,6 +91,18 @@ def prefixes(
         if is_first():
             say(written.text())
             print(out)
+
+
+def rollback(table: tyro.conf.Positional[Path], /, version: str | None = None) -> None:
+    """Puts the version of a prefix table back that was there before the last update; again, and it is undone.
+
+    Args:
+      table: Directory that `e2p prefixes` wrote.
+      version: One of those that are kept. Default: the one that was there last.
+    """
+    from e2p_jax.export.prefix_files import roll_back
+
+    print(roll_back(table, version))
 
 
 def import_run(

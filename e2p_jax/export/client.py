@@ -8,7 +8,7 @@
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -23,24 +23,30 @@ if TYPE_CHECKING:
     from e2p_jax.data.examples import Example
 
 Messages = Sequence[dict[str, str]]
+User = str | np.ndarray  # an id, or the vector [E] float32 of somebody seen just now
 
 
 class EngineClient:
     """Bodies to send with any HTTP client; add to them what the server's API knows (`max_tokens`, `stream`, ...)."""
 
-    def __init__(self, table: PrefixTable, model: str, cache_salt: bool = True):
+    def __init__(
+        self, table: PrefixTable, model: str, cache_salt: bool = True, unknown: Literal["error", "null"] = "error"
+    ):
         """
         Args:
           table: of the users to serve.
           model: the name that the server serves.
           cache_salt: whether vLLM is told to share cached blocks among requests with the same soft tokens only. Without
             it, what stands in front of a late slot is shared by all users, where the server's keys hold embeddings.
+          unknown: what users get who are not in the table: an error, or the null user's soft tokens.
 
         Raises:
-          UserError: the table is of a Gemma, and of an earlier version.
+          UserError: the table is of a Gemma, and of an earlier version; or it has no null user.
         """
-        self.table, self.model, self._salted = table, model, cache_salt
+        self.table, self.model, self._salted, self._unknown = table, model, cache_salt, unknown
         manifest = table.manifest
+        if unknown == "null" and table.null is None:
+            raise UserError(f"{table.directory}: its run has no null user; train with train.null_user_rate above 0")
         if "token_scale" not in manifest and manifest["embedding_scale"] != 1:
             raise UserError(f"{table.directory}: of a Gemma, by an earlier version of e2p_jax; rerun `e2p prefixes`")
         self._scale = manifest.get("token_scale", 1)
@@ -50,7 +56,21 @@ class EngineClient:
         stored = self._tokens.rows.dtype
         self._dtype = stored if stored.name == manifest["dtype"] else np.dtype(np.float32)  # sending rounds nothing
 
-    def vllm_completion(self, user: str | None, messages: Messages, room: int | None = None) -> dict[str, Any]:
+    def reload(self) -> "EngineClient":
+        """For the version of the table that is there now: this one, where nothing has changed.
+
+        Raises:
+          UserError: as when table and client are made. This client serves on.
+        """
+        table, before = self.table.reload(), self.table.manifest
+        if table is self.table:
+            return self
+        made = EngineClient(table, self.model, self._salted, self._unknown)
+        if all(table.manifest[part] == before[part] for part in ("tokenizer", "tokens", "config")):
+            made.__dict__ |= {name: held for name, held in self.__dict__.items() if name == "_encoder"}
+        return made
+
+    def vllm_completion(self, user: User | None, messages: Messages, room: int | None = None) -> dict[str, Any]:
         """For `/v1/completions`.
 
         Args:
@@ -71,7 +91,7 @@ class EngineClient:
         prefix = self._prefix(user)
         return payloads.vllm_completion(self.model, self._fill(example, prefix), self._stops, self._salt(prefix)) | left
 
-    def vllm_chat(self, user: str, messages: Messages) -> dict[str, Any]:
+    def vllm_chat(self, user: User, messages: Messages) -> dict[str, Any]:
         """For `/v1/chat/completions` of a server that was given the table's `chat_template.jinja`.
 
         Raises:
@@ -86,7 +106,7 @@ class EngineClient:
         prefix = self._prefix(user)
         return payloads.vllm_chat(self.model, messages, prefix, self._stops, self._salt(prefix))
 
-    def sglang(self, user: str, messages: Messages) -> dict[str, Any]:
+    def sglang(self, user: User, messages: Messages) -> dict[str, Any]:
         """For `/generate`.
 
         Raises:
@@ -95,21 +115,25 @@ class EngineClient:
         payloads.refuse_sglang(self.table.manifest.get("model_type", ""), str(self.table.directory))
         return payloads.sglang(self.embeddings(user, messages), self._stops)
 
-    def embeddings(self, user: str, messages: Messages) -> np.ndarray:
+    def embeddings(self, user: User, messages: Messages) -> np.ndarray:
         """[T, D]: the templated prompt with the user's soft tokens in their slots."""
         return self._fill(self._encode(user, messages), self._prefix(user))
 
-    def _encode(self, user: str | None, messages: Messages) -> "Example":
-        record = Record(user or "", (), tuple(messages), source="the prompt" if user is None else f"user {user!r}")
+    def _encode(self, user: User | None, messages: Messages) -> "Example":
+        name = user if isinstance(user, str) else ""
+        record = Record(name, (), tuple(messages), source=f"user {name!r}" if name else "the prompt")
         return self._encoder.encode_prompt(record, "none" if user is None else "e2p")
 
     def _fill(self, example: "Example", prefix: np.ndarray) -> np.ndarray:
         tokens = self._tokens.read(example.tokens).astype(self._dtype)
         return payloads.with_prefix(tokens * self._dtype.type(self._scale), example.slot_start, prefix)
 
-    def _prefix(self, user: str) -> np.ndarray:
+    def _prefix(self, user: User) -> np.ndarray:
         """[K, D]"""
-        return payloads.soft_tokens(self.table.lookup([user])[0], self._dtype, user)
+        if not isinstance(user, str):
+            return payloads.soft_tokens(self.table.project(user[None])[0], self._dtype, "")
+        look = self.table.lookup if self._unknown == "error" else lambda users: self.table.get_many(users)[0]
+        return payloads.soft_tokens(look([user])[0], self._dtype, user)
 
     def _salt(self, prefix: np.ndarray) -> Mapping[str, str]:
         return payloads.cache_salt(prefix) if self._salted else payloads.NO_SALT

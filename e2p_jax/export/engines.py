@@ -16,7 +16,6 @@ from e2p_jax.export.common import settings_of
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
-SERVING_TEMPLATE = "chat_template.jinja"
 _BEGINNINGS = ("Why?", "hi", "7 days", "(so)", "\u00e9t\u00e9", "\U0001f600", "\u4f60", "'s", "<x>")  # of a user's turn
 PLACEHOLDER = "<prompt_embeds>"  # what vLLM renders a content part of embeddings as; one token a part, then K
 

@@ -1,5 +1,7 @@
-"""The files of a prefix table: written whole, found damaged, kept for readers, removed."""
+"""The files of a prefix table: written whole, found damaged, kept for readers, put back, removed."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -7,16 +9,15 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save
 
 from e2p_jax.errors import UserError
-from e2p_jax.export.common import save_tokenizer
-from e2p_jax.export.engines import SERVING_TEMPLATE
 from e2p_jax.export.prefix_reader import (
     MANIFEST,
+    SERVING_TEMPLATE,
     CheckedRows,
     DamagedManifest,
     checksums,
@@ -26,14 +27,18 @@ from e2p_jax.export.prefix_reader import (
     read_manifest,
 )
 from e2p_jax.files import write_bytes, write_text
-from e2p_jax.train.run import Run
 from e2p_jax.vectors.index import UserIndex
-from e2p_jax.vectors.table import UserTable
+
+if TYPE_CHECKING:
+    from e2p_jax.train.run import Run
+    from e2p_jax.vectors.table import UserTable
 
 _BLOCK = 1 << 16  # user ids written at once
-_NAMED = re.compile(r"[0-9a-f]{32}\.(safetensors|ids\.txt|index\.npy|tokens\.safetensors|tokenizer)")
+_KEPT = re.compile(r"[0-9a-f]{16}\.manifest\.json")
+_NAMED = re.compile(r"[0-9a-f]{32}\.(((tokens|projector)\.)?safetensors|ids\.txt|index\.npy|tokenizer)")
 _TEMPORARY = re.compile(  # what a killed run leaves
-    r"\.(ids|tokenizer|manifest\.json|chat_template\.jinja|[0-9a-f]{32}\.((tokens\.)?safetensors|index\.npy))\.tmp"
+    r"\.(ids|tokenizer|manifest\.json|chat_template\.jinja"
+    r"|[0-9a-f]{32}\.(((tokens|projector)\.)?safetensors|index\.npy))\.tmp"
 )
 
 
@@ -47,7 +52,7 @@ def open_out(out: Path, fingerprint: str) -> tuple[dict[str, Any] | None, list[s
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another directory") from error
     before, mended = None, []
-    ours = [name for name in names if _NAMED.fullmatch(name) or _TEMPORARY.fullmatch(name)]
+    ours = [name for name in names if any(kind.fullmatch(name) for kind in (_NAMED, _KEPT, _TEMPORARY))]
     if MANIFEST in names:
         try:
             before = read_manifest(out / MANIFEST)
@@ -63,7 +68,7 @@ def open_out(out: Path, fingerprint: str) -> tuple[dict[str, Any] | None, list[s
     return before, mended
 
 
-def write_ids(table: UserTable, out: Path, mended: list[str]) -> str:
+def write_ids(table: "UserTable", out: Path, mended: list[str]) -> str:
     """Writes the user ids and their index, unless they are there and whole, and returns their name.
 
     Args:
@@ -94,7 +99,7 @@ def write_ids(table: UserTable, out: Path, mended: list[str]) -> str:
     return name
 
 
-def _write_lines(table: UserTable, path: Path) -> None:
+def _write_lines(table: "UserTable", path: Path) -> None:
     with path.open("wb") as file:
         for first in range(0, len(table.ids), _BLOCK):
             rows = table.ids.rows(slice(first, first + _BLOCK))
@@ -119,8 +124,22 @@ def write_tokens(out: Path, embeddings: np.ndarray, mended: list[str]) -> str:
     return name
 
 
-def write_tokenizer(run: Run, out: Path, mended: list[str]) -> str:
+def write_projector(out: Path, tensors: dict[str, np.ndarray], mended: list[str]) -> str:
+    """Writes the projector's parameters, unless they are there and whole, and returns their name."""
+    data = save({name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())})
+    name = hashlib.sha256(data).hexdigest()[:32]
+    path = out / f"{name}.projector.safetensors"
+    if not path.exists() or path.read_bytes() != data:
+        if path.exists():
+            mended.append(path.name)
+        write_bytes(path, data)
+    return name
+
+
+def write_tokenizer(run: "Run", out: Path, mended: list[str]) -> str:
     """Writes the run's tokenizer, unless it is there and whole, and returns its name."""
+    from e2p_jax.export.common import save_tokenizer
+
     temporary = out / ".tokenizer.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -160,18 +179,84 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def swap(out: Path, before: dict[str, Any] | None, manifest: dict[str, Any], keep_hours: float) -> None:
-    """Puts the manifest into its place, and removes what left the table `keep_hours` ago or a killed run left."""
-    unnamed = [p for p in out.iterdir() if _NAMED.fullmatch(p.name) and p.name not in files_of(manifest)]
-    for path in unnamed:
-        if before is None or path.name in files_of(before) or path.stat().st_mtime > time.time():
-            os.utime(path)  # when it left the table; after the clock went back, no earlier than now
-    write_manifest(out, manifest)
-    for path in unnamed:
-        if path.stat().st_mtime <= time.time() - 3600 * keep_hours:
+    """Puts the manifest into its place, and removes what left the table `keep_hours` ago or a killed run left.
+
+    The manifest that was there stays as `<its checksum>.manifest.json` as long as the files that it names, and these as
+    long as it: `keep_hours`, and while a reader holds it.
+    """
+    _replace_manifest(out, before, manifest)
+    oldest = time.time() - 3600 * keep_hours
+    paths = sorted(out.iterdir())
+    for path in paths:
+        if path.stat().st_mtime > time.time():  # the clock went back
+            os.utime(path)
+    for path in paths:
+        if _KEPT.fullmatch(path.name) and path.stat().st_mtime <= oldest:
+            with path.open("rb") as file, contextlib.suppress(OSError):  # a reader's, or no storage with locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+    named = files_of(manifest).union(*(files_of(kept) for kept in versions(out).values()))
+    for path in paths:
+        left = _NAMED.fullmatch(path.name) and path.name not in named and path.stat().st_mtime <= oldest
+        if left or _TEMPORARY.fullmatch(path.name):
             _remove(path)
-    for path in out.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            _remove(path)
+
+
+def roll_back(out: Path, version: str | None = None) -> str:
+    """Puts an earlier version of a table back into its place, and returns its name; what was there is kept as one.
+
+    Args:
+      version: one of `versions`; by default the one that was there last.
+
+    Raises:
+      UserError: no such version, a damaged one, or files that it names are gone.
+    """
+    before = None
+    with contextlib.suppress(DamagedManifest):
+        before = read_manifest(out / MANIFEST)
+    kept = {name: manifest for name, manifest in versions(out).items() if manifest != before}
+    chosen = version or next(reversed(kept), "")
+    if chosen not in kept:
+        there = ", ".join(reversed(kept)) or "none: there was no update, or --keep-hours has passed"
+        raise UserError(f"{out}: no earlier version {version or ''}".rstrip() + f"; kept: {there}")
+    if missing := sorted(files_of(kept[chosen]) - {path.name for path in out.iterdir()}):
+        raise UserError(f"{out}: of version {chosen} {missing[0]} is gone; rerun `e2p prefixes`")
+    _replace_manifest(out, before, kept[chosen])
+    return chosen
+
+
+def versions(out: Path) -> dict[str, dict[str, Any]]:
+    """The manifests of earlier versions that are whole, by name, in the order in which they left."""
+    paths = [path for path in out.iterdir() if _KEPT.fullmatch(path.name)]
+    found = {}
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+        with contextlib.suppress(DamagedManifest):
+            found[path.name.partition(".")[0]] = read_manifest(path)
+    return found
+
+
+def _replace_manifest(out: Path, before: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
+    place, name = out / MANIFEST, manifest_checksum(manifest)
+    if before is not None and manifest_checksum(before) == name:
+        return
+    if before is None:
+        for path in out.iterdir():
+            if path.name not in files_of(manifest):
+                os.utime(path)  # nobody knows what readers have open
+    else:
+        kept = out / f"{manifest_checksum(before)}.manifest.json"
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(place, kept)  # it keeps the locks of its readers
+            except OSError:  # storage without links
+                write_bytes(kept, place.read_bytes())
+        os.utime(kept)  # when it left
+    earlier = out / f"{name}.manifest.json"
+    if name in versions(out):
+        os.replace(earlier, place)
+    else:
+        earlier.unlink(missing_ok=True)
+        write_manifest(out, manifest)
 
 
 def _remove(path: Path) -> None:
@@ -187,4 +272,6 @@ def files_of(manifest: dict[str, Any] | None) -> set[str]:
         return set()
     ids, shards = manifest["ids"], manifest["shards"]
     rest = {f"{ids}.ids.txt", f"{ids}.index.npy", f"{manifest['tokens']}.tokens.safetensors"}
+    if "parameters" in manifest:  # not in tables of before
+        rest |= {f"{manifest['parameters']}.projector.safetensors"}
     return rest | {f"{manifest['tokenizer']}.tokenizer"} | {f"{shard['name']}.safetensors" for shard in shards}

@@ -1,12 +1,16 @@
 """Looks up users' soft tokens in a table that `e2p prefixes` wrote. Imports neither jax, torch nor transformers."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
+import os
 import resource
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -17,6 +21,7 @@ from e2p_jax.tensors import read_tensors
 from e2p_jax.vectors.index import UserIndex
 
 MANIFEST = "manifest.json"
+SERVING_TEMPLATE = "chat_template.jinja"  # for vLLM's chat endpoint
 REMEDY = "rerun `e2p prefixes` to mend it; if the table was updated since it was opened, open it anew"
 _WORD = (1 << 64) - 1
 
@@ -25,7 +30,8 @@ class PrefixTable:
     """User id -> soft tokens. Rows, ids and their index stay on disk, memory-mapped.
 
     Manifest, ids and index are verified when the table is opened, a user's soft tokens whenever they are looked up. An
-    update of the table swaps its manifest: a reader keeps what it opened until it is made anew.
+    update of the table swaps its manifest: a reader keeps the version that it opened, whose files stay as long as it is
+    there, and `reload` gives the new one. Threads may share a reader.
     """
 
     def __init__(self, directory: Path, fingerprint: str | None = None):
@@ -38,7 +44,21 @@ class PrefixTable:
         Raises:
           UserError: unfinished, damaged, of an earlier version, or made for another backbone.
         """
-        self.directory, self.manifest = directory, read_manifest(directory / MANIFEST)
+        self.directory, self._fingerprint = directory, fingerprint
+        while True:
+            self._held = _hold(directory / MANIFEST)
+            weakref.finalize(self, self._held.close)
+            try:
+                self._open()
+                return
+            except UserError:
+                if self._is_newest():
+                    raise  # else an update came between
+
+    def _open(self) -> None:
+        directory, fingerprint = self.directory, self._fingerprint
+        self.manifest = parse_manifest(directory / MANIFEST, self._held.read())
+        self.version = manifest_checksum(self.manifest)
         there = self.manifest["backbone"]["fingerprint"]
         if fingerprint is not None and fingerprint != there:
             raise UserError(
@@ -75,20 +95,75 @@ class PrefixTable:
         Raises:
           UserError: naming the user who is not in the table, or the damaged file in which the user's soft tokens are.
         """
-        rows = self._index.find(users)
-        if len(absent := np.flatnonzero(rows < 0)):
-            user = users[int(absent[0])]
+        out, found = self.get_many(users)
+        if not found.all():
+            user = users[int(np.argmin(found))]
             raise UserError(f"{self.directory}: user {user!r} has no prefix; add the vector, rerun `e2p prefixes`")
-        out = np.empty((len(users), *self.shape), self._dtype)
+        return out
+
+    def get_many(self, users: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same for users of whom some may be absent, and [N] bool: who is there. Others have `null`, else zeros.
+
+        Raises:
+          UserError: naming the damaged file in which a user's soft tokens are.
+        """
+        rows = self._index.find(users)
+        out, found = np.zeros((len(users), *self.shape), self._dtype), rows >= 0
+        if not found.all() and self.null is not None:
+            out[~found] = self.null
         shards, places = np.divmod(rows, self._users_a_shard)
-        for number in np.unique(shards).tolist():
+        for number in np.unique(shards[found]).tolist():
             here = shards == number
             try:
                 out[here] = self._shard(number).read(places[here])
             except UserError:
                 self._shard.cache_clear()  # it may be mended meanwhile
                 out[here] = self._shard(number).read(places[here])
-        return out
+        return out, found
+
+    @functools.cached_property
+    def null(self) -> np.ndarray | None:
+        """[K, D] in the table's dtype: of a user without a vector, where the run has a null user.
+
+        Raises:
+          UserError: the file is missing or damaged.
+        """
+        return self._projector.get("null")
+
+    def project(self, vectors: np.ndarray) -> np.ndarray:
+        """[N, K, D] in the table's dtype: the soft tokens of users seen just now, as `e2p prefixes` would make them.
+
+        Args:
+          vectors: [N, E] float32, as they would stand in the table of user vectors.
+
+        Raises:
+          UserError: as `numpy_projector.project`, or the file of parameters is missing or damaged.
+        """
+        from e2p_jax.prefix.numpy_projector import project
+
+        return project(self.manifest["config"]["projector"], self._projector, vectors, self._dtype)
+
+    @functools.cached_property
+    def _projector(self) -> dict[str, np.ndarray]:
+        if not (name := self.manifest.get("parameters")):
+            return {}
+        path = self.directory / f"{name}.projector.safetensors"
+        if not path.is_file() or file_digest(path)[:32] != name:
+            raise UserError(f"{path}: missing or damaged; {REMEDY}")
+        return read_tensors(path, REMEDY)
+
+    def reload(self) -> "PrefixTable":
+        """The version that is there now: a new reader, or this one where nothing has changed.
+
+        Raises:
+          UserError: as when a table is opened. This reader serves on.
+        """
+        return self if self._is_newest() else PrefixTable(self.directory, self._fingerprint)
+
+    def _is_newest(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._held.fileno()), (self.directory / MANIFEST).stat())
+        return True
 
 
 class DamagedManifest(UserError):
@@ -156,14 +231,43 @@ def checksums(rows: np.ndarray, path: Path, places: np.ndarray) -> np.ndarray:
     return np.fromiter(map(xxhash.xxh3_64_intdigest, raw, seeds), np.uint64, len(rows))
 
 
+def _hold(path: Path) -> BinaryIO:
+    """The manifest, open: as long as it is, `e2p prefixes` removes nothing that it names, where the storage has locks.
+
+    Raises:
+      UserError: missing.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path.parent}: no {path.name}: not a prefix table, or unfinished; rerun `e2p prefixes`"
+        ) from error
+    except OSError as error:
+        raise DamagedManifest(f"{path}: damaged ({error}); {REMEDY}") from error
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """
     Raises:
       DamagedManifest: truncated or altered.
       UserError: missing, or of an earlier version.
     """
+    with _hold(path) as file:
+        return parse_manifest(path, file.read())
+
+
+def parse_manifest(path: Path, held: bytes) -> dict[str, Any]:
+    """
+    Raises:
+      DamagedManifest: truncated or altered.
+      UserError: of an earlier version.
+    """
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(held)
         if manifest.pop("checksum", None) == manifest_checksum(manifest):
             return manifest
         reason = "it is not what was written"
@@ -172,11 +276,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{path}: a table from an earlier version of e2p_jax, without checksums; run `e2p prefixes` with a new "
                 "--out"
             )
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent}: no {path.name}: not a prefix table, or unfinished; rerun `e2p prefixes`"
-        ) from error
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         reason = f"{error}"
     raise DamagedManifest(f"{path}: damaged ({reason}); {REMEDY}")
 

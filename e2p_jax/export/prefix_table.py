@@ -6,15 +6,17 @@ tokens in their order; all but the last have the same n. A shard's digest covers
 that it was made from, so a shard that is there and whole is right: a killed run goes on with what is missing, and an
 update projects only shards in which something changed. `<digest>.tokens.safetensors` (`embeddings` [V, D],
 which the model multiplies by the manifest's `token_scale`),
-`<digest>.tokenizer/` and, where vLLM's chat endpoint can say what the run was trained on, `chat_template.jinja` are for
+`<digest>.tokenizer/`, `<digest>.projector.safetensors` (every parameter by name; `null` [K, D], the null user's soft
+tokens) and, where vLLM's chat endpoint can say what the run was trained on, `chat_template.jinja` are for
 `e2p_jax.export.client`.
 
 Nothing is silently damaged: every row of a shard or of the token embeddings has a checksum beside it (`checksums` [n]),
 ids and tokenizer are named by what they hold, index and manifest carry a checksum of their own. `export_prefixes`
 writes again what is damaged or missing.
 
-Nobody sees half an update: what is new has a new name, `manifest.json` names all and is swapped last, and what an
-update takes out stays for `keep_hours`.
+Nobody sees half an update: what is new has a new name, `manifest.json` names all and is swapped last. The manifest that
+was there stays as `<checksum>.manifest.json`, with all that it names, for `keep_hours` and while a reader holds it: it
+can be put back (`e2p rollback`).
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e2p_jax.errors import UserError
-from e2p_jax.export.engines import SERVING_TEMPLATE, can_chat, model_type, serving_template
+from e2p_jax.export.engines import can_chat, model_type, serving_template
 from e2p_jax.export.prefix_files import (
     files_of,
     intact,
@@ -40,9 +42,11 @@ from e2p_jax.export.prefix_files import (
     save_rows,
     swap,
     write_ids,
+    write_projector,
     write_tokenizer,
     write_tokens,
 )
+from e2p_jax.export.prefix_reader import SERVING_TEMPLATE
 from e2p_jax.files import explain_full_disk, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import replicated
@@ -81,7 +85,7 @@ def export_prefixes(run: Run, out: Path, dtype: str, keep_hours: float = KEEP_HO
 
     Args:
       dtype: of the soft tokens: float32, float16 or bfloat16.
-      keep_hours: how long at least what an update takes out stays, for readers that opened the table before.
+      keep_hours: how long at least what an update takes out stays, to be put back and for readers that hold it.
 
     Of several processes each projects its part of the users; the first one writes what is not a shard.
 
@@ -108,6 +112,7 @@ def export_prefixes(run: Run, out: Path, dtype: str, keep_hours: float = KEEP_HO
                 "shards": [dataclasses.asdict(shard) for shard in shards],
                 "tokens": write_tokens(out, narrowest(np.asarray(embeddings)), mended),
                 "tokenizer": write_tokenizer(run, out, mended),
+                "parameters": write_projector(out, _parameters(projector, dtype), mended),
             }
             if manifest["chat"]:
                 write_text(out / SERVING_TEMPLATE, serving_template(run.inputs.encoder.template))
@@ -199,11 +204,26 @@ def rows_a_shard(projector: Projector, dtype: str) -> int:
 def projector_hash(projector: Projector) -> str:
     """SHA-256 over K and every parameter's and statistic's name, dtype, shape and bytes."""
     digest = hashlib.sha256(f"{projector.num_tokens}\n".encode())
-    for path, variable in sorted(nnx.to_flat_state(nnx.state(projector))):
-        value = np.ascontiguousarray(np.asarray(variable.get_value()))
-        digest.update(f"{'/'.join(map(str, path))} {value.dtype} {value.shape}\n".encode())
+    for name, value in _values(projector).items():
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
+
+
+def _values(projector: Projector) -> dict[str, np.ndarray]:
+    """Every parameter and statistic."""
+    flat = sorted(nnx.to_flat_state(nnx.state(projector)))
+    return {"/".join(map(str, path)): np.ascontiguousarray(np.asarray(v.get_value())) for path, v in flat}
+
+
+def _parameters(projector: Projector, dtype: str) -> dict[str, np.ndarray]:
+    """What readers need to project a vector, and `null`, the null user's soft tokens, if there is one."""
+    values = _values(projector)
+    if projector.null_user_rate:
+        graph, state = nnx.split(projector)
+        here = nnx.merge(graph, jax.tree.map(np.asarray, state))  # one process of several is here
+        values["null"] = np.asarray(here(jnp.full_like(values["input_mean"], jnp.nan)).astype(dtype))
+    return values
 
 
 def _shard(made_by: bytes, table: UserTable, rows: np.ndarray) -> tuple[Shard, np.ndarray]:

@@ -1,6 +1,7 @@
 """The projector of kind `linear`: y = x W + b, of unit variance a dimension when it is fresh."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from e2p_jax.config import ProjectorConfig, ProjectorKind
@@ -42,3 +43,8 @@ def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     from e2p_jax.products import einsum
 
     return einsum("...i,io->...o", x, projector.skip[...]) + projector.row("bias", x)
+
+
+def project_numpy(p: Mapping[str, Any], x: Any) -> Any:
+    """The same of [N, E] in NumPy, from the parameters by name."""
+    return x @ p["skip"] + p["bias"]

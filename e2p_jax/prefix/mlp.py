@@ -1,6 +1,7 @@
 """The projector of kind `mlp`: two layers with SiLU, a linear residual and dropout, that the field settled on."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from e2p_jax.config import ProjectorConfig, ProjectorKind
@@ -61,3 +62,11 @@ def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     if dropout_key is not None and (rate := projector.settings.dropout):
         h = jnp.where(jax.random.bernoulli(dropout_key, 1 - rate, h.shape), h / (1 - rate), 0.0)
     return linear.project(projector, x, None) + einsum("...i,io->...o", h, projector.down[...])
+
+
+def project_numpy(p: Mapping[str, Any], x: Any) -> Any:
+    """The same of [N, E] in NumPy, from the parameters by name."""
+    import numpy as np
+
+    h = x @ p["up"] + p["up_bias"]
+    return linear.project_numpy(p, x) + (h / (1 + np.exp(-h))) @ p["down"]

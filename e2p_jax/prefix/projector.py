@@ -36,7 +36,10 @@ class Kind(Protocol):
         """
 
     def project(self, projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """Standardised vectors [..., E] -> [..., K*D]; parameters and `settings` are attributes of the projector."""
+        """Standardised vectors [..., E] -> [..., K*D]; parameters and `settings` are attributes of the projector.
+
+        A kind may also have `project_numpy(parameters by name, x [N, E])`, for users seen just now (`PrefixTable`).
+        """
 
 
 def kind_of(name: str) -> Kind:
