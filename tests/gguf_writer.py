@@ -18,7 +18,21 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "phi3": "phi3",
     "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "phi": "phi2",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "smollm3": "smollm3",
+    "arcee": "arcee",
+    "seed_oss": "seed_oss",
+    "glm4": "glm4",
+    "exaone4": "exaone4",
+    "cohere2": "cohere2",
+    "gpt_oss": "gpt-oss",
 }
+# Those whose converter is Llama's: queries and keys are brought into the order of Meta's release.
+INTERLEAVED = ("llama", "granite", "smollm3", "arcee")
 # What `tokenizer.ggml` says of a vocabulary that no text is made of.
 VOCABULARY: dict[str, Any] = {
     "model": "gpt2",
@@ -83,7 +97,6 @@ def metadata(config: Any) -> dict[str, Any]:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.key_length": config.head_dim if hasattr(config, "head_dim") else None,
         "attention.value_length": config.head_dim if hasattr(config, "head_dim") else None,
         "rope.freq_base": full["rope_theta"],
@@ -91,14 +104,37 @@ def metadata(config: Any) -> dict[str, Any]:
     }
     if full["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": full["factor"]}
-    if config.model_type in ("gemma2", "gemma3_text", "phi3"):
+    name = config.model_type
+    if name in ("cohere2", "phi"):
+        values["attention.layer_norm_epsilon"] = config.layer_norm_eps
+    else:
+        values["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    if name in ("gemma2", "gemma3_text", "phi3", "olmo3", "exaone4", "cohere2", "gpt_oss"):
         values["attention.sliding_window"] = config.sliding_window
+    if name in ("olmo3", "exaone4") and config.sliding_window:
+        values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    if name in ("glm4", "phi"):
+        head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        values["rope.dimension_count"] = int(head * full["partial_rotary_factor"])
+    if name == "granite":
+        values |= {"attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier}
+        values |= {"residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling}
+    if name == "cohere2":
+        values |= {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
+    if name == "qwen2_moe":
+        values["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if name == "gpt_oss":
+        values |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
+        values |= {"expert_feed_forward_length": config.intermediate_size}
+    if full["rope_type"] == "yarn":
+        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": full["factor"]}
+        values |= {"rope.scaling.original_context_length": full["original_max_position_embeddings"]}
     if config.model_type == "gemma2":
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
         values["final_logit_softcapping"] = config.final_logit_softcapping
     if config.model_type == "mixtral":
         values |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
-    if config.model_type == "qwen3_moe":
+    if config.model_type in ("qwen3_moe", "qwen2_moe"):
         values["expert_count"], values["expert_used_count"] = config.num_experts, config.num_experts_per_tok
         values["expert_feed_forward_length"] = config.moe_intermediate_size
     return values
@@ -114,13 +150,20 @@ def renamed(model: torch.nn.Module, name: str) -> dict[str, np.ndarray]:
         tensor = value.numpy()
         if ours == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if name == "gpt-oss" and ".experts." in ours:  # [X, in, out], gate and up in turns
+            part = "gate_up" if "gate_up" in ours else "down"
+            kind, whole = ("bias", tensor) if ours.endswith("_bias") else ("weight", tensor.swapaxes(1, 2))
+            each = {"gate": whole[:, ::2], "up": whole[:, 1::2]} if part == "gate_up" else {"down": whole}
+            layer = ours.split(".")[2]
+            found |= {f"blk.{layer}.ffn_{which}_exps.{kind}": np.ascontiguousarray(x) for which, x in each.items()}
+            continue
         if ours.endswith("experts.gate_up_proj"):  # fused in memory, one for gates and one for ups in files
             layer = ours.split(".")[2]
             gate, up = np.split(tensor, 2, axis=1)
             found |= {f"blk.{layer}.ffn_gate_exps.weight": gate, f"blk.{layer}.ffn_up_exps.weight": up}
             continue
         module, _, suffix = ours.rpartition(".") if ours.endswith((".weight", ".bias")) else (ours, "", "weight")
-        if name == "llama" and (".q_proj." in ours or ".k_proj." in ours):
+        if name in INTERLEAVED and (".q_proj." in ours or ".k_proj." in ours):
             heads = config.num_attention_heads if ".q_proj." in ours else config.num_key_value_heads
             halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)

@@ -60,6 +60,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6},
     "gemma3_text-linear": {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6, "rope_parameters": GEMMA3_LINEAR},
     "phi3": {"sliding_window": 5},
+    "qwen2_moe": {"moe_intermediate_size": 32, "num_experts": 3, "num_experts_per_tok": 2, "hidden_act": "silu"}
+    | {"shared_expert_intermediate_size": 64},
+    "phi": {},
+    "granite": {},
+    "olmo2": {},
+    "olmo3": {},
+    "smollm3": {"no_rope_layer_interval": 4},
+    "arcee": {},
+    "seed_oss": {},
+    "glm4": {},
+    "exaone4": {},
+    "exaone4-unlimited": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    "cohere2": {"sliding_window_pattern": 4, "num_hidden_layers": 4},
+    "gpt_oss": {"intermediate_size": 32},
 }
 
 
@@ -92,6 +106,18 @@ def test_transformers_reads_the_same_of_quantised_matrices(tmp_path: Path, kind:
     state = theirs.state_dict()
     for tensor, value in held(resolve(str(path), None)).items():
         np.testing.assert_array_equal(value.astype(np.float32), state[tensor].numpy(), err_msg=tensor)
+
+
+def test_experts_of_gpt_oss_in_the_four_bits_that_they_are_published_in(tmp_path: Path) -> None:
+    """Quantised along their inputs, a layer's in one tensor each; in transformers' they are transposed, gate and up in
+    turns.
+    """
+    model = model_of("gpt_oss")
+    ours = held(resolve(str(write_model(tmp_path / "m.gguf", model, Kind.MXFP4)), None))
+    for name in ("gate_up_proj", "down_proj"):
+        tensor = model.state_dict()[f"model.layers.1.mlp.experts.{name}"].numpy().swapaxes(1, 2)
+        rounded = gguf.dequantize(gguf.quantize(tensor, Kind.MXFP4), Kind.MXFP4).swapaxes(1, 2)
+        np.testing.assert_array_equal(ours[f"model.layers.1.mlp.experts.{name}"], rounded)
 
 
 # Where in a block its scales stand, as float16.
@@ -175,7 +201,10 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path, keys: dict[str, An
 
 @pytest.mark.parametrize(
     ("family", "kind", "pre"),
-    [("llama", "gpt2", "gpt-2"), ("gemma3_text", "llama", "plain"), ("phi3", "llama", "spaced")],
+    [
+        *(("llama", "gpt2", "gpt-2"), ("olmo3", "gpt2", "dbrx")),
+        *(("gemma3_text", "llama", "plain"), ("phi3", "llama", "spaced")),
+    ],
 )
 def test_metadata_of_any_kind_is_read_or_refused(tmp_path: Path, family: str, kind: str, pre: str) -> None:
     """Every key absent, of another type, out of range."""

@@ -25,17 +25,55 @@ class Architecture:
     """What was added to the weights of norms."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of `config.json` that are the same in all models, and that the metadata does not tell."""
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of llama.cpp -> of `config.json`, beside those of all."""
+    epsilon: str = "rms"
+    """Which norms' epsilon there must be: `rms`, or `layer` of LayerNorm."""
+    experts: str = ""
+    """The key of `config.json` that says how many experts there are; empty where there are none."""
+    biased: bool = False
+    """`attention_bias` is said by the tensors."""
+    partial: bool = False
+    """`partial_rotary_factor` is not 1 where nothing says it."""
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", interleaved=True),
+    "llama": Architecture("llama", interleaved=True, biased=True),
     "qwen2": Architecture("qwen2", settings={"use_sliding_window": False}),
     "qwen3": Architecture("qwen3", settings={"use_sliding_window": False}),
-    "qwen3moe": Architecture("qwen3_moe", settings={"use_sliding_window": False, "norm_topk_prob": True}),
+    "qwen3moe": Architecture(
+        "qwen3_moe", settings={"use_sliding_window": False, "norm_topk_prob": True}, experts="num_experts"
+    ),
+    "qwen2moe": Architecture(
+        "qwen2_moe",
+        settings={"use_sliding_window": False, "norm_topk_prob": False},
+        keys={"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        experts="num_experts",
+    ),
     "gemma": Architecture("gemma", norm_offset=1.0, settings={"hidden_activation": "gelu_pytorch_tanh"}),
     "gemma2": Architecture("gemma2", norm_offset=1.0),
     "gemma3": Architecture("gemma3_text", norm_offset=1.0),
     "phi3": Architecture("phi3"),
+    "phi2": Architecture("phi", epsilon="layer", partial=True),
+    "granite": Architecture(
+        "granite",
+        interleaved=True,
+        biased=True,
+        keys={
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
+    "olmo2": Architecture("olmo2", biased=True),
+    "smollm3": Architecture("smollm3", interleaved=True, biased=True),
+    "arcee": Architecture("arcee", interleaved=True, biased=True, settings={"hidden_act": "relu2"}),
+    "seed_oss": Architecture("seed_oss", biased=True),
+    "glm4": Architecture("glm4", biased=True, partial=True),
+    "exaone4": Architecture("exaone4"),
+    "cohere2": Architecture("cohere2", epsilon="layer", biased=True, keys={"logit_scale": "logit_scale"}),
+    "gpt-oss": Architecture("gpt_oss", experts="num_local_experts"),
 }
 
 # Of llama.cpp, behind the architecture's name -> of config.json.
@@ -48,6 +86,7 @@ _KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
     "rope.freq_base_swa": "rope_local_base_freq",
@@ -57,10 +96,7 @@ _KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-_NEEDED = (
-    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
-    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
-)
+_NEEDED = (*("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"),)
 # What says nothing that counts: the vocabulary's size is the embedding's, `finetuned` is a note.
 _INERT = ("vocab_size", "rope.scaling.finetuned")
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "attn_factor": "attention_factor"}
@@ -87,6 +123,14 @@ class _Keys:
         if value is not None and not isinstance(value, bool | str) and not is_number(value):
             raise self.refusal(f"{self.name}.{key} is {str(value)[:60]}, and one number is supported")
         return _decimal(value) if isinstance(value, float) else value
+
+    def each(self, key: str) -> list[bool] | None:
+        """One for each layer, where the metadata has it."""
+        self.read.add(key)
+        value = self.values.get(key)
+        if value is not None and (not isinstance(value, list) or any(type(item) is not bool for item in value)):
+            raise self.refusal(f"{self.name}.{key} is {str(value)[:60]}, and true or false for each layer is supported")
+        return value
 
     def refusal(self, why: str) -> UserError:
         return UserError(f"{self.file.path}: {why}; use the model's own Hugging Face directory")
@@ -115,19 +159,21 @@ def make_config(file: GgufFile) -> dict[str, Any]:
     """
     kind, keys = architecture(file), _Keys(file, file.text("general.architecture"))
     config: dict[str, Any] = {"model_type": kind.model_type, **kind.settings}
-    for theirs, ours in _KEYS.items():
+    needed = (*_NEEDED, f"attention.layer_norm_{'rms_' if kind.epsilon == 'rms' else ''}epsilon")
+    for theirs, ours in (_KEYS | kind.keys).items():
         value = keys.take(theirs)
-        if theirs in _NEEDED and (not is_number(value) or value <= 0):
+        if theirs in needed and (not is_number(value) or value <= 0):
             raise keys.refusal(f"its metadata has no {keys.name}.{theirs} above 0")
         if value is not None:
             config[ours] = value
     experts = {key: config.pop(key, 0) for key in ("num_experts", "num_experts_per_tok")}
     if experts["num_experts"]:
-        config |= experts
         if kind.model_type == "llama":  # llama.cpp's name for Mixtral
-            config |= {"model_type": "mixtral", "num_local_experts": config.pop("num_experts")}
-        elif kind.model_type != "qwen3_moe":
+            config["model_type"] = "mixtral"
+        elif not kind.experts:
             raise keys.refusal(f"architecture {keys.name!r} with experts is not supported")
+        config[kind.experts or "num_local_experts"] = experts["num_experts"]
+        config["num_experts_per_tok"] = experts["num_experts_per_tok"]
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", 10_000.0)
@@ -141,18 +187,32 @@ def make_config(file: GgufFile) -> dict[str, Any]:
         config = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096} | config
     if kind.model_type == "phi3":
         config.setdefault("sliding_window", None)
+    if kind.model_type in ("olmo2", "exaone4") and (slides := keys.each("attention.sliding_window_pattern")):
+        config["layer_types"] = [f"{'sliding' if slide else 'full'}_attention" for slide in slides]
+    if kind.model_type == "olmo2" and "layer_types" in config:
+        config["model_type"] = "olmo3"
+        if config.pop("rope_local_base_freq", config["rope_theta"]) != config["rope_theta"]:
+            raise keys.refusal("another base of the rope in layers with a window is not supported")
+    if kind.model_type == "exaone4":
+        config.setdefault("sliding_window", None)
+    if kind.model_type == "gpt_oss":  # it says the width of an expert twice
+        config["intermediate_size"] = config.pop("moe_intermediate_size", config["intermediate_size"])
     rotated = keys.take("rope.dimension_count") or config["head_dim"]
-    if rotated != config["head_dim"]:
+    if rotated != config["head_dim"] or kind.partial:
         config["partial_rotary_factor"] = rotated / config["head_dim"]
     config |= _rope_scaling(keys, config)
+    if kind.model_type == "gpt_oss" and "rope_scaling" in config:
+        config["rope_scaling"]["truncate"] = False
     keys.finish()
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise keys.refusal("it has no token_embd.weight")
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    if config["model_type"] == "llama":
+    if kind.biased and config["model_type"] != "mixtral":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if config["model_type"] == "seed_oss":
+        config["attention_out_bias"] = "blk.0.attn_output.bias" in file.tensors
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{ours}_token_id"] = file.token(theirs)
     return config

@@ -27,8 +27,15 @@ def tensors(file: GgufFile, config: DecoderConfig) -> dict[str, np.ndarray | Laz
     for template in dict.fromkeys(tensor_names(config).values()):
         for layer in range(config.num_layers if "{}" in template else 1):
             name = template.replace("{}", str(layer), 1)
+            if config.experts_together and ".experts." in name:
+                found |= _together(gguf, name, left, layer)
+                continue
             module, _, suffix = name.replace(".experts.{}.", ".experts.").rpartition(".")
+            if suffix not in ("weight", "bias"):
+                module, suffix = name, "weight"
             stored = left.pop(f"{names.get_name(module)}.{suffix}", None)
+            if stored is not None and name.endswith("shared_expert_gate.weight"):
+                stored = stored._replace(shape=(1, stored.shape[-1]))
             if stored is not None and "{}" in name:
                 for expert in range(stored.shape[0]):
                     found[name.format(expert)] = _tensor(gguf, _expert(stored, expert))
@@ -36,6 +43,24 @@ def tensors(file: GgufFile, config: DecoderConfig) -> dict[str, np.ndarray | Laz
                 offset = kind.norm_offset if name.endswith("norm.weight") else 0.0
                 found[name] = _tensor(gguf, stored, offset, _rows(kind, name, stored, config))
     return found | {name: _tensor(gguf, stored) for name, stored in left.items()}
+
+
+def _together(gguf: Any, name: str, left: dict[str, Stored], layer: int) -> dict[str, Lazy]:
+    """A tensor of a layer's experts, [X, in, out] or [X, out], taken out of `left`: gate and up in turns, or down."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    parts = ("gate", "up") if "gate_up" in name else ("down",)
+    stored = [left.pop(f"blk.{layer}.ffn_{part}_exps.{kind}", None) for part in parts]
+    held = [_tensor(gguf, each) for each in stored if each is not None]
+    if len(held) != len(parts):
+        return {}
+    count, *shape = held[0].shape
+    shape[0] *= len(parts)
+
+    def rows(first: int, last: int) -> np.ndarray:
+        each = np.stack([np.asarray(tensor[first:last], np.float32) for tensor in held], axis=2)
+        return each.reshape(-1, *shape).swapaxes(1, -1)
+
+    return {name: Lazy((count, *shape[::-1]), rows)}
 
 
 def _expert(stored: Stored, expert: int) -> Stored:
@@ -70,7 +95,7 @@ def _tensor(gguf: Any, stored: Stored, offset: float = 0.0, order: np.ndarray | 
     def rows(first: int, last: int) -> np.ndarray:
         chosen = np.ascontiguousarray(each[first:last] if order is None else each[order[first:last]])
         if plain is None:
-            return gguf.dequantize(chosen, gguf.GGMLQuantizationType(stored.kind))
+            return gguf.dequantize(chosen, gguf.GGMLQuantizationType(stored.kind)).reshape(-1, *stored.shape[1:])
         return chosen.view(plain).astype(np.float32).reshape(-1, *stored.shape[1:]) - np.float32(offset)
 
     return Lazy(stored.shape, rows)

@@ -29,11 +29,13 @@ _TEKKEN = _CASED.replace("END", "") + r"|\p{N}" + _CASED_TAIL
 _GPT4O = _CASED.replace("END", f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}" + _CASED_TAIL
 _SPLITS = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), _LLAMA3),
+    **dict.fromkeys(("glm4", "chatglm-bpe"), _LLAMA3),
+    "seed-coder": _QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+"),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _QWEN2),
     "tekken": _TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
-_PLAIN = ("gpt-2", "phi-2", "olmo")  # GPT-2's own, which `tokenizers` has
+_PLAIN = ("gpt-2", "phi-2", "olmo", "exaone4")  # GPT-2's own, which `tokenizers` has
 _DIGITS = ("smollm", "starcoder", "refact", "command-r")  # the same, each digit by itself before
 # A piece of text that is in the vocabulary is one token, whatever the merges would make of it.
 _WHOLE = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
