@@ -21,7 +21,8 @@ from e2p_jax.train.run import Run
 
 CAVEAT = (
     "PEFT 0.21 with transformers 5.24 puts the soft tokens in again at every step unless generate() is called with "
-    "use_cache=False, and behind any padding on the left with every version: give it prompts of one length"
+    "use_cache=False (or transformers is below 5.24), and in front of any padding on the left with every version: give "
+    "it prompts of one length, of one user at a time; such an adapter cannot be merged into the weights"
 )
 _USERS = "users.json"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
