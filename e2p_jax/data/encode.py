@@ -161,6 +161,8 @@ class Encoder:
             )
         if last := structure.ends(set(controls.values())):
             ends.add(last[-1])
+        if (called := structure.call_end()) is not None:
+            ends.add(called)
         warnings = []
         if not last and structure.last_target() not in ends:
             warnings.append(

@@ -7,6 +7,8 @@ what `data.thinking` asks for. What the original writes around words is found ou
 """
 
 import dataclasses
+import itertools
+import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -102,7 +104,8 @@ def make_steady(
         thoughts, cut = "''", lead if front else ""
         said = f"after {front!r}" if front else "without a thinking block" if block.empty else ""
     end = _end(around, tokens, _opening(render, tokens), {*stops, tokenizer.eos_token_id}, tokenizer)
-    steady_end = around.last_after.startswith(end) and around.lead == around.last_lead
+    late = not around.last_after.startswith(end)
+    steady_end = not late and around.lead == around.last_lead
     values = {
         "SETTINGS": settings.rstrip(),
         "USER": _literal(around.after[len(end) :]),
@@ -115,13 +118,15 @@ def make_steady(
         "CUT": _literal(cut),
         "FRONT": _literal(front),
         "THOUGHTS": thoughts,
+        "LATE_END": _literal(end if late else ""),
+        "CALL_END": _literal(_call_end(render, end, tokens) if late else ""),
         "TAIL": _literal(around.last_after[len(end) :] if steady_end else ""),
         "ORIGINAL": template,
     }
     names = re.compile("|".join(values))
     source = names.sub(lambda name: values[name[0]], _TEMPLATE.read_text(encoding="utf-8"))
     note = f"every reply is shown {said}" if said else "every reply is shown as when a question follows it"
-    return Steady(source, bool(block.empty or block.end or switches), not around.last_after.startswith(end), note)
+    return Steady(source, bool(block.empty or block.end or switches), late, note)
 
 
 def _look(render: Render) -> Around | None:
@@ -194,6 +199,23 @@ def _end(
     if first == opening and tokenizer.convert_tokens_to_ids(first) not in stops:
         return end
     return around.after[: around.after.index(first) + len(first)]
+
+
+def _call_end(render: Render, end: str, tokens: list[str]) -> str:
+    """What ends a turn that calls a tool where the next turn brings it: what opens the tool's, else `end`."""
+    asked = {"role": "user", "content": _USER}
+    said = {"role": "tool", "content": _REPLY, "name": _NEXT, "tool_call_id": "zqxcall00"}
+    for arguments, content in itertools.product(({_NEXT: _THOUGHT}, json.dumps({_NEXT: _THOUGHT})), ("", None)):
+        call = {"type": "function", "id": "zqxcall00", "function": {"name": _NEXT, "arguments": arguments}}
+        called = {"role": "assistant", "content": content, "tool_calls": [call]}
+        try:
+            alone, answered = render([asked, called], False), render([asked, called, said], False)
+        except Exception:  # whatever a template may raise
+            continue
+        rest = answered.removeprefix(alone).partition(_REPLY)[0]
+        if _THOUGHT in alone and rest != answered:
+            return next((token for token in tokens if rest.startswith(token)), end)
+    return end
 
 
 def _held(text: str, tokens: list[str]) -> Iterator[str]:

@@ -167,7 +167,14 @@ class Structure:
         said = [_message(kind, fresh, calling) for kind in kinds[len(tools) :]]
         rendered = self.render([message for message, _ in said], tools, prompt=prompt)
         words = [[word for word, _ in shown] for _, shown in said]
-        once = [all(rendered.text.count(word) == 1 for word in spoken) for spoken in words]
+        called = {call["function"]["name"] for message, _ in said for call in message.get("tool_calls", ())}
+
+        def shows(word: str) -> bool:
+            """Once; but what a tool says may name it again."""
+            count = rendered.text.count(word)
+            return count == 1 or (count > 1 and word in called)
+
+        once = [all(map(shows, spoken)) for spoken in words]
         places = [rendered.text.index(w[0]) if there else -1 for w, there in zip(words, once, strict=True)]
         replies = [_reply(rendered, places, words, n) for n, (m, _) in enumerate(said) if m["role"] == "assistant"]
         asked = [(tool["function"]["name"], "`tools`") for tool in tools]
@@ -228,7 +235,8 @@ class Structure:
                 )
             if kinds[place] != "assistant" and not self._follows(shape, kinds, place, reply):
                 return "a reply with thoughts or tool calls is not marked from where its generation prompt ends"
-            if not reply.end.endswith(usual.end) or (kinds[place] == "assistant" and reply.end != usual.end):
+            calls = "+call" in kinds[place] and self._special_end(reply.end) is not None
+            if not (calls or reply.end.endswith(usual.end)) or (kinds[place] == "assistant" and reply.end != usual.end):
                 return f"a reply ends with {reply.end!r} in one place and with {usual.end!r} in another"
         return None
 
@@ -259,6 +267,16 @@ class Structure:
         begin = shape.places[1] + len(shape.words[1][0])
         reply = shape.replies[0]
         return _within(shape.rendered, begin, begin + len(reply.end), controls) if reply else []
+
+    def call_end(self) -> int | None:
+        """The special token that ends a turn which calls a tool, where the template shows calls."""
+        shape = self.find_shape(("user", "assistant+silent+call"), False)
+        reply = None if shape is None or shape.unseen else shape.replies[0]
+        return None if reply is None else self._special_end(reply.end)
+
+    def _special_end(self, text: str) -> int | None:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return next((number for number, token in added if token.special and text.endswith(token.content)), None)
 
     def last_target(self) -> int:
         """The last token of a reply to a question."""

@@ -38,6 +38,7 @@ MODELS = {
     "cohere2": "Command R7B kin (Cohere 2)",
     "glm4moe": "GLM-4.5",
     "gptoss": "gpt-oss",
+    "deepseekv3": "DeepSeek-V3",
 }
 MARKUP = re.compile(r"<\|?[\w▁]+\|?>|<｜[^｜\n]+｜>|</\w+>|\[gMASK\]")
 TALK = [user("hi"), reply("hello"), user("any pets?"), reply("a dog.")]
@@ -68,7 +69,8 @@ def tokenizer_of(make: Make, name: str) -> PreTrainedTokenizerFast:
     assert source is not None
     dated = re.sub(r"strftime_now\([\"'](.*?)[\"']\)", "'26 Jul 2024'", source)
     tokenizer = make(chat_template=dated)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in sorted(set(MARKUP.findall(source)))])
+    markup = sorted(set(MARKUP.findall(source)))
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=text[1] in "|｜") for text in markup])
     return tokenizer
 
 
@@ -128,3 +130,31 @@ def test_the_table_of_templates_is_what_is_done(make_tokenizer: Make) -> None:
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(make_tokenizer, name) for name in MODELS)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     assert table in DOCS.read_text(encoding="utf-8"), f"docs/backbones.md should say\n{table}"
+
+
+@pytest.mark.parametrize(
+    ("name", "call_end", "end"), [("glm4moe", "<|observation|>", "<|user|>"), ("gptoss", "<|call|>", "<|end|>")]
+)
+def test_a_call_ends_with_a_token_of_its_own_that_stops_generation(
+    make_tokenizer: Make, name: str, call_end: str, end: str
+) -> None:
+    """GLM's is written when the tool answers, gpt-oss' ends calls alone, in which another turn names the tool again."""
+    encoder = make_encoder(tokenizer_of(make_tokenizer, name))
+    asked = (user("rain?"), reply(None, tool_calls=[call()]))
+    turns = (*asked, {"role": "tool", "content": "wet"}, reply("yes."))
+    tokenizer = encoder.tokenizer
+
+    def targets(*messages: dict[str, Any]) -> str:
+        example = encoder.encode(record(*messages, tools=TOOLS), "none")
+        return str(tokenizer.decode(example.tokens[example.is_target]))
+
+    assert targets(*asked).endswith(call_end) and "look" in targets(*asked)
+    assert targets(*turns).startswith(targets(*asked)) and targets(*turns).endswith(f"yes.{end}")
+    assert {tokenizer.convert_tokens_to_ids(token) for token in (call_end, end)} <= {*encoder.stops}
+    if name == "gptoss":
+        prompt = encoder.encode_prompt(record(*turns[:3], tools=TOOLS), "none")
+        written = [encoder.structure.calling.write(asked[1]) if m is asked[1] else m for m in turns[:3]]
+        own = tokenizer.apply_chat_template(written, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(prompt.tokens) == own
+        with pytest.raises(UserError, match="rewrites earlier turns"):
+            targets(user("rain?"), reply("let me look.", tool_calls=[call()]), *turns[2:])
