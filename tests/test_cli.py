@@ -122,12 +122,15 @@ def test_measures_beside_likelihood(run: Path, capsys: pytest.CaptureFixture[str
 def test_evaluate_per_example(run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "scores.jsonl"
     arguments = ["evaluate", str(run), "--data", str(place / "records.jsonl"), "--per-example", str(out), "--json"]
-    assert main([*arguments, "--conditions", "e2p", "none"]) == 0
-    table = json.loads(capsys.readouterr().out)["splits"][0]
+    conditions = ("e2p", "none", "shuffled")
+    assert main([*arguments, "--conditions", *conditions, "--derangements", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "shuffled 2" in shown.err and "shuffled 3" not in shown.err
+    table = json.loads(shown.out)["splits"][0]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["user_id"] for line in lines] == [f"user-{user}" for user in USERS] * 2
+    assert [line["user_id"] for line in lines] == [f"user-{user}" for user in USERS] * 3
     assert all(set(line) == {"user_id", "nll", "target_tokens", "condition"} for line in lines)
-    for condition in ("e2p", "none"):
+    for condition in conditions:
         mine = [line for line in lines if line["condition"] == condition]
         mean = sum(line["nll"] for line in mine) / sum(line["target_tokens"] for line in mine)
         assert mean == pytest.approx(table["conditions"][condition]["nll_per_target"])
