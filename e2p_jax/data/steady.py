@@ -19,6 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from e2p_jax.config import Thinking
 
 _TEMPLATE = Path(__file__).parent / "steady.jinja"
+# Of the template, where a call ends with what opens the tool's turn: in place of what a question would bring.
+_CALLED = """
+            {%- if message['tool_calls'] and (n + 1 == total or said[n + 1]['role'] == 'tool') -%}
+                {%- set bare = (reply | length) - (LATE | length) -%}
+                {%- set reply = reply[:bare] ~ OPENS if reply[bare:] == LATE else reply -%}
+            {%- endif -%}"""
 _SWITCHES = ("enable_thinking", "thinking")  # variables by which templates are told to think
 _USER, _REPLY, _NEXT, _THOUGHT = "zqxejv", "zqxfjv", "zqxgjv", "zqxhjv"
 _OPENER = re.compile(r"\s*([<\[])(\w+)([>\]])\s*")  # of a thinking block, as a generation prompt writes it
@@ -105,6 +111,7 @@ def make_steady(
         said = f"after {front!r}" if front else "without a thinking block" if block.empty else ""
     end = _end(around, tokens, _opening(render, tokens), {*stops, tokenizer.eos_token_id}, tokenizer)
     late = not around.last_after.startswith(end)
+    call_end = _call_end(render, end, tokens) if late else ""
     steady_end = not late and around.lead == around.last_lead
     values = {
         "SETTINGS": settings.rstrip(),
@@ -118,8 +125,8 @@ def make_steady(
         "CUT": _literal(cut),
         "FRONT": _literal(front),
         "THOUGHTS": thoughts,
-        "LATE_END": _literal(end if late else ""),
-        "CALL_END": _literal(_call_end(render, end, tokens) if late else ""),
+        "CALLED": _CALLED.replace("LATE", _literal(end)).replace("OPENS", _literal(call_end)) if call_end else "",
+        "DONE": "before ~ reply" if call_end else "asked[:end]",
         "TAIL": _literal(around.last_after[len(end) :] if steady_end else ""),
         "ORIGINAL": template,
     }
@@ -202,20 +209,20 @@ def _end(
 
 
 def _call_end(render: Render, end: str, tokens: list[str]) -> str:
-    """What ends a turn that calls a tool where the next turn brings it: what opens the tool's, else `end`."""
+    """What opens a tool's turn, where a call is ended by what the next turn brings, `end` if it is a question's."""
     asked = {"role": "user", "content": _USER}
     said = {"role": "tool", "content": _REPLY, "name": _NEXT, "tool_call_id": "zqxcall00"}
     for arguments, content in itertools.product(({_NEXT: _THOUGHT}, json.dumps({_NEXT: _THOUGHT})), ("", None)):
         call = {"type": "function", "id": "zqxcall00", "function": {"name": _NEXT, "arguments": arguments}}
         called = {"role": "assistant", "content": content, "tool_calls": [call]}
         try:
-            alone, answered = render([asked, called], False), render([asked, called, said], False)
+            alone, *more = (render([asked, called, *turns], False) for turns in ([], [asked], [said]))
         except Exception:  # whatever a template may raise
             continue
-        rest = answered.removeprefix(alone).partition(_REPLY)[0]
-        if _THOUGHT in alone and rest != answered:
-            return next((token for token in tokens if rest.startswith(token)), end)
-    return end
+        question, answer = (text.removeprefix(alone) for text in more)
+        if _THOUGHT in alone and question.startswith(end):
+            return next((token for token in tokens if answer.startswith(token)), "")
+    return ""
 
 
 def _held(text: str, tokens: list[str]) -> Iterator[str]:
