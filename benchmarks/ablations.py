@@ -59,7 +59,7 @@ CHANGES: dict[str, Change] = {
     "hidden layer of 2048": fields("projector", hidden_size=2048),
     "no dropout": fields("projector", dropout=0.0),
     "noise of 0.5": fields("projector", noise=0.5),
-    "after BOS": fields("prefix", placement="after_bos"),
+    "before BOS": fields("prefix", placement="before_bos"),
     "in the first user turn": fields("prefix", placement="in_chat"),
     "null user, a tenth": fields("train", null_user_rate=0.1),
     "reconstruction of the context": reconstruction,

@@ -36,7 +36,7 @@ WIDTH = 384
 def prompt(rng: np.random.Generator, length: int, slot: bool) -> Example:
     """Random tokens, one of them the slot where there is one."""
     tokens = rng.integers(10, 4000, length).astype(np.int32)
-    return Example(tokens, np.zeros(length, bool), 0 if slot else -1, "")
+    return Example(tokens, np.zeros(length, bool), (0,) if slot else (), "")
 
 
 def main(

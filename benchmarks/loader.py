@@ -57,7 +57,7 @@ def leave_out_encoding() -> None:
 
     def fit(self, record, conditions):
         kind = int(record.user_id.removeprefix("user-")) % len(tokens)
-        example = Example(tokens[kind], is_target[kind], 0, record.user_id, record.source)
+        example = Example(tokens[kind], is_target[kind], (0,), record.user_id, record.source)
         return Fitted(record, dict.fromkeys(conditions, example), 0)
 
     Encoder.fit = fit

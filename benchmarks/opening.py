@@ -51,7 +51,7 @@ def make(folder: Path) -> None:
     config = Config(
         backbone=BackboneConfig(path=str(folder / "backbone")),
         data=DataConfig(embeddings=str(folder / "table"), seq_len=128),
-        prefix=PrefixConfig("before_bos"),
+        prefix=PrefixConfig("after_bos"),
     ).resolved()
     inputs = read_inputs(config)
     model = build_model(inputs, Population.of(vectors))

@@ -53,7 +53,8 @@ def one_per_turn(conversations: Conversations) -> Conversations:
         ends = np.flatnonzero(np.diff(example.is_target.astype(np.int8), append=0) == -1) + 1
         for start, end in zip(starts, ends, strict=True):
             is_target = np.arange(end) >= start
-            turns.append(Example(example.tokens[:end], is_target, example.slot_start, example.user_id))
+            slots = tuple(place for place in example.slot_starts if place < end)
+            turns.append(Example(example.tokens[:end], is_target, slots, example.user_id))
             owners.append(vector)
     return turns, owners
 

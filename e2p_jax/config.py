@@ -23,7 +23,7 @@ Condition = Literal[
     "none", "e2p", "text", "e2p+text", "static", "shuffled", "text+shuffled", "mean", "zero", "noise", "extreme"
 ]
 Measures = Literal["ranking", "users", "texts"]
-Placement = Literal["before_bos", "after_bos", "in_chat"]
+Placement = Literal["after_bos", "before_bos", "in_chat", "before_reply"]
 Thinking = Literal["auto", "none", "empty", "full"]
 OnBadRecord = Literal["error", "skip"]
 ProjectorKind = Annotated[str, one_of(PROJECTORS)]
@@ -107,8 +107,10 @@ class DataConfig:
 class PrefixConfig:
     """Where the soft tokens stand."""
 
-    placement: Placement = result("before_bos")
-    """Before or after the beginning-of-sequence token, or inside the first user turn; PEFT knows the first alone."""
+    placement: Placement = result("after_bos")
+    """after_bos: after the conversation's first token, which is BOS where the template begins with one; before_bos: in
+    front of everything; in_chat: inside the first user turn; before_reply: in front of every reply, so that all before
+    the first one is the same for every user."""
 
 
 @dataclasses.dataclass(frozen=True)

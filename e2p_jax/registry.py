@@ -87,7 +87,7 @@ EXPORTS = {
     "transformers": Export(
         "e2p_jax.export.transformers:export_transformers", "a model directory for AutoModelForCausalLM"
     ),
-    "peft": Export("e2p_jax.export.peft:export_peft", "a prompt-tuning adapter per user"),
+    "peft": Export("e2p_jax.export.peft:export_peft", "a prompt-tuning adapter per user", "embedding"),
     "vllm": Export(_ENGINES, "a line of JSON per user, the body of a request to /v1/completions", "embedding"),
     "vllm-chat": Export(_ENGINES, "the same for /v1/chat/completions", "embedding"),
     "sglang": Export(_ENGINES, "the same for /generate", "embedding"),

@@ -91,7 +91,10 @@ REFUSED: list[tuple[Any, str]] = [
     (DataConfig(on_bad_record="drop"), "data.on_bad_record is 'drop'; choose from error, skip"),
     (DataConfig(max_bad_share=1.0), "data.max_bad_share must be in [0, 1)"),
     (DataConfig(targets="user"), "data.targets is 'user'"),
-    (PrefixConfig(placement="in_caht"), "prefix.placement is 'in_caht'; choose from before_bos, after_bos, in_chat"),
+    (
+        PrefixConfig(placement="in_caht"),
+        "prefix.placement is 'in_caht'; choose from after_bos, before_bos, in_chat, before_reply",
+    ),
     (BackboneConfig(dtype="float16"), "backbone.dtype is 'float16'; choose from auto, float32, bfloat16"),
     (BackboneConfig(weights="none"), "backbone.weights is 'none'"),
     (BackboneConfig(quantization="fp4"), "backbone.quantization is 'fp4'; choose from none, int8, int4, nf4"),

@@ -29,9 +29,13 @@ class Example(NamedTuple):
 
     tokens: np.ndarray  # [n] int32, the pad id at slots
     is_target: np.ndarray  # [n] bool: this token is predicted, from the one before it
-    slot_start: int  # first of the K slots, -1 where the condition has none
+    slot_starts: tuple[int, ...]  # the first of each K slots: one with most placements, none where nothing is in front
     user_id: str
     source: str = ""  # of its record, for errors
+
+    def slot_places(self, num_tokens: int) -> np.ndarray:
+        """[G, K] int64: where the K soft tokens of the user stand, G times."""
+        return np.asarray(self.slot_starts, np.int64)[:, None] + np.arange(num_tokens)[None]
 
 
 class Talk(NamedTuple):
@@ -190,8 +194,6 @@ class Encoder:
             vocab_size,
         )
         encoder._check_rows(np.array(sorted(written)), name)
-        if encoder.placement == "after_bos" and tokenizer.bos_token_id is None:
-            raise UserError("prefix.placement=after_bos: this tokenizer has no BOS token; use before_bos or in_chat")
         return encoder
 
     @property
@@ -246,16 +248,9 @@ class Encoder:
         """
         talk = self._talk(record, condition)
         rendered = self._render(talk, prompt=False)
-        tokens = rendered.ids
-        is_target = np.ones(len(tokens), bool) if self.targets == "all" else self._targets(talk, rendered)
+        is_target = np.ones(len(rendered.ids), bool) if self.targets == "all" else self._targets(talk, rendered)
         is_target[0] = False  # nothing but a slot can stand before it to predict it from
-        start = -1
-        if FRONTS[condition].vector is not None:
-            start = self._slot_start(talk, rendered, prompt=False)
-            slots = np.full(self.num_tokens, self.pad_id, np.int32)
-            tokens = np.concatenate([tokens[:start], slots, tokens[start:]])
-            is_target = np.concatenate([is_target[:start], np.zeros(self.num_tokens, bool), is_target[start:]])
-        return Example(tokens, is_target, start, record.user_id, record.source)
+        return self._with_slots(talk, rendered, is_target, record, condition)
 
     def encode_prompt(self, record: Record, condition: Condition) -> Example:
         """The conversation up to and with the generation prompt; no targets.
@@ -265,11 +260,7 @@ class Encoder:
         """
         talk = self._talk(record, condition)
         rendered = self._render(talk, prompt=True)
-        tokens, start = rendered.ids, -1
-        if FRONTS[condition].vector is not None:
-            start = self._slot_start(talk, rendered, prompt=True)
-            tokens = np.insert(tokens, start, [self.pad_id] * self.num_tokens)
-        return Example(tokens, np.zeros(len(tokens), bool), start, record.user_id)
+        return self._with_slots(talk, rendered, np.zeros(len(rendered.ids), bool), record, condition, prompt=True)
 
     def answer(self, reply: str) -> str:
         """A generated reply without its thoughts."""
@@ -295,18 +286,37 @@ class Encoder:
                 messages.insert(0, {"role": "system", "content": context})
         return Talk(messages, record.tools, kinds_of(messages, record.tools), record.source)
 
-    def _slot_start(self, talk: "Talk", rendered: Rendered, *, prompt: bool) -> int:
-        """Index, in the tokens without slots, before which the soft tokens stand.
+    def _with_slots(
+        self,
+        talk: "Talk",
+        rendered: Rendered,
+        is_target: np.ndarray,
+        record: Record,
+        condition: Condition,
+        *,
+        prompt: bool = False,
+    ) -> Example:
+        """The example of a conversation, its slots opened where the condition has a vector."""
+        starts = np.zeros(0, np.int64)
+        if FRONTS[condition].vector is not None:
+            starts = np.array(self._slot_starts(talk, rendered, prompt=prompt))
+        places, slots = np.repeat(starts, self.num_tokens), np.arange(len(starts)) * self.num_tokens
+        tokens, is_target = np.insert(rendered.ids, places, self.pad_id), np.insert(is_target, places, False)
+        return Example(tokens, is_target, tuple((starts + slots).tolist()), record.user_id, record.source)
+
+    def _slot_starts(self, talk: "Talk", rendered: Rendered, *, prompt: bool) -> list[int]:
+        """Indices, in the tokens without slots, before which the soft tokens stand.
 
         Raises:
-          UserError: no BOS for `after_bos`; no user turn for `in_chat`, or one whose place depends on its text.
+          UserError: no user turn for `in_chat`, or one whose place depends on its text; a reply whose opening is not
+            found, for `before_reply`.
         """
         if self.placement == "before_bos":
-            return 0
+            return [0]
         if self.placement == "after_bos":
-            if rendered.ids[0] != self.tokenizer.bos_token_id:
-                raise UserError("prefix.placement=after_bos: the chat template does not begin with the BOS token")
-            return 1
+            return [1]
+        if self.placement == "before_reply":  # never in front of the first token, where attention sinks
+            return [max(1, rendered.token_at(place)) for place in self._openings(talk, rendered, prompt=prompt)]
         # What the first user turn begins with: a system message, if it goes there.
         opens = ("system", "user") if self.structure.folds else ("user",)
         first = next((n for n, message in enumerate(talk.messages) if message["role"] in opens), None)
@@ -320,9 +330,29 @@ class Encoder:
         if text.count(word) != 1 or rendered.text[:place] != text[:place]:
             raise UserError(
                 f"{talk.source}: prefix.placement=in_chat: what the chat template writes before the first user turn "
-                "depends on its text; use before_bos or after_bos"
+                "depends on its text; use after_bos"
             )
-        return int(np.argmax(rendered.offsets[:, 1] > place))
+        return [rendered.token_at(place)]
+
+    def _openings(self, talk: "Talk", rendered: Rendered, *, prompt: bool) -> list[int]:
+        """The character at which each reply's header begins, that of the reply asked for included."""
+        tools = talk.kinds.count("tools")
+        turns = [n + tools for n, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        spans = rendered.spans
+        begins = [first for first, _ in spans]
+        if len(begins) != len(turns):  # parts of one reply may be marked by themselves
+            begins = [begin for n, begin in enumerate(begins) if not n or begin != spans[n - 1][1]]
+        if prompt:
+            turns, begins = [*turns, len(talk.kinds)], [*begins, len(rendered.text)]
+        openers = [self.structure.opener(talk.kinds[:turn]) for turn in turns]
+        if len(begins) != len(turns) or not all(
+            rendered.text[:begin].endswith(opener) for begin, opener in zip(begins, openers, strict=True)
+        ):
+            raise UserError(
+                f"{talk.source}: prefix.placement=before_reply: the chat template does not open every reply of this "
+                "conversation as it opens one that is asked for; use after_bos"
+            )
+        return [begin - len(opener) for begin, opener in zip(begins, openers, strict=True)]
 
     def _targets(self, talk: "Talk", rendered: Rendered) -> np.ndarray:
         """[n] bool: the tokens between generation markers, as `return_assistant_tokens_mask` has them."""

@@ -15,6 +15,7 @@ _COLUMNS: dict[str, Any] = {
     "is_target": bool,
     "ends": np.int64,
     "slot_starts": np.int32,
+    "slot_ends": np.int64,
     "target_counts": np.int64,
     "user_text": np.uint8,
     "user_ends": np.int64,
@@ -30,7 +31,8 @@ class Examples(Sequence[Example]):
     tokens: np.ndarray  # [L] int32
     is_target: np.ndarray  # [L] bool
     ends: np.ndarray  # [N] int64: where each ends
-    slot_starts: np.ndarray  # [N] int32
+    slot_starts: np.ndarray  # [G] int32, of all together
+    slot_ends: np.ndarray  # [N] int64
     target_counts: np.ndarray  # [N] int64: targets of each
     user_text: np.ndarray  # [bytes] uint8, as are the sources'
     user_ends: np.ndarray  # [N] int64
@@ -45,18 +47,17 @@ class Examples(Sequence[Example]):
           directory: for files without a name that hold them; in memory without one.
         """
         columns = {name: Column(dtype, directory) for name, dtype in _COLUMNS.items()}
-        ends = dict.fromkeys(("tokens", "user_text", "source_text"), 0)
+        ends = dict.fromkeys(("ends", "slot_ends", "user_ends", "source_ends"), 0)
         for example in examples:
-            values = {"tokens": example.tokens, "user_text": encode(example.user_id)}
-            values["source_text"] = encode(example.source)
-            for name, value in values.items():
+            user, source = encode(example.user_id), encode(example.source)
+            values: dict[str, Any] = {"tokens": example.tokens, "slot_starts": example.slot_starts}
+            values |= {"user_text": user, "source_text": source}
+            for end, (name, value) in zip(ends, values.items(), strict=True):
                 columns[name].add(value)
-                ends[name] += len(value)
+                ends[end] += len(value)
+                columns[end].add(ends[end])
             columns["is_target"].add(example.is_target)
-            columns["slot_starts"].add(example.slot_start)
             columns["target_counts"].add(example.is_target.sum())
-            for name, of in (("ends", "tokens"), ("user_ends", "user_text"), ("source_ends", "source_text")):
-                columns[name].add(ends[of])
         return cls(**{name: column.array() for name, column in columns.items()})
 
     def save(self, directory: Path) -> None:
@@ -84,7 +85,8 @@ class Examples(Sequence[Example]):
     def segment(self, place: int) -> Example:
         """One without its texts, which a row does not need."""
         first, last = span(self.ends, place)
-        return Example(self.tokens[first:last], self.is_target[first:last], int(self.slot_starts[place]), "")
+        starts = self.slot_starts[slice(*span(self.slot_ends, place))].tolist()
+        return Example(self.tokens[first:last], self.is_target[first:last], tuple(starts), "")
 
     @property
     def users(self) -> Texts:

@@ -221,9 +221,9 @@ def fill_row(
         batch["tokens"][row, start:end] = example.tokens
         batch["positions"][row, start:end] = np.arange(end - start)
         batch["segment_ids"][row, start:end] = segment + 1
-        if example.slot_start >= 0:
-            first = start + example.slot_start
-            batch["slots"][row, first : first + num_tokens] = segment * num_tokens + np.arange(num_tokens)
+        if len(example.slot_starts):
+            slots = start + example.slot_places(num_tokens)
+            batch["slots"][row, slots] = segment * num_tokens + np.arange(num_tokens)[None]
             batch["user_embeddings"][row, segment] = vector
         places = np.flatnonzero(example.is_target)
         last = target + len(places)

@@ -39,6 +39,10 @@ class Rendered(NamedTuple):
     ids: np.ndarray  # [n] int32
     offsets: np.ndarray  # [n, 2]: characters of each token
 
+    def token_at(self, place: int) -> int:
+        """The first token that reaches beyond a character; n where none does."""
+        return int(np.count_nonzero(self.offsets[:, 1] <= place))
+
 
 class Reply(NamedTuple):
     """The marked text around the words of one assistant turn, which is learned with them."""
@@ -245,6 +249,17 @@ class Structure:
         asked = self.find_shape(kinds[:place], True)
         begin = shape.places[place - kinds.count("tools")] - len(reply.lead)
         return asked is not None and asked.rendered.text == shape.rendered.text[:begin]
+
+    def opener(self, kinds: Kinds) -> str:
+        """What is written after turns of these kinds to open a reply: the generation prompt."""
+        usual: Kinds = EXCHANGE[:1]
+        kinds = usual if kinds[-1:] == usual else kinds
+        asked, silent = self.find_shape(kinds, True), self.find_shape(kinds, False)
+        if asked is None or silent is None:  # a template may refuse a conversation that begins with a reply
+            return self.opener(usual)
+        text, other = asked.rendered.text, silent.rendered.text
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))
+        return text[len(list(same)) :]
 
     def late_end(self, controls: set[int]) -> str | None:
         """The control token that ends a reply only when another turn follows, if there is one.

@@ -34,7 +34,7 @@ from e2p_jax.files import explain_full_disk, replace_directory, user_cache
 from e2p_jax.json_files import digest, object_in
 from e2p_jax.parallel.distributed import is_first
 
-_LAYOUT = 3  # of a cache directory
+_LAYOUT = 4  # of a cache directory
 _META = "meta.json"
 
 

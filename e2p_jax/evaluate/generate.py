@@ -167,7 +167,7 @@ def _left_padded(
     prompts: Sequence[Example], vectors: np.ndarray, pad: int, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pads B prompts on the left: what `_start` reads after the parameters."""
-    in_slots = num_tokens if any(prompt.slot_start >= 0 for prompt in prompts) else 0
+    in_slots = num_tokens if any(len(prompt.slot_starts) for prompt in prompts) else 0
     length = padded_length(max(len(prompt.tokens) for prompt in prompts) - in_slots) + in_slots
     tokens = np.full((len(prompts), length), pad, np.int32)
     segments = np.zeros_like(tokens)
@@ -176,8 +176,7 @@ def _left_padded(
         first = length - len(prompt.tokens)
         tokens[row, first:] = prompt.tokens
         segments[row, first:] = 1
-        if prompt.slot_start >= 0:
-            slots[row, first + prompt.slot_start :][:num_tokens] = np.arange(num_tokens)
+        slots[row, first + prompt.slot_places(num_tokens)] = np.arange(num_tokens)[None]
     return tokens, segments, slots, vectors[:, None]
 
 

@@ -126,7 +126,7 @@ class EngineClient:
 
     def _fill(self, example: "Example", prefix: np.ndarray) -> np.ndarray:
         tokens = self._tokens.read(example.tokens).astype(self._dtype)
-        return payloads.with_prefix(tokens * self._dtype.type(self._scale), example.slot_start, prefix)
+        return payloads.with_prefix(tokens * self._dtype.type(self._scale), example.slot_places(len(prefix)), prefix)
 
     def _prefix(self, user: User) -> np.ndarray:
         """[K, D]"""

@@ -81,7 +81,7 @@ def export_engine(
         if format == "vllm-chat":
             bodies.append(payloads.vllm_chat(name, messages, prefix, encoder.stops, salt))
             continue
-        whole = payloads.with_prefix(tokens, example.slot_start, prefix)
+        whole = payloads.with_prefix(tokens, example.slot_places(encoder.num_tokens), prefix)
         if format == "sglang":
             bodies.append(payloads.sglang(whole, encoder.stops))
         else:
@@ -117,8 +117,10 @@ def can_chat(encoder: Encoder) -> bool:
 def _trained(encoder: Encoder, messages: tuple[dict[str, str], ...]) -> list[int]:
     """Token ids of a prompt, -1 at slots."""
     example = encoder.encode_prompt(Record("probe", (), messages, source="probe"), "e2p")
-    tokens = example.tokens.tolist()
-    return tokens[: example.slot_start] + [-1] * encoder.num_tokens + tokens[example.slot_start + encoder.num_tokens :]
+    tokens = example.tokens.copy()
+    tokens[example.slot_places(encoder.num_tokens)] = -1
+    ids: list[int] = tokens.tolist()
+    return ids
 
 
 def _served(encoder: Encoder, messages: tuple[dict[str, str], ...]) -> list[int]:

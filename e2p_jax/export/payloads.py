@@ -135,10 +135,10 @@ def _refuse_extreme(array: np.ndarray) -> None:
         raise UserError(f"embedding {place} of a request is not finite in float16; repair or drop the user's vector")
 
 
-def with_prefix(tokens: np.ndarray, start: int, prefix: np.ndarray) -> np.ndarray:
-    """[T, D] token embeddings with the soft tokens [K, D], of the same dtype, in their slots."""
+def with_prefix(tokens: np.ndarray, slots: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+    """[T, D] token embeddings with the soft tokens [K, D], of the same dtype, in their slots [G, K]."""
     out = np.array(tokens)
-    out[start : start + len(prefix)] = prefix
+    out[slots] = prefix
     return out
 
 

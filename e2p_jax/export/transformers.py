@@ -16,7 +16,7 @@ from e2p_jax.backbone.tensor_files import Checkpoint, Spelling, fingerprint, spe
 from e2p_jax.backbone.weights import has_name, open_checkpoint
 from e2p_jax.config import own_fields
 from e2p_jax.export.common import refuse_foreign, refuse_not_finite, save_tokenizer, settings_of
-from e2p_jax.export.slot import user_turn
+from e2p_jax.export.slot import reply_opening, user_turn
 from e2p_jax.files import replace_directory
 from e2p_jax.prefix.projector import kind_of
 from e2p_jax.registry import PROJECTORS
@@ -83,6 +83,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         "backbone": named,
         "placement": placement,
         "user_turn": user_turn(run.inputs.encoder) if placement == "in_chat" else None,
+        "reply_opening": reply_opening(run.inputs.encoder) if placement == "before_reply" else None,
         "num_soft_tokens": config.projector.num_tokens,
         "embedding_size": run.model.embedding_width,
         "projector_kind": config.projector.kind,
@@ -164,7 +165,7 @@ print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_spe
 ```
 
 `forward(..., user_embedding=...)` returns logits that are {tokens} position(s) longer than `input_ids`, the soft
-token(s) included. `model.backbone` is the LM without a prefix.
+token(s) included{places}. `model.backbone` is the LM without a prefix.
 {quantization}{results}"""
 
 _QUANTIZED = """
@@ -182,6 +183,7 @@ def model_card(run: Run) -> str:
         width=run.model.embedding_width,
         tokens=config.projector.num_tokens,
         placement=config.prefix.placement,
+        places=" (for each reply)" if config.prefix.placement == "before_reply" else "",
         step=run.step,
         seed=config.train.seed,
         data=config.data.path,

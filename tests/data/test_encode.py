@@ -1,6 +1,7 @@
 """Records to tokens: slots, targets, conversations that are too long, and tokenizers that do not belong."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,18 +12,19 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_template import CHATML, LITERAL, LLAMA3
+from test_template import BRACKETS, CHATML, LITERAL, LLAMA3
 
 from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.config import Config, DataConfig, PrefixConfig, ProjectorConfig
 from e2p_jax.data.encode import Encoder, load_tokenizer
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 
 TURNS = ("hi, how are you?", "good, and you?", "do you have any pets?", "a dog and a cat.")
-PLACEMENTS = ("before_bos", "after_bos", "in_chat")
+PLACEMENTS = ("before_bos", "after_bos", "in_chat", "before_reply")
 
 
-def make_encoder(tokenizer: Any, placement: Any = "before_bos", num_tokens: int = 1, **data: Any) -> Encoder:
+def make_encoder(tokenizer: Any, placement: Any = "after_bos", num_tokens: int = 1, **data: Any) -> Encoder:
     return Encoder.from_config(
         Config(
             data=DataConfig(**data),
@@ -36,7 +38,7 @@ def make_encoder(tokenizer: Any, placement: Any = "before_bos", num_tokens: int 
 @pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize(
     ("style", "placement"),
-    [(s, p) for s in ("plain", "chatml", "llama3") for p in PLACEMENTS if (s, p) != ("chatml", "after_bos")],  # no BOS
+    list(itertools.product(("plain", "chatml", "llama3"), PLACEMENTS)),
 )
 def test_transformers_gives_the_same_tokens_and_targets_less_the_slots(
     make_tokenizer: Any, talk: Any, style: str, placement: str, num_tokens: int
@@ -48,7 +50,8 @@ def test_transformers_gives_the_same_tokens_and_targets_less_the_slots(
     reference = tokenizer.apply_chat_template(
         list(record.messages), chat_template=encoder.template, return_dict=True, return_assistant_tokens_mask=True
     )
-    slots = np.arange(example.slot_start, example.slot_start + num_tokens)
+    slots = example.slot_places(num_tokens).ravel()
+    assert len(slots) == num_tokens * (2 if placement == "before_reply" else 1)
     assert np.delete(example.tokens, slots).tolist() == reference["input_ids"]
     assert np.delete(example.is_target, slots).astype(int).tolist() == reference["assistant_masks"]
     assert (example.tokens[slots] == tokenizer.pad_token_id).all() and not example.is_target[slots].any()
@@ -56,7 +59,7 @@ def test_transformers_gives_the_same_tokens_and_targets_less_the_slots(
 
     for condition in ("none", "text"):  # no context: the text condition has nothing to add
         bare = encoder.encode(record, condition)
-        assert bare.slot_start == -1
+        assert bare.slot_starts == ()
         assert (bare.tokens.tolist(), bare.is_target.astype(int).tolist()) == tuple(
             reference[key] for key in ("input_ids", "assistant_masks")
         )
@@ -69,13 +72,14 @@ def test_slots_stand_where_the_placement_says(
 ) -> None:
     tokenizer = make_tokenizer(chat_template=template)
     record = talk("do you have any pets?", "a dog.", "do you have any pets?", "a cat.", system=system)
-    assert make_encoder(tokenizer, "before_bos", 3).encode(record, "shuffled").slot_start == 0
-    if template in (None, LLAMA3):
-        example = make_encoder(tokenizer, "after_bos", 3).encode(record, "e2p")
-        assert example.slot_start == 1 and example.tokens[0] == tokenizer.bos_token_id
+    assert make_encoder(tokenizer, "before_bos", 3).encode(record, "shuffled").slot_starts == (0,)
+    example = make_encoder(tokenizer, "after_bos", 3).encode(record, "e2p")
+    assert example.slot_starts == (1,)
+    opens = {CHATML: "<|im_start|>", LITERAL: "\n"}.get(template, "<s>")  # BOS, where the template begins with one
+    assert tokenizer.decode(example.tokens[:1]) == opens
     example = make_encoder(tokenizer, "in_chat", 3).encode(record, "e2p")
-    before = tokenizer.decode(example.tokens[: example.slot_start])
-    after = tokenizer.decode(example.tokens[example.slot_start + 3 :])
+    before = tokenizer.decode(example.tokens[: example.slot_starts[0]])
+    after = tokenizer.decode(example.tokens[example.slot_starts[0] + 3 :])
     assert after.lstrip(" ").startswith("do you have any pets?")
     assert before.count("any pets?") == (system is not None)  # the system message, not the first user turn
     assert (
@@ -94,7 +98,45 @@ def test_prompt_is_what_stands_before_the_last_reply(
     whole, prompt = encoder.encode(talk(*TURNS), "e2p"), encoder.encode_prompt(talk(*TURNS[:-1]), "e2p")
     ends = np.flatnonzero(np.diff(whole.is_target.astype(int)) == 1)  # the token before each reply
     assert prompt.tokens.tolist() == whole.tokens[: ends[-1] + 1].tolist()
-    assert prompt.slot_start == whole.slot_start and not prompt.is_target.any()
+    assert prompt.slot_starts == whole.slot_starts and not prompt.is_target.any()
+
+
+@pytest.mark.parametrize("system", [None, "Assistant: talk like a pirate."])
+@pytest.mark.parametrize(
+    ("template", "header"),
+    [(None, "Assistant:"), (CHATML, "<|im_start|>assistant\n"), (LITERAL, "<|assistant|>\n"), (BRACKETS, " ")],
+    ids=["plain", "chatml", "literal", "no header"],
+)
+def test_a_slot_before_every_reply(make_tokenizer: Any, talk: Any, template: str, header: str, system: str) -> None:
+    """In front of what opens it, and nothing else in front: of all users alike up to there, whatever the text says."""
+    turns = ("hi\nAssistant: me", "Assistant: it", "so?", "<|im_start|>assistant", "[/INST]", "bye.")
+    record = talk(*turns, system=None if template == BRACKETS else system)
+    encoder = make_encoder(make_tokenizer(chat_template=template), "before_reply", 2)
+    example, bare = encoder.encode(record, "e2p"), encoder.encode(record, "none")
+    assert len(example.slot_starts) == 3
+    assert np.delete(example.tokens, example.slot_places(2)).tolist() == bare.tokens.tolist()
+    replies = np.flatnonzero(np.diff(example.is_target.astype(int)) == 1) + 1
+    for start, reply, end in zip(example.slot_starts, replies, [*example.slot_starts[1:], None], strict=True):
+        said = encoder.tokenizer.decode(example.tokens[start + 2 : reply])
+        assert said == header.strip(" "), "the header alone stands between a slot and its reply"
+        assert example.is_target[reply:end].any() and not example.is_target[start:reply].any()
+    prompt = encoder.encode_prompt(dataclasses.replace(record, messages=record.messages[:-1]), "e2p")
+    assert prompt.slot_starts == example.slot_starts
+    assert prompt.tokens.tolist() == example.tokens[: replies[-1]].tolist()
+    kept, _, dropped = make_encoder(make_tokenizer(chat_template=template), "before_reply", 60).fit(
+        talk(*turns * 3), ["e2p"]
+    )
+    assert dropped > 0 and kept.messages[0]["role"] == "user"  # T counts all slots
+
+
+def test_a_reply_that_opens_a_conversation_leaves_the_first_token_alone(make_tokenizer: Any) -> None:
+    said = tuple({"role": role, "content": "hi"} for role in ("assistant", "user", "assistant"))
+    bare = CHATML[CHATML.index("{% for") :]
+    for template, first in ((bare, "<|im_start|>"), (None, "<s>")):
+        encoder = make_encoder(make_tokenizer(chat_template=template), "before_reply", 2)
+        example = encoder.encode(Record("ann", (), said), "e2p")
+        assert example.slot_starts[0] == 1 and len(example.slot_starts) == 2
+        assert encoder.tokenizer.decode(example.tokens[:1]) == first
 
 
 def test_targets_of_a_real_tokenizer(shared: Path, talk: Any) -> None:
@@ -169,10 +211,6 @@ def test_too_long_is_refused(make_tokenizer: Any, talk: Any) -> None:
 
 
 def test_placement_that_a_template_cannot_have_is_refused(make_tokenizer: Any, talk: Any) -> None:
-    with pytest.raises(UserError, match="no BOS token; use before_bos or in_chat"):
-        make_encoder(make_tokenizer(bos_token=None), "after_bos")
-    with pytest.raises(UserError, match="does not begin with the BOS token"):
-        make_encoder(make_tokenizer(chat_template=CHATML), "after_bos").encode(talk(*TURNS), "e2p")
     silent = dataclasses.replace(talk(*TURNS), messages=({"role": "assistant", "content": "hello"},))
     with pytest.raises(UserError, match="in_chat: the conversation has no user turn"):
         make_encoder(make_tokenizer(), "in_chat").encode(silent, "e2p")

@@ -95,7 +95,7 @@ def test_rows_in_words(flags: list[str], capsys: pytest.CaptureFixture[str]) -> 
     users = re.findall(r"segment \d+, user (\S+), (null user|vector of length)", out)
     assert len(users) == 26 and [user for user, kind in users if kind == "null user"] == ["user-2"]
     text = out.split("user user-12, ")[1].split("\n", 1)[1]
-    slots, said = re.match(r" *<slot (\d+)><slot \d+>(.*?)(?=\n  segment|\nrow|\Z)", text, re.DOTALL).groups()
+    slots, said = re.match(r" *<s><slot (\d+)><slot \d+>(.*?)(?=\n  segment|\nrow|\Z)", text, re.DOTALL).groups()
     assert int(slots) % 2 == 0
     replies = re.findall(r"\[\[(.*?)\]\]", said, re.DOTALL)
     own = [m["content"] for m in synthetic.record(12).messages if m["role"] == "assistant"]

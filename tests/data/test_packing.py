@@ -18,12 +18,12 @@ from e2p_jax.data.packing import Budget, best_fit, choose_budget, empty_rows, fi
 WIDTH = 3
 
 
-def example(length: int, targets: int, slot_start: int = -1, seed: int = 0) -> Example:
+def example(length: int, targets: int, slot_starts: tuple[int, ...] = (), seed: int = 0) -> Example:
     """`targets` random places of `length` tokens, never the first one."""
     rng = np.random.default_rng(seed)
     is_target = np.zeros(length, bool)
     is_target[1 + rng.permutation(length - 1)[:targets]] = True
-    return Example(rng.integers(1, 99, length, dtype=np.int32), is_target, slot_start, f"user-{seed}")
+    return Example(rng.integers(1, 99, length, dtype=np.int32), is_target, slot_starts, f"user-{seed}")
 
 
 def examples_of(sizes: list[tuple[int, int]]) -> Examples:
@@ -126,16 +126,17 @@ def test_rows_of_several_examples_are_full(length: int, least: float) -> None:
     assert len(rows) < len(best_fit(examples.lengths, examples.target_counts, budget))
 
 
-SEGMENTS = st.lists(st.tuples(st.integers(5, 20), st.integers(0, 4), st.integers(-1, 2)), min_size=0, max_size=5)
+STARTS = st.sampled_from([(), (0,), (2,), (0, 5), (1, 4, 9)])
+SEGMENTS = st.lists(st.tuples(st.integers(12, 20), st.integers(0, 4), STARTS), min_size=0, max_size=5)
 
 
 @given(rows=st.lists(SEGMENTS, min_size=1, max_size=3), num_tokens=st.sampled_from([1, 3]))
-def test_rows_hold_the_batch_contract(rows: list[list[tuple[int, int, int]]], num_tokens: int) -> None:
+def test_rows_hold_the_batch_contract(rows: list[list[tuple[int, int, tuple[int, ...]]]], num_tokens: int) -> None:
     budget = Budget(128, 32, 6)
     batch = empty_rows(len(rows), budget, WIDTH)
     expected = [reference_row([], [], num_tokens, budget) for _ in rows]
     for number, sizes in enumerate(rows):
-        examples = [example(n, t, slot, seed=10 * number + i) for i, (n, t, slot) in enumerate(sizes)]
+        examples = [example(n, t, starts, seed=10 * number + i) for i, (n, t, starts) in enumerate(sizes)]
         vectors = [np.full(WIDTH, 10 * number + i + 0.5, np.float32) for i in range(len(sizes))]
         fill_row(batch, number, examples, vectors, num_tokens)
         expected[number] = reference_row(examples, vectors, num_tokens, budget)
@@ -150,13 +151,12 @@ def reference_row(examples: list[Example], vectors: list[Any], num_tokens: int, 
     tokens, positions, segments, slots, targets = [], [], [], [], []
     users = []
     for number, (e, vector) in enumerate(zip(examples, vectors, strict=True)):
-        has_slots = e.slot_start >= 0
-        users.append(vector if has_slots else np.zeros(WIDTH))
+        users.append(vector if e.slot_starts else np.zeros(WIDTH))
         for position, token in enumerate(e.tokens.tolist()):
             if e.is_target[position]:
                 targets.append((len(tokens) - 1, token, 1.0))
-            inside = has_slots and e.slot_start <= position < e.slot_start + num_tokens
-            slots.append(number * num_tokens + position - e.slot_start if inside else -1)
+            inside = [start for start in e.slot_starts if start <= position < start + num_tokens]
+            slots.append(number * num_tokens + position - inside[0] if inside else -1)
             tokens.append(token)
             positions.append(position)
             segments.append(number + 1)

@@ -40,7 +40,7 @@ def dataset() -> PackedDataset:
 
     def example(number: int) -> Example:
         tokens = np.array([0, number, number], np.int32)
-        return Example(tokens, np.array([False, True, True]), 0, f"user-{number}")
+        return Example(tokens, np.array([False, True, True]), (0,), f"user-{number}")
 
     numbers = [10 * row + side for row in range(ROWS) for side in (1, 2)]
     vectors = np.array(numbers, np.float32)[:, None] * np.ones((1, 3), np.float32)

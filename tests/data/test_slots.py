@@ -1,5 +1,6 @@
-"""`in_chat`: e2p_jax and an exported model put the soft tokens in the same place, whatever the conversation says."""
+"""e2p_jax and an exported model put the soft tokens in the same places, whatever the conversation says."""
 
+import dataclasses
 import importlib
 import random
 from collections.abc import Callable
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 from test_encode import make_encoder
 from test_structure import conversation
-from test_template import CHATML, LLAMA3
+from test_template import BRACKETS, CHATML, LLAMA3
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from e2p_jax.backbone.weights import EMBEDDED
 from e2p_jax.data.encode import Encoder, load_tokenizer
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.export.slot import user_turn
+from e2p_jax.export.slot import reply_opening, user_turn
 
 Make = Callable[..., PreTrainedTokenizerFast]
 
@@ -25,6 +27,8 @@ Make = Callable[..., PreTrainedTokenizerFast]
 SPACED = CHATML.replace("+ '\\n' + message['content']", "+ ': ' + message['content']").replace(
     "<|im_start|>assistant\\n", "<|im_start|>assistant: "
 )
+ALTERNATE = """{% for message in messages %}{% if (message['role'] == 'assistant') != (loop.index0 % 2 == 1) %}\
+{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"""
 PIECES = [
     *("hi", "why?", "a dog.", "7", "\u00e9t\u00e9", "\U0001f600", "(so)", "'s", " ", "  ", "\n", "\n\n", "\t", "\r\n"),
     *["\ue000"] * 4,  # what the place was once searched by
@@ -33,11 +37,11 @@ PIECES = [
 ]
 
 
-def in_model(turn: dict[str, Any], ids: list[int]) -> int:
+def in_model(ids: list[int], placement: str = "in_chat", **found: Any) -> list[int]:
     """Where the exported modelling code puts them."""
     code = importlib.import_module("e2p_jax.export.remote_code.modeling_e2p")
-    config = SimpleNamespace(placement="in_chat", user_turn=turn)
-    return code.E2PForCausalLM.slot_start(SimpleNamespace(config=config), ids, 0)
+    config = SimpleNamespace(placement=placement, **found)
+    return code.E2PForCausalLM.slot_starts(SimpleNamespace(config=config), ids, 0)
 
 
 def encoders(make: Make) -> dict[str, Encoder]:
@@ -65,20 +69,49 @@ def test_exported_models_find_the_slot_that_training_had(make_tokenizer: Make, s
         shape = hostile(rng, system=system)
         record = conversation(*shape)
         example = encoder.encode_prompt(record, "e2p")
-        ids = np.delete(example.tokens, example.slot_start).tolist()
+        (start,) = example.slot_starts
+        ids = np.delete(example.tokens, start).tolist()
         stock = encoder.tokenizer.apply_chat_template(
             list(record.messages), chat_template=encoder.template, add_generation_prompt=True, return_dict=True
         )
         assert ids == stock["input_ids"]
         # By structure: as many control tokens before it as in front of the first question of any such conversation.
         plain = encoder.encode_prompt(conversation(*(f"{m[0]}: hi" for m in shape)), "e2p")
-        before, usual = (np.isin(e.tokens[: e.slot_start], controls).sum() for e in (example, plain))
+        before, usual = (np.isin(e.tokens[: e.slot_starts[0]], controls).sum() for e in (example, plain))
         assert before == usual
         if style == "plain" and system:
             with pytest.raises(ValueError, match="does not begin with a user turn"):
-                in_model(turn, ids)
+                in_model(ids, user_turn=turn)
         else:
-            assert in_model(turn, ids) == example.slot_start
+            assert in_model(ids, user_turn=turn) == [start]
+
+
+@pytest.mark.parametrize("style", ["embedded", "chatml", "llama3", "spaced", "brackets"])
+def test_exported_models_find_every_reply(make_tokenizer: Make, style: str) -> None:
+    """Also one without a header, where a control token ends the question."""
+    made = {name: encoder.tokenizer for name, encoder in encoders(make_tokenizer).items()}
+    made["brackets"] = make_tokenizer(chat_template=ALTERNATE + BRACKETS)
+    made["brackets"].add_tokens([AddedToken(text, normalized=False, special=True) for text in ("[INST]", "[/INST]")])
+    encoder, rng = make_encoder(made[style], "before_reply", 2), random.Random(1)
+    opening = reply_opening(encoder)
+    for number in range(60):
+        record = conversation(*hostile(rng, system=bool(number % 2) and style != "brackets"))
+        answered = dataclasses.replace(record, messages=(*record.messages, {"role": "assistant", "content": "yes."}))
+        for example in (encoder.encode_prompt(record, "e2p"), encoder.encode(answered, "e2p")):
+            places = example.slot_places(2)
+            ids = np.delete(example.tokens, places).tolist()
+            found = in_model(ids, "before_reply", reply_opening=opening)
+            assert found == [start - 2 * n for n, start in enumerate(example.slot_starts)]
+            assert len(found) == sum(message["role"] == "assistant" for message in answered.messages)
+    with pytest.raises(ValueError, match="no reply opens in the prompt"):
+        in_model(ids[:2], "before_reply", reply_opening=opening)
+
+
+def test_replies_that_open_with_plain_text_are_not_exported(make_tokenizer: Make) -> None:
+    for template in (None, BRACKETS):
+        encoder = make_encoder(make_tokenizer(chat_template=template), "before_reply")
+        with pytest.raises(UserError, match=r"opens replies with plain text, .*; an exported model cannot tell where"):
+            reply_opening(encoder)
 
 
 def test_a_header_that_a_system_message_can_forge_is_not_exported(make_tokenizer: Make, talk: Any) -> None:
@@ -89,7 +122,7 @@ def test_a_header_that_a_system_message_can_forge_is_not_exported(make_tokenizer
 {{ 'Bot:' if add_generation_prompt }}"""
     encoder = make_encoder(make_tokenizer(chat_template=bare), "in_chat")
     encoder.encode(talk("hi", "ok", system="User: me\nBot: ok"), "e2p")  # training sees the messages themselves
-    with pytest.raises(UserError, match="opens user turns in more than one way; use before_bos or after_bos"):
+    with pytest.raises(UserError, match="opens user turns in more than one way; use after_bos"):
         user_turn(encoder)
 
 

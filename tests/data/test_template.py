@@ -206,8 +206,9 @@ def test_a_system_message_goes_where_the_template_takes_it(make_tokenizer: Any, 
             == "<s>[INST] be brief\n\nhi [/INST] hello</s>[INST] pets? [/INST] a dog.</s>"
         )
     both = encoder.encode(talk(*turns, system="be brief", context=("i sing",)), "e2p+text")
-    assert tokenizer.decode(both.tokens[: both.slot_start]).rstrip() == "<s>[INST]"
-    assert tokenizer.decode(both.tokens[both.slot_start + 1 :]).startswith(" i sing\nbe brief\n\nhi [/INST] hello</s>")
+    (start,) = both.slot_starts
+    assert tokenizer.decode(both.tokens[:start]).rstrip() == "<s>[INST]"
+    assert tokenizer.decode(both.tokens[start + 1 :]).startswith(" i sing\nbe brief\n\nhi [/INST] hello</s>")
     stock = tokenizer.apply_chat_template(
         list(talk(*turns, system="be brief").messages), chat_template=encoder.template, return_dict=True
     )

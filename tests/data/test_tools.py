@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_control import counts
 from test_encode import make_encoder
+from test_slots import in_model
 from test_template import CHATML
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from e2p_jax.data.encode import Encoder
 from e2p_jax.datasets.records import Record, from_json
 from e2p_jax.errors import UserError
+from e2p_jax.export.slot import reply_opening
 
 Make = Callable[..., PreTrainedTokenizerFast]
 
@@ -103,6 +106,20 @@ def test_calls_are_targets_and_what_tools_say_is_not(make_tokenizer: Make, templ
     )
     whole = record(user("rain?"), reply("so"))
     assert encoder.encode(parts, "none").tokens.tolist() == encoder.encode(whole, "none").tokens.tolist()
+
+
+def test_a_slot_before_every_reply_whatever_it_holds(make_tokenizer: Make) -> None:
+    """Calls and thoughts included; an exported model finds them by the ids alone."""
+    encoder = make_encoder(tokenizer_of(make_tokenizer, OBJECT), "before_reply", thinking="full")
+    opening = reply_opening(encoder)
+    thought = record(user("hi"), reply("ok", reasoning_content="hm"), user("so?"), reply("no", reasoning_content="ah"))
+    for said in (weather(), thought):
+        example = encoder.encode(said, "e2p")
+        ids = np.delete(example.tokens, example.slot_starts).tolist()
+        found = in_model(ids, "before_reply", reply_opening=opening)
+        assert found == [start - n for n, start in enumerate(example.slot_starts)] and len(found) == 2
+        for start in found:
+            assert encoder.tokenizer.decode(ids[start:]).startswith("<|im_start|>assistant\n")
 
 
 def test_replies_after_what_a_tool_says_are_shown_like_all_others(make_tokenizer: Make) -> None:

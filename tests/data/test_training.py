@@ -39,7 +39,7 @@ def read(config: Config, tokenizer: Any) -> Training:
 
 
 def assert_same(ours: Training, theirs: Training) -> None:
-    for name in ("tokens", "is_target", "ends", "slot_starts", "target_counts"):
+    for name in ("tokens", "is_target", "ends", "slot_starts", "slot_ends", "target_counts"):
         a, b = getattr(ours.examples, name), getattr(theirs.examples, name)
         assert a.dtype == b.dtype, name
         np.testing.assert_array_equal(a, b, err_msg=name)
@@ -68,8 +68,8 @@ def forbid(*_: Any) -> None:
 def test_columns_give_back_the_examples() -> None:
     rng = np.random.default_rng(0)
     given = [
-        Example(rng.integers(0, 99, n, dtype=np.int32), rng.random(n) < 0.5, int(n) % 3 - 1, f"us\xe9r {n}", "f:1" * n)
-        for n in rng.integers(1, 30, 20)
+        Example(rng.integers(0, 99, n), rng.random(n) < 0.5, tuple(range(n % 3)), f"us\xe9r {n}", "f:1" * n)
+        for n in rng.integers(1, 30, 20).tolist()
     ]
     examples = Examples.of(iter(given))
     assert len(examples) == 20
@@ -87,7 +87,7 @@ def test_millions_of_conversations_are_numbers_on_disk(tmp_path: Path) -> None:
     """Ready: 8 bytes of each, the row of its vector. On the way: a few numbers of each, and none of its tokens."""
     count, rng = 6_000, np.random.default_rng(0)
     kinds = [(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1) for n in rng.integers(20, 200, 50)]
-    given = (Example(*kinds[n % 50], 0, f"user {n}", f"/a/file.jsonl:{n}") for n in range(count))
+    given = (Example(*kinds[n % 50], (0,), f"user {n}", f"/a/file.jsonl:{n}") for n in range(count))
     table = UserTable([f"user {n}" for n in range(count)], np.ones((count, 1), np.float16), "table")
 
     def start() -> tuple[Any, ...]:
@@ -97,7 +97,7 @@ def test_millions_of_conversations_are_numbers_on_disk(tmp_path: Path) -> None:
         vectors = vectors_of(users, where, "e2p", table, Population.standard(1))
         return examples, vectors, len(rows)
 
-    start_small = Examples.of(iter([Example(*kinds[0], 0, "", "")] * 40), tmp_path)  # imports, and NumPy's own
+    start_small = Examples.of(iter([Example(*kinds[0], (0,), "", "")] * 40), tmp_path)  # imports, and NumPy's own
     plan_rows(start_small, choose_budget(start_small, 512))
     (examples, vectors, _), held, most = peak_of(start)
     assert held < 20 * count and most < 350 * count, (held / count, most / count)

@@ -64,9 +64,10 @@ def run(
 
 
 def prompt(tokens: list[int], slot_start: int = -1, num_tokens: int = 1) -> Example:
-    if slot_start >= 0:
-        tokens = tokens[:slot_start] + [0] * num_tokens + tokens[slot_start:]
-    return Example(np.array(tokens, np.int32), np.zeros(len(tokens), bool), slot_start, "user")
+    starts = (slot_start,) if slot_start >= 0 else ()
+    for start in starts:
+        tokens = tokens[:start] + [0] * num_tokens + tokens[start:]
+    return Example(np.array(tokens, np.int32), np.zeros(len(tokens), bool), starts, "user")
 
 
 def test_golden_text(shared: Path):
@@ -206,8 +207,8 @@ def test_few_prompt_lengths_are_compiled() -> None:
 
 def test_a_soft_token_is_one_more_position() -> None:
     """Not the next padded length, which would cost a prompt of 512 tokens half as much again."""
-    plain = Example(np.ones(512, np.int32), np.zeros(512, bool), -1, "")
-    prefixed = Example(np.ones(514, np.int32), np.zeros(514, bool), 0, "")
+    plain = Example(np.ones(512, np.int32), np.zeros(512, bool), (), "")
+    prefixed = Example(np.ones(514, np.int32), np.zeros(514, bool), (0,), "")
     vectors = np.zeros((1, 3), np.float32)
     assert _left_padded([plain], vectors, 0, 2)[0].shape == (1, 512)
     assert _left_padded([prefixed], vectors, 0, 2)[0].shape == (1, 514)

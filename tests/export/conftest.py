@@ -57,7 +57,7 @@ def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) ->
     made: dict[tuple, Run] = {}
 
     def make(
-        placement: str = "before_bos", num_tokens: int = 1, kind: str = "mlp", template: str = "auto", null: float = 0.0
+        placement: str = "after_bos", num_tokens: int = 1, kind: str = "mlp", template: str = "auto", null: float = 0.0
     ) -> Run:
         key = (placement, num_tokens, kind, template, null)
         if key not in made:

@@ -45,7 +45,7 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("calls")
-    run = untrained_run(folder, lively_backbone, "before_bos", 1, "mlp")
+    run = untrained_run(folder, lively_backbone, "after_bos", 1, "mlp")
     export_transformers(run, folder / "out", include_backbone=False)
     return Exported(run, folder / "out", *load(folder / "out"), torch.tensor(vectors_for(run, USERS, USERS, "e2p")))
 

@@ -37,8 +37,9 @@ from e2p_jax.train.run import Run
 from e2p_jax.train.setup import read_inputs
 from e2p_jax.vectors.table import UserTable
 
-WAYS = [("before_bos", 1, "mlp"), ("before_bos", 3, "linear"), ("after_bos", 2, "mlp"), ("in_chat", 1, "mlp")]
+WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear"), ("before_reply", 2, "mlp"), ("in_chat", 1, "mlp")]
 USERS = ["user-1", "user-2", "user-3"]
+REPLY = {"role": "assistant", "content": "yes."}
 PROMPT = "where do you live, and do you have any pets?"
 LINES = """\
 {%- for message in messages -%}
@@ -113,6 +114,9 @@ def test_client_needs_only_the_table(make_run: Callable, tmp_path: Path, way: tu
         assert mine.keys() == body.keys() and mine["model"] == body["model"]
         assert mine["stop_token_ids"] == body["stop_token_ids"] == list(run.inputs.encoder.stops)
         assert torch.equal(torch.tensor(client.sglang(user, messages)["input_embeds"]), read)
+    prompt = client.embeddings(USERS[0], [*messages, REPLY, *messages])
+    for soft in client.table.lookup(USERS[:1])[0]:  # in front of the reply that there is, and of the one to come
+        assert (prompt == soft[None]).all(axis=1).sum() == (2 if way[0] == "before_reply" else 1)
 
 
 def test_exports_stop_where_generation_does(make_run: Callable, tmp_path: Path):
@@ -253,13 +257,14 @@ def test_a_gemma_is_served_where_the_engine_scales_in_its_look_up(make_run: Call
     path = tmp_path / "table" / "manifest.json"
     manifest = json.loads(path.read_text())
     plain = EngineClient(PrefixTable(path.parent), "mine").embeddings("user-1", messages)
+    rest = range(2, len(plain))  # behind the soft token
     for family, refused in [("gemma", True), ("gemma2", True), ("gemma3_text", False)]:
         changed = {**manifest, "token_scale": 48.0, "model_type": family}
         del changed["checksum"]
         write_manifest(path.parent, changed)
         client = EngineClient(PrefixTable(path.parent), "mine")
         scaled = client.embeddings("user-1", messages)
-        assert np.array_equal(scaled[0], plain[0]) and np.array_equal(scaled[1:], plain[1:] * 48)
+        assert np.array_equal(scaled[1], plain[1]) and np.array_equal(scaled[[0, *rest]], plain[[0, *rest]] * 48)
         with pytest.raises(UserError, match=f"to a {family}") if refused else contextlib.nullcontext():
             client.sglang("user-1", messages)
     del changed["token_scale"]
@@ -285,7 +290,7 @@ def test_a_bfloat16_model_is_sent_in_bfloat16(make_run: Callable, tmp_path: Path
     read = [load_prompt_embeds(body["prompt_embeds"], 32) for body in (short, exact)]
     assert [tensor.dtype for tensor in read] == [torch.bfloat16, torch.float32]
     assert torch.equal(read[1].bfloat16(), read[0])
-    assert np.array_equal(read[1][0].numpy(), PrefixTable(tmp_path / "exact").lookup(["user-1"])[0, 0])
+    assert np.array_equal(read[1][1].numpy(), PrefixTable(tmp_path / "exact").lookup(["user-1"])[0, 0])
 
 
 def test_command_line_mistakes_are_one_line(make_run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -29,7 +29,8 @@ from e2p_jax.train.setup import build_model, read_inputs
 from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.table import save_table
 
-WAYS = list(itertools.product(["before_bos", "after_bos", "in_chat"], [1, 3], ["mlp", "linear"]))
+PLACES = itertools.product(["before_reply", "before_bos", "after_bos", "in_chat"], [1, 3])
+WAYS = [(*place, kind) for place, kind in zip(PLACES, itertools.cycle(["mlp", "linear", "linear", "mlp"]))]
 # Families whose exports differ in kind; tests/backbone/test_family_parity.py has the others.
 EXPORTED = (
     *("llama", "mistral", "qwen3", "phi3", "smollm3", "olmo2", "gemma", "gemma2", "gpt2", "mixtral", "deepseek_v3"),
@@ -113,8 +114,10 @@ def spoken() -> list[Record]:
 
 
 def asked() -> list[Record]:
-    pairs = zip(USERS, QUESTIONS, strict=True)
-    return [Record(user, (), ({"role": "user", "content": text},), source=user) for user, text in pairs]
+    """One user has been answered before."""
+    before = ({"role": "user", "content": "so?"}, {"role": "assistant", "content": "yes."})
+    said = zip(USERS, ((), before, ()), QUESTIONS, strict=True)
+    return [Record(user, (), (*early, {"role": "user", "content": text}), source=user) for user, early, text in said]
 
 
 def encode(tokenizer: Any, records: list[Record], **options: Any) -> Any:
@@ -130,12 +133,10 @@ def nats(exported: Exported, model: Any, side: str) -> list[float]:
     exported.tokenizer.padding_side = "left"
     masks = torch.as_tensor(encoded.pop("assistant_masks"), dtype=torch.bool)
     labels = encoded["input_ids"].masked_fill(~masks, -100)
-    extra = exported.run.inputs.encoder.num_tokens
-    wanted = torch.cat(
-        [labels.new_full((len(labels), extra), -100), labels], dim=1
-    )  # right where all targets are later
+    vectors = exported.vectors(USERS)
     with torch.no_grad():
-        logits = model(**encoded, user_embedding=exported.vectors(USERS)).logits
+        wanted = model.with_prefix(encoded["input_ids"], encoded["attention_mask"], vectors, labels, {})["labels"]
+        logits = model(**encoded, user_embedding=vectors).logits
     scores = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100, reduction="none"
     )

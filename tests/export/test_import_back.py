@@ -45,7 +45,7 @@ def places(run: Run) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("include_backbone", [True, False])
-@pytest.mark.parametrize("way", [("before_bos", 3, "linear"), ("in_chat", 1, "mlp")], ids=str)
+@pytest.mark.parametrize("way", [("after_bos", 3, "linear"), ("in_chat", 1, "mlp")], ids=str)
 def test_imported_run_is_the_exported_one(make_run: Callable, tmp_path: Path, way: tuple, include_backbone: bool):
     run = make_run(*way)
     export_transformers(run, tmp_path / "exported", include_backbone)

@@ -17,10 +17,12 @@ from flax import nnx
 from helpers import assert_close
 
 from e2p_jax.datasets.prepared import load_table
+from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import vectors_for
+from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.export.peft import adapter_directory, export_peft
 from e2p_jax.train.run import Run
+from e2p_jax.train.setup import read_inputs
 from e2p_jax.vectors.table import save_table
 
 # PEFT itself asks transformers for a property that transformers has renamed.
@@ -30,38 +32,71 @@ USERS = ["user-3", "user-7"]
 TOKENS = np.array([[1, 40, 50, 60, 70, 80]], np.int32)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3])
-def test_logits_are_the_same(make_run: Callable, lively_backbone: Path, tmp_path: Path, num_tokens: int):
-    """Of several users, loaded into one model and switched to and fro; what PEFT has no word for it refuses."""
-    run = make_run("before_bos", num_tokens, "mlp" if num_tokens == 1 else "linear")
+WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear")]
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_logits_and_answers_are_the_same(make_run: Callable, tmp_path: Path, way: tuple):
+    """Of several users, loaded into one model and switched to and fro; what PEFT has no word for it refuses.
+
+    With `after_bos` an adapter has the first token, too, and the prompt is given without it.
+    """
+    run = make_run(*way)
     export_peft(run, tmp_path / "out", USERS)
-    model = nnx.merge(run.model.graph, run.model.params)
-    length = TOKENS.shape[1] + num_tokens
-    tokens = jnp.asarray(np.concatenate([np.zeros((1, num_tokens), np.int32), TOKENS], axis=1))
-    slots = jnp.where(jnp.arange(length)[None] < num_tokens, jnp.arange(length)[None], -1)
-    ones = jnp.ones((1, length), jnp.int32)
-    base = transformers.AutoModelForCausalLM.from_pretrained(lively_backbone, dtype=torch.float32)
+    encoder, count = run.inputs.encoder, way[1]
+    asked = [Record(user, (), ({"role": "user", "content": "do you have any pets?"},), source=user) for user in USERS]
+    vectors = vectors_for(run, USERS, USERS, "e2p")
+    answers = generate(run, asked, vectors, "e2p", Sampling(max_new_tokens=8))
+    assert answers[0] != answers[1], "the prefix makes no difference here, so nothing is tested"
+    base = transformers.AutoModelForCausalLM.from_pretrained(run.inputs.directory, dtype=torch.float32)
     adapted: Any = peft.PeftModel.from_pretrained(base, tmp_path / "out" / USERS[0], adapter_name=USERS[0])
     adapted.load_adapter(tmp_path / "out" / USERS[1], adapter_name=USERS[1])
-    seen = []
-    for user in [*USERS, USERS[0]]:
-        vector = jnp.asarray(vectors_for(run, [user], [user], "e2p"))[None]
-        hidden, _ = model.backbone(model.embed(tokens, slots, vector), jnp.arange(length)[None], ones)
-        adapted.set_adapter(user)
+    for user in (0, 1, 0):
+        record, vector, answer = asked[user], vectors[user], answers[user]
+        example = encoder.encode_prompt(record, "e2p")
+        tokens = jnp.asarray(example.tokens)[None]
+        slots = np.full(tokens.shape, -1)
+        slots[0, example.slot_places(count)] = np.arange(count)
+        model, places = run.model.merged, jnp.arange(tokens.shape[1])[None]
+        x = model.embed(tokens, jnp.asarray(slots), jnp.asarray(vector)[None, None])
+        hidden, _ = model.backbone(x, places, jnp.ones_like(tokens))
+        inputs: Any = encoder.tokenizer.apply_chat_template(
+            list(record.messages),
+            chat_template=encoder.template,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        if way[0] == "after_bos":
+            inputs = {name: value[:, 1:] for name, value in inputs.items()}  # as the card says
+            assert "inputs = {name: value[:, 1:] for name," in (tmp_path / "out" / USERS[0] / "README.md").read_text()
+        adapted.set_adapter(record.user_id)
         with torch.no_grad():
-            theirs = adapted(input_ids=torch.tensor(TOKENS.tolist())).logits.numpy()
-        assert_close(model.backbone.logits(hidden), theirs)
-        seen.append(theirs[:, -1])
-    assert np.abs(seen[0] - seen[1]).max() > 1e-3 and np.array_equal(seen[0], seen[2])
+            assert_close(model.backbone.logits(hidden), adapted(**inputs).logits.numpy())
+        new = adapted.generate(**inputs, use_cache=False, max_new_tokens=8, do_sample=False)
+        said = encoder.tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert said.strip() == answer
     with pytest.raises(AttributeError):  # mend CAVEAT and docs/export.md where it can be merged
         adapted.merge_and_unload()
     with pytest.raises(ValueError, match="adapter_names"):
-        adapted.generate(input_ids=torch.tensor(TOKENS.tolist()), adapter_names=USERS[:1])
+        adapted.generate(**inputs, adapter_names=USERS[:1])
+
+
+def test_templates_that_begin_in_more_than_one_way_are_refused(make_run: Callable, tmp_path: Path):
+    """An adapter brings the first token of the prompt, whatever the prompt."""
+    run, template = make_run(), tmp_path / "bare.jinja"
+    template.write_text("{{- messages[0]['role'] -}}" + run.inputs.encoder.structure.template)
+    config = run.inputs.config.change(data={"chat_template": str(template)})
+    run = dataclasses.replace(run, inputs=read_inputs(config))
+    with pytest.raises(UserError, match=r"begins conversations in more than one way; .* prefix\.placement=before_bos"):
+        export_peft(run, tmp_path / "out", USERS)
 
 
 def test_what_peft_cannot_say_is_refused(make_run: Callable, tmp_path: Path):
-    with pytest.raises(UserError, match="before BOS, this run's stand after_bos"):
-        export_peft(make_run("after_bos", 2, "mlp"), tmp_path / "out", USERS)
+    for place, count in (("before_reply", 2), ("in_chat", 1)):
+        with pytest.raises(UserError, match=f"the beginning of a prompt, this run's soft tokens stand {place}; export"):
+            export_peft(make_run(place, count, "mlp"), tmp_path / "out", USERS)
     with pytest.raises(UserError, match="name them with --user"):
         export_peft(make_run(), tmp_path / "out", [])
     with pytest.raises(UserError, match="nobody"):
@@ -108,7 +143,7 @@ def test_ids_of_all_kinds_stay_inside_the_directory(make_run: Callable, tmp_path
     (wanted,) = vectors_for(run, ["Alice"], [""], "e2p")
     held = safetensors.numpy.load_file(out / listed[1]["directory"] / "adapter_model.safetensors")
     model = nnx.merge(run.model.graph, run.model.params)
-    np.testing.assert_allclose(held["prompt_embeddings"], model.projector(wanted), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(held["prompt_embeddings"][1:], model.projector(wanted), rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="out: holds other files"):  # other users' adapters
         export_peft(run, out, ["u1"])
 
@@ -124,7 +159,7 @@ def test_nobody_s_notes_are_lost(make_run: Callable, tmp_path: Path):
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 def test_the_call_that_the_card_names_is_the_right_one(make_run: Callable, lively_backbone: Path, tmp_path: Path):
     """Greedy answers are those of PEFT's own forward, token by token."""
-    export_peft(make_run("before_bos", 3, "linear"), tmp_path / "out", USERS[:1])
+    export_peft(make_run("after_bos", 3, "linear"), tmp_path / "out", USERS[:1])
     base = transformers.AutoModelForCausalLM.from_pretrained(lively_backbone, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out" / USERS[0])
     ids = torch.tensor(TOKENS.tolist())

@@ -19,7 +19,7 @@ from e2p_jax.train.run import Run
 
 @pytest.fixture(scope="module")
 def run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return untrained_run(tmp_path_factory.mktemp("places"), lively_backbone, "before_bos", 1, "mlp")
+    return untrained_run(tmp_path_factory.mktemp("places"), lively_backbone, "after_bos", 1, "mlp")
 
 
 def with_params(run: Run, part: str, name: str, value: Any) -> Run:

@@ -69,7 +69,7 @@ def test_every_user_is_projected(
     make_run: Callable, small_shards: None, tmp_path: Path, num_tokens: int, kind: str, dtype: str
 ):
     assert jax.device_count() == 4
-    run = with_table(make_run("before_bos", num_tokens, kind), tmp_path, vectors_of())
+    run = with_table(make_run("after_bos", num_tokens, kind), tmp_path, vectors_of())
     export_prefixes(run, tmp_path / "out", dtype)
     table = PrefixTable(tmp_path / "out", run.model.fingerprint)
     users = [f"user-{user}" for user in range(COUNT)]

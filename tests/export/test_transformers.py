@@ -27,7 +27,7 @@ from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run
 
-WAYS = [("before_bos", 1, "mlp"), ("before_bos", 3, "linear"), ("after_bos", 2, "mlp"), ("in_chat", 1, "mlp")]
+WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear"), ("before_reply", 2, "mlp"), ("in_chat", 1, "mlp")]
 PROMPTS = ["hi!", "what do you like to eat?", "where do you live, and do you have any pets?"]
 
 
@@ -76,7 +76,7 @@ def summed_nll(run: Run, model: Any, tokenizer: Any, record: Record) -> tuple[fl
 @pytest.mark.parametrize("include_backbone", [True, False])
 def test_nll_of_every_example_is_the_same(make_run: Callable, tmp_path: Path, include_backbone: bool):
     """Whole conversations of a run that was trained; test_export_families.py has all families and all ways."""
-    run = make_run("before_bos", 3, "linear")
+    run = make_run("before_reply", 2, "mlp") if include_backbone else make_run("after_bos", 3, "linear")
     records = records_of(run)
     ours = evaluate(run, records, "all", ["e2p"]).scores["e2p"]
     export_transformers(run, tmp_path / "out", include_backbone)
@@ -354,7 +354,7 @@ def test_model_card_names_what_was_measured(make_run: Callable, tmp_path: Path):
     export_transformers(run, tmp_path / "out", include_backbone=True)
     card = (tmp_path / "out" / "README.md").read_text()
     (run.directory / "report" / "evaluation.json").unlink()
-    assert f"({run.inputs.table.width} numbers)" in card and "`before_bos`" in card
+    assert f"({run.inputs.table.width} numbers)" in card and "`after_bos`" in card
     scores = evaluation.scores["e2p"]
     assert f"| validation | e2p | {scores.per_target:.4f} | {scores.word_perplexity:.2f} |" in card
     code = card.split("```python\n")[1].split("```")[0]

@@ -172,7 +172,7 @@ def test_settings_that_checkpoints_depend_on_cannot_be_edited(folder: Path, caps
     assert OPENS in refused(folder / "run")
     assert "train.steps is 900, was 1000 when the run was begun" in capsys.readouterr().err
     edit(path, lambda values: values["prefix"].update(placement="in_chat"))
-    assert "prefix.placement is 'in_chat', was 'before_bos'" in refused(folder / "run")
+    assert "prefix.placement is 'in_chat', was 'after_bos'" in refused(folder / "run")
 
 
 def test_a_run_of_an_earlier_version_opens_and_says_what_was_not_checked(

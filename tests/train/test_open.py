@@ -34,7 +34,7 @@ def run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(embeddings=str(folder / "table"), seq_len=128),
-        prefix=PrefixConfig("before_bos"),
+        prefix=PrefixConfig("after_bos"),
         projector=mlp.Settings(hidden_size=HIDDEN),
     ).resolved()
     inputs = read_inputs(config)
@@ -63,7 +63,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 COMMANDS = {
     "prefixes": (["prefixes"], True),
-    "peft": (["export", "--format", "peft", "--user", "user-3"], False),
+    "peft": (["export", "--format", "peft", "--user", "user-3"], True),
     "transformers": (["export", "--format", "transformers"], False),
     "sglang": (["export", "--format", "sglang", "--user", "user-3", "--prompt", "hi"], True),
 }

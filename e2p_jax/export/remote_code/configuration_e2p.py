@@ -10,9 +10,11 @@ class E2PConfig(PretrainedConfig):
     Args:
       backbone_config: config of the LM.
       backbone: where the LM's weights are, if not in this directory: `path`, `revision` and `fingerprint`.
-      placement: where the soft tokens stand: `before_bos`, `after_bos`, or `in_chat`.
+      placement: where the soft tokens stand: `before_bos`, `after_bos` (after the first token), `in_chat`, or
+        `before_reply`.
       user_turn: how a user's turn opens (`in_chat` stands after the first that does): `ids`; `tail`, ids that follow
         them as far as they were not joined to the text; `opening`, whether only the beginning of a prompt counts.
+      reply_opening: how a reply opens (`before_reply` stands at each): `ids`, and how far into them, `offset`.
       num_soft_tokens: soft tokens per user.
       embedding_size: width of a user vector.
       projector_kind: a key of `PROJECTORS` in modeling_e2p.py; the kind's own settings are `projector_NAME`.
@@ -31,6 +33,7 @@ class E2PConfig(PretrainedConfig):
         backbone=None,
         placement="before_bos",
         user_turn=None,
+        reply_opening=None,
         num_soft_tokens=1,
         embedding_size=1,
         projector_kind="mlp",
@@ -49,6 +52,7 @@ class E2PConfig(PretrainedConfig):
         self.backbone = backbone
         self.placement = placement
         self.user_turn = user_turn
+        self.reply_opening = reply_opening
         self.num_soft_tokens = num_soft_tokens
         self.embedding_size = embedding_size
         self.projector_kind = projector_kind

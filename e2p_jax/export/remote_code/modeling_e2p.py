@@ -132,6 +132,9 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids=None, attention_mask=None, user_embedding=None, labels=None, **kwargs):
         """The LM's forward over sequences that are K soft tokens longer than `input_ids`, logits included.
 
+        Soft tokens that stand before every reply make each K longer; rows with fewer replies than another are padded on
+        the left.
+
         Args:
           input_ids: [B, T].
           attention_mask: [B, T]; padding may stand on either side.
@@ -168,8 +171,9 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
         inputs = self.with_prefix(input_ids, attention_mask, user_embedding, None, kwargs)
-        mask, count = inputs["attention_mask"], self.config.num_soft_tokens
-        empty = (mask.sum(dim=1) == count).nonzero().flatten().tolist()
+        mask = inputs["attention_mask"]
+        count = mask.shape[1] - input_ids.shape[1]
+        empty = (mask.sum(dim=1) == self.config.num_soft_tokens).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"row {empty[0]} of input_ids is all padding: leave it out")
         if kwargs.get("cache", kwargs.get("past_key_values")) is not None and (mask.diff(dim=1) < 0).any():
@@ -210,25 +214,34 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids)
         mask = self.real_tokens(input_ids, attention_mask, options)
         firsts, real = mask.argmax(dim=1).tolist(), mask.any(dim=1).tolist()
-        starts = [
-            self.slot_start(ids, first) if any_real else 0  # a row of padding has no place, and nobody reads it
-            for ids, first, any_real in zip(input_ids.tolist(), firsts, real, strict=True)
-        ]
-        beside = [ids[max(start - 1, first)] for ids, start, first in zip(input_ids, starts, firsts, strict=True)]
-        shape = soft.shape[:2]
-        wanted = {
-            "input_ids": (input_ids, torch.stack(beside)[:, None].expand(shape)),
-            "inputs_embeds": (embeds, soft.to(embeds.device, embeds.dtype)),
-            "attention_mask": (mask, mask.new_ones(shape)),
+        count, length = self.config.num_soft_tokens, input_ids.shape[1]
+        sources, slots = [], []  # of each row, where every position comes from: a token, and a soft token or -1
+        for ids, first, any_real in zip(input_ids.tolist(), firsts, real, strict=True):
+            source, slot = list(range(length)), [-1] * length
+            # A row of padding has no place, and nobody reads it.
+            for start in reversed(self.slot_starts(ids, first) if any_real else [0]):
+                source[start:start] = [max(start - 1, first)] * count
+                slot[start:start] = range(count)
+            sources.append(source)
+            slots.append(slot)
+        longest = max(map(len, sources))
+        padding = [longest - len(source) for source in sources]
+        sources = [[0] * left + source for left, source in zip(padding, sources, strict=True)]
+        slots = [[-2] * left + slot for left, slot in zip(padding, slots, strict=True)]
+        source, slot = (torch.tensor(values, device=input_ids.device) for values in (sources, slots))
+        row = torch.arange(len(source), device=embeds.device)[:, None]
+        there, which = source.to(embeds.device), slot.to(embeds.device)
+        soft = soft.to(embeds.device, embeds.dtype)[row, which.clamp(min=0)]
+        inputs = {
+            "input_ids": input_ids.gather(1, source),
+            "inputs_embeds": torch.where(which[..., None] >= 0, soft, embeds[row, there]),
+            "attention_mask": mask.gather(1, source).masked_fill(slot >= 0, 1).masked_fill(slot == -2, 0),
         }
         if labels is not None:
-            wanted["labels"] = (labels, labels.new_full(shape, -100))
-
-        def insert(tokens, slots):
-            rows = [torch.cat([row[:i], slot, row[i:]]) for row, slot, i in zip(tokens, slots, starts, strict=True)]
-            return torch.stack(rows)
-
-        return {name: insert(*pair) for name, pair in wanted.items()}
+            inputs["labels"] = labels.gather(1, source.to(labels.device)).masked_fill(
+                slot.to(labels.device) != -1, -100
+            )
+        return inputs
 
     def real_tokens(self, input_ids, attention_mask, options):
         """[B, T] of 0 for padding and 1: the mask, or what `generate` of transformers makes of the ids without one.
@@ -279,12 +292,18 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("user_embedding holds NaN or infinity")
         return self.projector(vectors)
 
-    def slot_start(self, ids, first):
+    def slot_starts(self, ids, first):
         """Finds where the soft tokens of one row stand; `first` is its first token that is not padding."""
         if self.config.placement == "before_bos":
-            return first
+            return [first]
         if self.config.placement == "after_bos":
-            return first + 1
+            return [first + 1]
+        if self.config.placement == "before_reply":
+            wanted, offset = self.config.reply_opening["ids"], self.config.reply_opening["offset"]
+            opens = [start for start in range(first, len(ids)) if ids[start : start + len(wanted)] == wanted]
+            if not opens:
+                raise ValueError("no reply opens in the prompt: apply_chat_template(..., add_generation_prompt=True)")
+            return [max(start + offset, first + 1) for start in opens]
         turn = self.config.user_turn
         for start in [first] if turn["opening"] else range(first, len(ids)):
             end = start + len(turn["ids"])
@@ -293,7 +312,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
                     if ids[end : end + 1] != [expected]:
                         break
                     end += 1
-                return end
+                return [end]
         if turn["opening"]:
             raise ValueError(
                 "the prompt does not begin with a user turn, and this model's chat template opens turns with plain "
