@@ -260,6 +260,7 @@ CONFIG_REMEDY = "take config.json from the model's own repository"
 # Families that one might expect here.
 _REFUSED = {
     "phimoe": "it has its own way to choose experts, which the decoder has not",
+    "kimi_k2": "a deepseek_v3 whose tokenizer is code of its own, which is not run",
 }
 
 

@@ -183,10 +183,6 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     *(("glm4_moe", {}, key, value, "shapes") for key, value in
       [("n_routed_experts", 9), ("n_shared_experts", 2), ("moe_intermediate_size", 40), ("intermediate_size", 40),
        ("first_k_dense_replace", 0), ("first_k_dense_replace", 3), ("attention_bias", True), ("use_qk_norm", True)]),
-    *(("glm4_moe", {}, key, value, "logits") for key, value in
-      [("topk_group", 3), ("routed_scaling_factor", 1.0),
-       ("norm_topk_prob", False)]),
-    ("glm4_moe", {"topk_group": 1, "num_experts_per_tok": 2}, "n_group", 2, "logits"),
     *(("glm4_moe", {}, key, value, "refused") for key, value in
       [("n_group", 4), ("n_group", 6), ("topk_group", 1), ("topk_group", 4), ("n_shared_experts", 0)]),
     *(("deepseek_v3", {}, key, value, "shapes") for key, value in

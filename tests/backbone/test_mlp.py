@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SIZES, assert_close, mesh_of
+import torch
+from helpers import SIZES, assert_close, hf_config, hf_model, mesh_of
 from jax.sharding import Mesh
 
 from e2p_jax.backbone.families import parse_config
 from e2p_jax.backbone.layout import DecoderConfig, layer_shapes
-from e2p_jax.backbone.mlp import mlp
+from e2p_jax.backbone.mlp import mlp, route
 from e2p_jax.backbone.quantize import quantize
 from e2p_jax.parallel.mesh import param_sharding, row_sharding
 from e2p_jax.plan.hlo import Program
@@ -62,6 +63,41 @@ def test_sorted_tokens_give_what_all_experts_give(
             return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, router, experts)
 
     jax.tree.map(lambda ours, plain: assert_close(ours, plain, 1e-5), outcome(True), outcome(False))
+
+
+# What keys of `config.json` say of how experts are chosen, of families whose routers have a module of their own.
+ROUTERS: dict[str, list[dict[str, Any]]] = {
+    "glm4_moe": [
+        {},
+        {"topk_group": 3},
+        {"routed_scaling_factor": 1.0},
+        {"norm_topk_prob": False},
+        *({"topk_group": 1, "num_experts_per_tok": 2, "n_group": groups} for groups in (3, 2)),
+    ],
+    "deepseek_v2": [{}, {"topk_method": "greedy"}, {"topk_group": 1, "num_experts_per_tok": 2}],
+    "deepseek_v3": [{}, {"topk_group": 1}, {"norm_topk_prob": False}],
+}
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_experts_are_chosen_as_transformers_chooses_them(family: str) -> None:
+    """And each key changes which, or their weights."""
+    x, seen = np.random.default_rng(0).normal(size=(1, 40, SIZES["hidden_size"])).astype(np.float32), []
+    for changes in ROUTERS[family]:
+        theirs = hf_model(hf_config(family, **changes))
+        gate, config = theirs.model.layers[1].mlp.gate, parse_config(theirs.config.to_dict(), Path("config.json"))
+        with torch.no_grad():
+            _, weights, chosen = gate(torch.tensor(x))
+        expected = torch.zeros(40, config.num_experts).scatter(1, chosen, weights).numpy()
+        params = {"router": jnp.asarray(gate.weight.detach().numpy())}
+        if config.router == "sigmoid":
+            params["router_choice_bias"] = jnp.asarray(gate.e_score_correction_bias.numpy())
+        ours, places = route(jnp.asarray(x), params, config)
+        said = np.zeros((40, config.num_experts), np.float32)
+        np.put_along_axis(said, np.asarray(places[0]), np.asarray(ours[0]), axis=1)
+        assert_close(said, expected, 1e-5)
+        assert all(np.abs(said - other).max() > 1e-3 for other in seen)
+        seen.append(said)
 
 
 def test_a_mixture_costs_what_its_active_experts_cost() -> None:
