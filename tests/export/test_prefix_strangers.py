@@ -30,7 +30,7 @@ def test_one_absent_user_fails_no_others(make_run: Callable, tmp_path: Path):
     assert (rows[~found] == null.astype(rows.dtype)).all() and np.array_equal(table.null, null.astype(rows.dtype))
     client = EngineClient(table, "mine", unknown="null")
     stranger, known = client.embeddings("nobody", HI), client.embeddings("user-3", HI)
-    assert np.array_equal(stranger[1:], known[1:]) and np.array_equal(stranger[0], null[0].astype(rows.dtype))
+    assert np.array_equal(stranger[2:], known[2:]) and np.array_equal(stranger[1], null[0].astype(rows.dtype))
     assert client.vllm_completion("nobody", HI) == client.vllm_completion("else", HI)
     with pytest.raises(UserError, match="'nobody' has no prefix"):
         EngineClient(table, "mine").embeddings("nobody", HI)
