@@ -72,6 +72,7 @@ def prefixes(
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
     checkpoint: Checkpoint = "best",
     keep_hours: float = 24.0,
+    parquet: Path | None = None,
     processes: Together = DETECTED,
 ) -> None:
     """Projects every user of a table once, to be looked up when serving; rerun it to resume, to update, or to mend.
@@ -81,6 +82,7 @@ def prefixes(
       dtype: Of the soft tokens.
       keep_hours: How long at least a version stays that an update takes out: to be put back by `e2p rollback`, and for
         readers on hosts whose locks are not seen here. What a reader on this host holds stays anyway.
+      parquet: File to write the table to as well, one row a user: id, version, prefix.
     """
     from e2p_jax.export.prefix_table import export_prefixes
     from e2p_jax.parallel.distributed import is_first, session
@@ -90,6 +92,11 @@ def prefixes(
         written = export_prefixes(open_run(run, checkpoint, embeddings, backbone="embedding"), out, dtype, keep_hours)
         if is_first():
             say(written.text())
+            if parquet is not None:
+                from e2p_jax.export.parquet import write_parquet
+                from e2p_jax.export.prefix_reader import PrefixTable
+
+                write_parquet(PrefixTable(out), parquet)
             print(out)
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -120,6 +120,18 @@ class PrefixTable:
                 self._shard.cache_clear()  # it may be mended meanwhile
                 out[here] = self._shard(number).read(places[here])
         return out, found
+
+    def shards(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """All users, some at a time: n ids and their soft tokens, [n, K, D].
+
+        Raises:
+          UserError: naming the damaged file.
+        """
+        twice = self._index.repeats()
+        for number, shard in enumerate(self.manifest["shards"]):
+            places = np.arange(shard["users"])
+            places = places[~np.isin(places + number * self._users_a_shard, twice)]
+            yield self._index.ids(places + number * self._users_a_shard), self._shard(number).read(places)
 
     @functools.cached_property
     def null(self) -> np.ndarray | None:

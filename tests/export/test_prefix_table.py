@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save
@@ -20,6 +22,7 @@ from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError
 from e2p_jax.export import prefix_table
+from e2p_jax.export.parquet import write_parquet
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
 from e2p_jax.tensors import read_tensors
@@ -216,6 +219,25 @@ def test_shards_are_plain_safetensors(make_run: Callable, small_shards: None, tm
     ids = (tmp_path / "out" / f"{table.manifest['ids']}.ids.txt").read_text().splitlines()
     start = table.manifest["shards"][0]["users"]
     assert np.array_equal(table.lookup(ids[start : start + len(theirs)]), theirs) and ids[start] == "user-16"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parquet_holds_a_row_a_user(make_run: Callable, small_shards: None, tmp_path: Path, dtype: str):
+    vectors, users = vectors_of(), [f"user-{user}" for user in range(COUNT)]
+    users[20], vectors[20] = users[3], vectors[3]
+    run = make_run("before_bos", 3, "linear")
+    run = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, table=UserTable(users, vectors, "here")))
+    export_prefixes(run, tmp_path / "out", dtype)
+    table = PrefixTable(tmp_path / "out")
+    write_parquet(table, tmp_path / "out.parquet")
+    held = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert held.schema.field("prefix").type == pa.list_(pa.float16() if dtype == "float16" else pa.float32(), 3 * 32)
+    assert held.schema.metadata[b"num_tokens"] == b"3" and held.schema.metadata[b"width"] == b"32"
+    assert held.schema.metadata[b"backbone"].decode() == run.model.fingerprint
+    once = users[:20] + users[21:]
+    assert held["id"].to_pylist() == once and set(held["version"].to_pylist()) == {table.version}
+    rows = held["prefix"].combine_chunks().flatten().to_numpy().reshape(len(once), 3, 32)
+    assert np.array_equal(rows, table.lookup(once).astype(rows.dtype))
 
 
 def test_mismatches_are_refused(make_run: Callable, small_shards: None, tmp_path: Path):
