@@ -89,6 +89,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     | {"topk_group": 2, "routed_scaling_factor": 2.5},
     "deepseek_v2": LATENTS | {"n_routed_experts": 6, "topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
     "deepseek_v3": LATENTS | {"n_routed_experts": 12, "num_experts_per_tok": 4, "first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENTS | {"n_routed_experts": 6},
     "olmo3": {"sliding_window": 5},
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4}},
     "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1}

@@ -145,6 +145,18 @@ def glm_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"router": "sigmoid"} | read | {"further_layers": further}
 
 
+def glm_lite_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Transformers 5 says of each layer whether it is dense; the first ones are, and published configs say how many."""
+    count = fields["num_layers"]
+    kinds = reader.each("mlp_layer_types", ["dense", *["sparse"] * (count - 1)], str)
+    first = (*kinds, "sparse").index("sparse")
+    if kinds != ["dense"] * first + ["sparse"] * (count - first):
+        reader.refuse("mlp_layer_types", kinds, f"`dense` for the first layers and `sparse` for the others of {count}")
+    reader.require("first_k_dense_replace", (first,), first)
+    reader.values["first_k_dense_replace"] = first
+    return glm_experts(reader, fields)
+
+
 def deepseek_v2_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     ways = ("greedy", "group_limited_greedy")
     reader.require("topk_method", ways, None)

@@ -222,6 +222,15 @@ FAMILIES: dict[str, Family] = {
         inert=_ROUTER | _DEEPSEEK,
         own={"scoring_func": "softmax", "moe_layer_freq": 1, "norm_topk_prob": False},
     ),
+    "glm4_moe_lite": Family(
+        (*_LATENT_SIZES, layers.latent_attention, layers.unlimited, rules.attention_bias, rules.glm_lite_experts),
+        absent={"num_key_value_heads": 20, "q_lora_rank": 768, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+        | {"qk_nope_head_dim": 192, "v_head_dim": 256, "rope_interleave": True, "num_nextn_predict_layers": 1}
+        | {"n_routed_experts": 64, "moe_intermediate_size": 1536, "n_shared_experts": 1, "num_experts_per_tok": 4}
+        | {"routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+        inert=_ROUTER | _DEEPSEEK,
+        own={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "partial_rotary_factor": 1.0},
+    ),
     "deepseek_v3": Family(
         (*_LATENT_SIZES, layers.latent_attention, layers.unlimited, rules.attention_bias, rules.glm_experts),
         absent=_LATENTS

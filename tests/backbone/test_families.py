@@ -192,6 +192,9 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
       [("v_head_dim", 24), ("num_key_value_heads", 2), ("head_dim", 16), ("qk_head_dim", 24), ("topk_group", 4),
        ("scoring_func", "softmax"), ("topk_method", "greedy")]),
     ("deepseek_v2", {}, "norm_topk_prob", True, "refused"),
+    ("glm4_moe_lite", {}, "mlp_layer_types", ["dense", "dense", "sparse"], "shapes"),
+    ("glm4_moe_lite", {}, "mlp_layer_types", ["sparse", "dense", "sparse"], "refused"),
+    ("glm4_moe_lite", {}, "first_k_dense_replace", 2, "refused"),
     ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
     ("gpt_oss", {}, "hidden_act", "gelu", "refused"),
     ("gpt_oss", {"experts_per_token": 3}, "experts_per_token", 2, "refused"),
@@ -373,7 +376,8 @@ def test_an_absent_key_means_what_transformers_takes(family: str) -> None:
     epsilon = "layer_norm_eps" if "layer_norm_eps" in config_json(family) else "rms_norm_eps"
     values |= {"num_attention_heads": 32, "model_type": family, epsilon: 1e-6, "hidden_size": 256}
     values |= {"num_hidden_layers": 30}
-    values |= {"deepseek_v2": {"num_experts_per_tok": 6}, "deepseek_v3": {"num_attention_heads": 128}}.get(family, {})
+    heads = {"deepseek_v3": {"num_attention_heads": 128}, "glm4_moe_lite": {"num_attention_heads": 20}}
+    values |= ({"deepseek_v2": {"num_experts_per_tok": 6}} | heads).get(family, {})
     for switched in (False, True):
         values |= {"use_sliding_window": True} if switched and "use_sliding_window" in config_json(family) else {}
         theirs = transformers.CONFIG_MAPPING[family].from_dict(dict(values))

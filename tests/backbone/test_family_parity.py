@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True},
     "deepseek_v2": {"q_lora_rank": None},
     "deepseek_v3": {"rms_norm_eps": 1e-3},
+    "glm4_moe_lite": {"mlp_layer_types": ["dense", "sparse"]},
     "seed_oss": {"attention_out_bias": True},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}},
     "arcee": {"mlp_bias": True},
