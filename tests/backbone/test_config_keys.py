@@ -179,7 +179,7 @@ def test_the_commands_that_read_a_backbone_let_keys_past_too(
 
 
 @pytest.mark.parametrize("family", WRAPPERS)
-def test_no_key_of_a_wrapped_model_is_misread_when_it_is_absent_or_null(family: str) -> None:
+def test_no_key_of_a_wrapped_model_is_misread_when_it_is_absent_null_or_renamed(family: str) -> None:
     """Published wrappers leave out of `text_config` what its class has as defaults."""
     whole = config_json(family)
     for key in whole["text_config"].keys() - {"model_type"}:
@@ -194,6 +194,9 @@ def test_no_key_of_a_wrapped_model_is_misread_when_it_is_absent_or_null(family: 
                 assert not isinstance(error, AssertionError)
                 continue
             assert ours == parse_config(json.loads(theirs.to_json_string(use_diff=False)), SOURCE), key
+        if whole["text_config"][key] is not None and key not in INERT:
+            with pytest.raises(UserError, match=r"^some/config\.json: "):
+                parse_config(whole | {"text_config": rest | {f"x_{key}": whole["text_config"][key]}}, SOURCE)
     with pytest.raises(UserError, match="unknown keys \\['mup_scale'\\]"):
         parse_config(whole | {"mup_scale": 2.0}, SOURCE)
     with pytest.raises(UserError, match="model_type of text_config is 'llama'"):
