@@ -39,7 +39,13 @@ def project(
     x = (vectors.astype(np.float32) - parameters["input_mean"]) / parameters["input_std"]
     with np.errstate(over="ignore", invalid="ignore"):
         y = form(parameters, x).reshape(len(x), settings["num_tokens"], -1)
-        soft = (parameters["token_mean"] + parameters["token_std"] * y).astype(dtype)
+        mean, std = parameters["token_mean"], parameters["token_std"]
+        soft = mean + std * y
+        if most := settings.get("max_scale", 0):  # not in tables of before
+            bound = most / settings["init_scale"] * np.sqrt(np.mean(mean * mean + std * std))
+            square = np.mean(soft * soft, axis=-1, keepdims=True)
+            soft = soft * np.minimum(1, bound / np.sqrt(np.maximum(square, 1e-30)))
+        soft = soft.astype(dtype)
     if len(bad := np.flatnonzero(~np.isfinite(soft.astype(np.float32)).all(axis=(1, 2)))):
         raise UserError(f"vector {bad[0]}: the soft tokens are not finite in {dtype.name}; repair the vector")
     return soft

@@ -64,6 +64,21 @@ def test_a_vector_is_projected_in_numpy(make_run: Callable, tmp_path: Path, num_
     assert len(base64.b64decode(client.vllm_completion("user-1", HI)["prompt_embeds"])) > 128
 
 
+def test_a_bound_on_soft_tokens_holds_in_numpy(make_run: Callable, tmp_path: Path):
+    """Far off, a token has the bound's root mean square and the direction that it has without one."""
+    export_prefixes(make_run("before_bos", 3, "linear"), tmp_path / "table", "float32")
+    table = PrefixTable(tmp_path / "table")
+    settings, values = table.manifest["config"]["projector"], table._projector
+    vectors = np.stack([synthetic.vector(1), 1000 * synthetic.vector(2)])
+    free = project(settings | {"max_scale": 0.0}, values, vectors, np.dtype(np.float32))
+    held = project(settings | {"max_scale": 8.0, "init_scale": 2.0}, values, vectors, np.dtype(np.float32))
+    bound = 4 * np.sqrt(np.mean(values["token_mean"] ** 2 + values["token_std"] ** 2))
+    before, after = (np.sqrt(np.mean(soft.astype(np.float64) ** 2, axis=-1)) for soft in (free, held))
+    assert (before[0] < bound).all() and np.array_equal(held[0], free[0]) and (before[1] > bound).all()
+    np.testing.assert_allclose(after[1], bound, rtol=1e-6)
+    np.testing.assert_allclose(held[1] / after[1][:, None], free[1] / before[1][:, None], rtol=1e-4, atol=1e-6)
+
+
 def test_what_cannot_be_projected_is_named(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = make_run()
     export_prefixes(run, tmp_path / "table", "float16")
@@ -72,7 +87,7 @@ def test_what_cannot_be_projected_is_named(make_run: Callable, tmp_path: Path, m
         with pytest.raises(UserError, match=rf"give \[N, {width}\], every number finite"):
             table.project(wrong)
     far = np.zeros((2, width), np.float32)
-    far[1] = 1e6
+    far[1] = 1e38
     with pytest.raises(UserError, match="vector 1: the soft tokens are not finite in float16"):
         table.project(far)
     monkeypatch.setitem(PROJECTORS, "elsewhere", Choice("e2p_jax.errors", "a plugin's kind that has JAX alone"))
