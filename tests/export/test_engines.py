@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from test_export_families import make_backbone, untrained_run
 
 from e2p_jax.cli import main
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.export.client import EngineClient
-from e2p_jax.export.engines import _served, _trained, can_chat, export_engine, model_type
+from e2p_jax.export.engines import _served, _trained, can_chat, export_engine
 from e2p_jax.export.payloads import tensor_base64
 from e2p_jax.export.prefix_files import write_manifest
 from e2p_jax.export.prefix_reader import PrefixTable
@@ -244,33 +245,31 @@ def test_chat_mistakes_are_named(chat_run: Run, tmp_path: Path):
         export_engine(dataclasses.replace(chat_run, model=trained), "vllm", USERS, PROMPT)
 
 
-def test_a_gemma_is_served_where_the_engine_scales_in_its_look_up(make_run: Callable, tmp_path: Path):
-    """Of the engines: vLLM 0.32 does for all Gemmas, and reads soft tokens as they are. SGLang scales both for two."""
-    run, messages = make_run(), [{"role": "user", "content": PROMPT}]
-    backbone = tmp_path / "backbone"
-    backbone.mkdir()
-    inputs = dataclasses.replace(run.inputs, directory=backbone)
-    for family in ("gemma", "gemma2", "gemma3_text"):
-        (backbone / "config.json").write_text(json.dumps({"text_config": {"model_type": family}}))
-        assert model_type(dataclasses.replace(run, inputs=inputs)) == family
-    export_prefixes(run, tmp_path / "table", "float32")
-    path = tmp_path / "table" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    plain = EngineClient(PrefixTable(path.parent), "mine").embeddings("user-1", messages)
-    rest = range(2, len(plain))  # behind the soft token
-    for family, refused in [("gemma", True), ("gemma2", True), ("gemma3_text", False)]:
-        changed = {**manifest, "token_scale": 48.0, "model_type": family}
-        del changed["checksum"]
-        write_manifest(path.parent, changed)
-        client = EngineClient(PrefixTable(path.parent), "mine")
-        scaled = client.embeddings("user-1", messages)
-        assert np.array_equal(scaled[1], plain[1]) and np.array_equal(scaled[[0, *rest]], plain[[0, *rest]] * 48)
-        with pytest.raises(UserError, match=f"to a {family}") if refused else contextlib.nullcontext():
-            client.sglang("user-1", messages)
-    del changed["token_scale"]
-    write_manifest(path.parent, changed | {"embedding_scale": 48.0})
+@pytest.mark.parametrize(("family", "refused"), [("gemma", True), ("gemma2", True), ("gemma3", False)])
+def test_a_gemma_is_served_where_the_engine_scales_in_its_look_up(tmp_path: Path, family: str, refused: bool):
+    """As vLLM 0.32 does for all Gemmas: token rows are sent multiplied, soft tokens as they are. SGLang multiplies both
+    for two.
+    """
+    backbone = make_backbone(tmp_path / "backbone", family, {})
+    run = untrained_run(tmp_path, backbone, "after_bos", 1, "linear")
+    export_prefixes(run, tmp_path / "prefixes", "float32")
+    table, messages = PrefixTable(tmp_path / "prefixes"), [{"role": "user", "content": PROMPT}]
+    assert table.manifest["token_scale"] == run.inputs.decoder.hidden_size**0.5
+    client = EngineClient(table, "mine")
+    whole = client.embeddings("user-1", messages)
+    sent = load_prompt_embeds(export_engine(run, "vllm", ["user-1"], PROMPT)[0]["prompt_embeds"], whole.shape[1])
+    np.testing.assert_allclose(whole, sent, rtol=1e-5, atol=1e-6)
+    if family == "gemma2":
+        asked = [Record("user-1", (), tuple(messages))]
+        wanted = generate(run, asked, vectors_for(run, ["user-1"], [""], "e2p"), "e2p", Sampling(max_new_tokens=12))
+        assert continue_in_torch(backbone, [torch.tensor(whole)]) == wanted
+    for make in (lambda: export_engine(run, "sglang", ["user-1"], PROMPT), lambda: client.sglang("user-1", messages)):
+        with pytest.raises(UserError, match=f"a request sends to a {family}") if refused else contextlib.nullcontext():
+            make()
+    manifest = {name: value for name, value in table.manifest.items() if name != "token_scale"}
+    write_manifest(tmp_path / "prefixes", manifest | {"embedding_scale": 8.0})
     with pytest.raises(UserError, match="of a Gemma, by an earlier version of e2p_jax; rerun"):
-        EngineClient(PrefixTable(path.parent), "mine")
+        EngineClient(PrefixTable(tmp_path / "prefixes"), "mine")
 
 
 def test_a_bfloat16_model_is_sent_in_bfloat16(make_run: Callable, tmp_path: Path):
