@@ -93,12 +93,13 @@ class PrefixTable:
         """[N, K, D] in the table's dtype.
 
         Raises:
-          UserError: naming the user who is not in the table, or the damaged file in which the user's soft tokens are.
+          AbsentUser: naming the user.
+          UserError: naming the damaged file in which the user's soft tokens are.
         """
         out, found = self.get_many(users)
         if not found.all():
             user = users[int(np.argmin(found))]
-            raise UserError(f"{self.directory}: user {user!r} has no prefix; add the vector, rerun `e2p prefixes`")
+            raise AbsentUser(f"{self.directory}: user {user!r} has no prefix; add the vector, rerun `e2p prefixes`")
         return out
 
     def get_many(self, users: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -176,6 +177,10 @@ class PrefixTable:
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self._held.fileno()), (self.directory / MANIFEST).stat())
         return True
+
+
+class AbsentUser(UserError):
+    """A user who is not in the table."""
 
 
 class DamagedManifest(UserError):

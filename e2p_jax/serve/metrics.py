@@ -33,6 +33,7 @@ class Metrics:
         self.answers: Counter[int] = Counter()  # by status
         self.users: Counter[str] = Counter()  # known, null, none
         self.answering = 0  # requests, now
+        self.reloads_failed = 0
         self.preparing, self.first_byte = Seconds(), Seconds()
 
     def text(self, users: int) -> str:
@@ -45,6 +46,7 @@ class Metrics:
             ("e2p_users_total", "counter", "Requests sent on, by whose soft token they had."),
             ("e2p_answering", "gauge", "Requests being answered."),
             ("e2p_table_users", "gauge", "Users in the table."),
+            ("e2p_reloads_failed_total", "counter", "New versions of the table that could not be served."),
             ("e2p_prepare_seconds", "histogram", "From a request's last byte until the engine's request is made."),
             ("e2p_first_byte_seconds", "histogram", "From then until the first byte of the engine's answer."),
         ]
@@ -53,6 +55,7 @@ class Metrics:
             [f'e2p_users_total{{token="{token}"}} {count}' for token, count in sorted(self.users.items())],
             [f"e2p_answering {self.answering}"],
             [f"e2p_table_users {users}"],
+            [f"e2p_reloads_failed_total {self.reloads_failed}"],
             self.preparing.lines("e2p_prepare_seconds"),
             self.first_byte.lines("e2p_first_byte_seconds"),
         ]

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
+import httpcore
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Send
@@ -15,6 +15,8 @@ from e2p_jax.json_files import object_in
 from e2p_jax.serve import chat_api
 
 _PASSED_BACK = ("content-type", "retry-after")
+# What asking the engine, and reading its answer, may raise.
+FAILURES = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 _BODY_SECONDS = 10  # that a body may take to come
 
 
@@ -34,7 +36,7 @@ class Refused(Exception):
 class Relay:
     """Gives the engine's answer to the client."""
 
-    def __init__(self, answer: httpx.Response, send: Send, timeout: float, translated: bool):
+    def __init__(self, answer: httpcore.Response, send: Send, timeout: float, translated: bool):
         """
         Args:
           timeout: seconds that the client may take to read what is there.
@@ -47,35 +49,35 @@ class Relay:
         """Returns the status.
 
         Raises:
-          httpx.HTTPError: the engine failed before anything was sent.
+          one of FAILURES: the engine failed before anything was sent.
           TimeoutError: the client does not read.
         """
         answer = self._answer
-        if answer.headers.get("content-type", "").startswith("text/event-stream"):
+        if passed_back(answer).get("content-type", "").startswith("text/event-stream"):
             return await self._stream()
         content = await answer.aread()
         self.began = time.monotonic()
-        if self._translated and answer.is_success:
+        if self._translated and answer.status == 200:
             try:
                 content = json.dumps(chat_api.chat_reply(json.loads(content))).encode()
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise Refused(502, "the engine's answer is no completion", "engine_unavailable") from error
-        await self._start()
+        await self._start({"content-length": str(len(content))})
         await self._give(content, more=False)
-        return answer.status_code
+        return answer.status
 
     async def _stream(self) -> int:
-        status, begun = self._answer.status_code, set[int]()
+        status, begun = self._answer.status, set[int]()
         try:
             async for event in _events(self._answer):
                 if not self.began:
                     self.began = time.monotonic()
-                    await self._start()
+                    await self._start({})
                 data = event.removeprefix(b"data: ")
                 if self._translated and data.startswith(b"{") and "choices" in (chunk := json.loads(data)):
                     event = f"data: {json.dumps(chat_api.chat_chunk(chunk, begun))}".encode()
                 await self._give(event + b"\n\n")
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (*FAILURES, ValueError, LookupError, TypeError) as error:
             if not self.began:
                 raise
             reason = f"the engine's answer broke off ({type(error).__name__})"
@@ -86,9 +88,9 @@ class Relay:
         await self._give(b"", more=False)
         return status
 
-    async def _start(self) -> None:
-        headers = [(name.encode(), value.encode()) for name, value in passed_back(self._answer).items()]
-        await self._send({"type": "http.response.start", "status": self._answer.status_code, "headers": headers})
+    async def _start(self, more: dict[str, str]) -> None:
+        headers = [(name.encode(), value.encode()) for name, value in (passed_back(self._answer) | more).items()]
+        await self._send({"type": "http.response.start", "status": self._answer.status, "headers": headers})
 
     async def _give(self, body: bytes, more: bool = True) -> None:
         async with asyncio.timeout(self._timeout):
@@ -118,16 +120,17 @@ async def read_object(request: Request, largest: int) -> dict[str, Any]:
         raise Refused(400, f"the body is no JSON object ({error})") from error
 
 
-async def _events(answer: httpx.Response) -> AsyncIterator[bytes]:
+async def _events(answer: httpcore.Response) -> AsyncIterator[bytes]:
     """The lines of a stream of events that say something: a line ends in a line feed, and in nothing else."""
     unread = b""
-    async for piece in answer.aiter_bytes():
+    async for piece in answer.aiter_stream():
         *lines, unread = (unread + piece).split(b"\n")
         for line in lines:
             if line := line.removesuffix(b"\r"):
                 yield line
 
 
-def passed_back(answer: httpx.Response) -> dict[str, str]:
+def passed_back(answer: httpcore.Response) -> dict[str, str]:
     """Headers of the engine's answer that the client gets."""
-    return {name: value for name in _PASSED_BACK if (value := answer.headers.get(name)) is not None}
+    there = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in answer.headers}
+    return {name: there[name] for name in _PASSED_BACK if name in there}

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from e2p_jax.cli import main
+from e2p_jax.errors import UserError
 from e2p_jax.export.client import EngineClient
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
@@ -132,9 +133,10 @@ def open_gateway(table: Path, engine: Engine) -> Iterator[Callable[..., httpx.Cl
         def opened(**settings: Any) -> httpx.Client:
             url = settings.pop("engine", None) or stack.enter_context(running(engine.application()))
             given = {"unknown": "error", "chat": False, "cache_salt": True, "timeout": 20}
-            given |= {"largest_body": 2**20, "at_once": 8} | settings
+            given |= {"largest_body": 2**20, "at_once": 8, "reload": 0.1} | settings
+            at = given.pop("table", table)
             made = gateway.Settings(url, **given)
-            address = stack.enter_context(running(gateway.application(PrefixTable(table), made, gateway._NEAR)))
+            address = stack.enter_context(running(gateway.application(PrefixTable(at), made, gateway._NEAR)))
             return stack.enter_context(httpx.Client(base_url=address, timeout=30, trust_env=False))
 
         yield opened
@@ -215,6 +217,38 @@ def test_unknown_users_by_policy(open_gateway: Callable, engine: Engine):
     assert "prompt_embeds" not in engine.bodies[0] and all(
         isinstance(token, int) for token in engine.bodies[0]["prompt"]
     )
+
+
+def test_an_unknown_user_is_the_null_user(open_gateway: Callable, make_run: Callable, engine: Engine, tmp_path: Path):
+    export_prefixes(make_run(null=0.2), tmp_path / "prefixes", "float32")
+    client, table = open_gateway(unknown="null", table=tmp_path / "prefixes"), PrefixTable(tmp_path / "prefixes")
+    assert table.null is not None
+    wanted = EngineClient(table, "my-model", unknown="null").vllm_completion("nobody", ASKED["messages"])
+    assert chat(client, user="nobody").status_code == 200
+    assert client.post("/v1/chat/completions", json={"messages": ASKED["messages"]}).status_code == 200
+    assert [body["prompt_embeds"] for body in engine.bodies] == [wanted["prompt_embeds"]] * 2
+    with pytest.raises(UserError, match="no null user"):
+        open_gateway(unknown="null")
+
+
+def test_a_new_version_of_the_table_is_taken_up(
+    open_gateway: Callable, make_run: Callable, engine: Engine, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    run, prefixes = make_run(), tmp_path / "prefixes"
+    export_prefixes(run, prefixes, "float32")
+    client = open_gateway(table=prefixes)
+    assert chat(client).status_code == 200
+    export_prefixes(run, prefixes, "bfloat16")
+    deadline, before = time.monotonic() + 60, engine.bodies[0]["prompt_embeds"]
+    while chat(client).status_code == 200 and engine.bodies[-1]["prompt_embeds"] == before:
+        assert time.monotonic() < deadline
+    now = engine.bodies[-1]["prompt_embeds"]
+    (tmp_path / "damaged").write_text("{}")
+    (tmp_path / "damaged").replace(prefixes / "manifest.json")
+    while "e2p_reloads_failed_total 0" in client.get("/metrics").text:
+        assert time.monotonic() < deadline
+    assert chat(client).status_code == 200 and engine.bodies[-1]["prompt_embeds"] == now
+    assert "the table is served as it was" in capfd.readouterr().err
 
 
 def test_the_engines_failures_are_told(open_gateway: Callable, engine: Engine):
