@@ -32,6 +32,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
         """
         self.bad = bad or BadRecords()
         self.left_out: dict[str, int] = {}  # how many of what, by the dataset's own rules
+        self.notes: list[str] = []  # what else to know of what was written, a line each
         super().__init__(**arguments)
 
     @abc.abstractmethod

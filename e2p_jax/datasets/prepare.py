@@ -134,4 +134,4 @@ def _report(builder: "RecordBuilder") -> list[str]:
     sizes = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
     left_out = [f"left out {count} {what}" for what, count in builder.left_out.items() if count]
     skipped = builder.bad.report()
-    return [f"records: {sizes}", *left_out, *([skipped] if skipped else [])]
+    return [f"records: {sizes}", *left_out, *builder.notes, *([skipped] if skipped else [])]

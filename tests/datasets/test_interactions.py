@@ -149,6 +149,8 @@ def test_splits_of_any_log(seed, timed, rule, shortest):
         return
     has_title = {i for i, title in zip(log.item_ids, log.titles, strict=True) if title}
     users = groups(table)
+    if rule == "leave_last_out":  # all else has a purpose; what is below the weight is tested below
+        users = {user: [row for row in mine if row[0] != "unused"] for user, mine in users.items()}
     assert len(set(table.titles)) == len(table.titles) == len(set(table.item_ids))
     assert left_out["users with too short a history"] == len(set(log.users.tolist())) - len(users)
     rows = list(zip(log.users, log.items, log.weights, log.times if log.times is not None else log.users, strict=True))
@@ -159,6 +161,10 @@ def test_splits_of_any_log(seed, timed, rule, shortest):
         assert counts["history"] >= shortest and counts["train"] <= 3
         assert max(counts["validation"], counts["test"]) <= 1
         known = [(f"i{i}", w, t) for u, i, w, t in rows if f"u{u}" == user and f"i{i}" in has_title and w >= 2]
+        enough = {i for i, *_ in known}
+        assert all(name == "unused" for name, item, *_ in mine if item not in enough)
+        mine = [row for row in mine if row[1] in enough]
+        items = [item for _, item, *_ in mine]
         assert len(set(items)) == len(items) and set(items) == {i for i, *_ in known}
         if log.times is not None:
             first = {i: min(t for j, _, t in known if j == i) for i in items}
@@ -189,7 +195,7 @@ def test_the_order_of_a_log_without_times_is_the_seeds():
 
 
 def test_a_time_split_needs_times_and_enough_history():
-    with pytest.raises(UserError, match=r"split=time needs a column of times"):
+    with pytest.raises(UserError, match=r"interactions/time: needs a column of times"):
         split(make_log(3, 9, 30, 0, timed=False), Options(split="time"))
     with pytest.raises(UserError, match=r"no interaction has a title and a weight of 99"):
         split(make_log(3, 9, 30, 0, timed=True), Options(split="time", min_weight=99))
@@ -231,6 +237,41 @@ def test_candidates_follow_the_stated_rule():
         counts = np.bincount(drawn, minlength=40)
         rare, common = counts[:10].sum(), counts[10:20].sum()
         assert (common > 2 * rare) == (rule == "popularity"), (rule, rare, common)
+
+
+@pytest.mark.parametrize("rule", ["leave_last_out", "time"])
+def test_what_a_user_rated_low_is_no_wrong_candidate(rule):
+    """It is in no record at all, though others like it; an item that all rate low is in no catalogue."""
+    log = make_log(20, 40, 800, 1, timed=True)
+    log.weights[log.items == 39] = 1
+    rated = {(log.user_ids[user], log.item_ids[item]) for user, item in zip(log.users, log.items, strict=True)}
+    options = Options(split=rule, min_weight=5, num_candidates=500, min_history=1)
+    table, _ = split(log, options)
+    ids = dict(zip(table.titles, table.item_ids, strict=True))
+    made = [record for name in ("validation", "test") for record in records(table, options, name)]
+    assert made and "i39" not in table.item_ids
+    for record in made:
+        assert not {(record.user_id, ids[title]) for title in record.candidates[1:]} & rated
+    assert (table.of("history", "train", "validation", "test").weights >= 5).all()
+
+
+def test_notes_count_users_without_records_ties_and_titles_alike(tmp_path, capsys):
+    """Ann and cat play all the time, two things at once in the last window; bob in one sitting before the cuts."""
+    times = [100, 110, 120, 130, 140, 150, 160, 170, 170, 180]
+    plays = [("ann", n, time) for n, time in enumerate(times)] + [("cat", n + 10, time) for n, time in enumerate(times)]
+    plays += [("bob", n, 95) for n in range(4)]
+    titles = [f"{'Song SONG song'.split()[n % 3]} {n // 3}" if n < 10 else f"solo {n}" for n in range(20)]
+    files = {
+        "interactions.csv": "user,item,time\n" + "".join(f"{user},i{item},{time}\n" for user, item, time in plays),
+        "items.csv": "item,title\n" + "".join(f"i{n},{title}\n" for n, title in enumerate(titles)),
+    }
+    manual = write(tmp_path / "raw", {name: text.encode() for name, text in files.items()})
+    prepare("interactions/time", manual, tmp_path, ["held_out=0.2"])
+    said = capsys.readouterr().err
+    assert "of 3 users, 1 without a train record, 1 without a validation record, 1 without a test record: all" in said
+    assert "2 of 8 titles asked for are at the same time as another item of their user" in said
+    assert "9 titles differ from another in case alone" in said
+    assert "validation: 0% of the true and 20% of the wrong candidates are asked for in train" in said
 
 
 def test_a_small_catalogue_gives_what_it_has():

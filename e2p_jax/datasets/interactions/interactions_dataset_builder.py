@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from e2p_jax.datasets.builder import RecordBuilder, RecordConfig
 from e2p_jax.datasets.interactions import layouts
 from e2p_jax.datasets.interactions.log import save_interactions
+from e2p_jax.datasets.interactions.notes import covered, notes
 from e2p_jax.datasets.interactions.split import Options, records, split
 
 
@@ -42,7 +43,9 @@ class Builder(RecordBuilder):
         options = self.builder_config.options
         log = layouts.read_log(Path(dl_manager.manual_dir), self.bad)
         interactions, self.left_out = split(log, options)
+        self.notes = notes(interactions, options, len(log.user_ids))
         save_interactions(Path(self.data_dir), interactions)
         names = ("train", "validation", "test")
         made = {name: records(interactions, options, name) for name in names if len(interactions.of(name))}
-        return {name: self._generate_examples(rows) for name, rows in made.items()}
+        targets = {interactions.titles[item] for item in interactions.of("train").items}
+        return {name: self._generate_examples(covered(rows, name, targets, self.notes)) for name, rows in made.items()}

@@ -19,7 +19,7 @@ SPLITS = ("history", "train", "validation", "test", "unused")
 """The purposes of an interaction.
 
 history: what the user's vector and context may be made of; train, validation, test: the title that a record asks for;
-unused: none of these (a time split asks for one title a user and window).
+unused: none of these (a time split asks for one title a user and window; a weight below `min_weight`).
 """
 ITEMS, INTERACTIONS = "items.parquet", "interactions.parquet"
 

@@ -19,8 +19,9 @@ class Options:
     """The way in which interactions become records."""
 
     split: Literal["leave_last_out", "time"] = "leave_last_out"
-    """leave_last_out: a user's last item is `test`, the one before `validation`, those before them `train`; time: two
-    cuts in time separate them, the same for all users. In a log without times, the seed orders a user's items."""
+    """time: cuts in time, the same for all users; leave_last_out: a user's last item is `test`, the one before
+    `validation`, those before them `train`, so that others' histories tell of days after a user's test. In a log
+    without times, the seed orders a user's items."""
     candidates: Literal["uniform", "popularity"] = "uniform"
     """What the wrong candidates are drawn from: all items alike, or as often as the known interactions have them."""
     num_candidates: int = 100
@@ -31,7 +32,7 @@ class Options:
     min_history: int = 3
     """Users with fewer items for their vector to stand for are left out."""
     min_weight: float = 0.0
-    """Interactions of less weight are left out, such as low ratings."""
+    """Interactions of less weight are neither history nor asked for, such as low ratings."""
     held_out: float = 0.1
     """Of a time split: the share of the interactions in each of the windows train, validation and test."""
     context: int = 50
@@ -61,7 +62,8 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
     """Orders each user's items and says what each is for.
 
     A user's rows of one item are one interaction, at the time of the first; its weight is the sum over the rows up to
-    the end of the user's history (all rows, in a log without times), so that no weight tells of the future.
+    the end of the user's history (all rows, in a log without times), so that no weight tells of the future. What is
+    below `min_weight` alone stays, unused, where the catalogue has the item.
 
     Returns:
       The interactions, without what was left out, and how much was left out for which reason.
@@ -70,16 +72,16 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
       UserError: a time split without times, or nobody with enough interactions.
     """
     if options.split == "time" and log.times is None:
-        raise UserError("interactions: split=time needs a column of times; use split=leave_last_out")
+        raise UserError("interactions/time: needs a column of times; prepare interactions/leave_last_out")
     titled = np.array([bool(title) for title in log.titles])[log.items]
     heavy = log.weights >= options.min_weight
-    rows = np.flatnonzero(titled & heavy)
-    if not len(rows):
+    rows = np.flatnonzero(titled)
+    if not (titled & heavy).any():
         raise UserError(
             f"interactions: no interaction has a title and a weight of {options.min_weight} or more; "
             "the items of both files must have the same ids"
         )
-    users, items, weights = log.users[rows], log.items[rows], log.weights[rows].astype(np.float64)
+    users, items, weights, heavy = log.users[rows], log.items[rows], log.weights[rows].astype(np.float64), heavy[rows]
     pairs = users.astype(np.int64) * len(log.item_ids) + items
     if log.times is None:
         distinct, number = np.unique(pairs, return_inverse=True)
@@ -88,14 +90,18 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
         times = log.times[rows]
 
     order = np.lexsort((np.arange(len(rows)), times, users))
-    users, items, weights, times = users[order], items[order], weights[order], times[order]
-    _, first, pair = np.unique(pairs[order], return_index=True, return_inverse=True)
+    users, items, weights, times, heavy = (each[order] for each in (users, items, weights, times, heavy))
+    # A pair is at its first row of enough weight; one that has none stays as unused: no wrong candidate for its user.
+    _, pair = np.unique(pairs[order], return_inverse=True)
+    enough = np.bincount(pair, weights=heavy)[pair] > 0
+    counts = heavy | ~enough
     is_first = np.zeros(len(rows), bool)
-    is_first[first] = True
+    is_first[np.flatnonzero(counts)[np.unique(pair[counts], return_index=True)[1]]] = True
 
     splits = np.full(len(rows), UNUSED, np.int8)
     assign = _leave_last_out if options.split == "leave_last_out" else _by_time
-    splits[is_first] = assign(users[is_first], times[is_first], options)
+    asked = is_first & enough
+    splits[asked] = assign(users[asked], times[asked], options)
     history = np.bincount(users[splits == HISTORY], minlength=len(log.user_ids))
     stays = (history >= options.min_history)[users]
     if not stays.any():
@@ -105,12 +111,14 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
         )
     end = np.full(len(log.user_ids), -np.inf)
     np.maximum.at(end, users[splits == HISTORY], times[splits == HISTORY])
-    counts = is_first | (times <= end[users]) if log.times is not None else np.ones(len(rows), bool)
+    counts &= is_first | (times <= end[users]) if log.times is not None else True
     total = np.bincount(pair, weights=np.where(counts, weights, 0.0))
-    kept = np.flatnonzero(is_first & stays)
+    catalogue = np.zeros(len(log.item_ids), bool)
+    catalogue[items[asked & stays]] = True
+    kept = np.flatnonzero(is_first & stays & catalogue[items])
     counted = {
         "rows without a title": int((~titled).sum()),
-        "rows below min_weight": int((titled & ~heavy).sum()),
+        "rows below min_weight": int((~heavy).sum()),
         "users with too short a history": len(np.unique(log.users)) - len(np.unique(users[kept])),
     }
     final = None if log.times is None else times[kept]
