@@ -90,6 +90,9 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": LATENTS | {"n_routed_experts": 6, "topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
     "deepseek_v3": LATENTS | {"n_routed_experts": 12, "num_experts_per_tok": 4, "first_k_dense_replace": 1},
     "glm4_moe_lite": LATENTS | {"n_routed_experts": 6},
+    # A norm of what linear attention says, which may be next to nothing: of another epsilon gradients would be noise.
+    "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    | {"linear_value_head_dim": 12, "num_hidden_layers": 2, "full_attention_interval": 2, "rms_norm_eps": 0.01},
     "olmo3": {"sliding_window": 5},
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4}},
     "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1}
@@ -103,7 +106,9 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-WRAPPED = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+FAMILY_SIZES["qwen3_next"] = FAMILY_SIZES["qwen3_5_text"] | FAMILY_SIZES["qwen2_moe"]
+
+WRAPPED = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
 VISION = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 VISION |= {"image_size": 16, "patch_size": 8, "head_dim": 4}
 

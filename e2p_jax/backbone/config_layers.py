@@ -264,6 +264,21 @@ def layer_windows(reader: Reader, fields: dict[str, Any], window: int, default: 
     return {"windows": tuple(window if kind == "sliding_attention" else 0 for kind in kinds)}
 
 
+def linear_layers(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-Next: every fourth layer has keys and values, or as often as `full_attention_interval` says."""
+    count, every = fields["num_layers"], reader.size("full_attention_interval")
+    default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
+    kinds = reader.each("layer_types", default, str)
+    if len(kinds) != count or not {"full_attention"} <= {*kinds} <= {"full_attention", "linear_attention"}:
+        reader.refuse(
+            "layer_types", kinds, f"full_attention or linear_attention for each of {count} layers, not all linear"
+        )
+    return {
+        "windows": (0,) * count,
+        "linear_layers": tuple(i for i, kind in enumerate(kinds) if kind == "linear_attention"),
+    }
+
+
 def switched_window(reader: Reader) -> int:
     """`sliding_window`, where `use_sliding_window` turns it on."""
     window = reader.size("sliding_window", 0, least=0)

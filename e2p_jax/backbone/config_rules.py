@@ -220,6 +220,23 @@ def qwen2_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return qwen_experts(reader, fields) | {"shared_size": shared, "shared_gated": True}
 
 
+# What linear attention makes of a layer's input.
+LINEAR_INPUTS = tuple(f"linear_{name}" for name in ("q", "k", "v", "gate", "write", "decay"))
+
+
+def linear_heads(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    keys, values = (reader.size(f"linear_num_{kind}_heads", most=MOST_HEAD_DIM) for kind in ("key", "value"))
+    if values % keys:
+        reader.refuse("linear_num_value_heads", values, f"a multiple of linear_num_key_heads, {keys}")
+    return {
+        "linear_key_heads": keys,
+        "linear_value_heads": values,
+        "linear_key_dim": reader.size("linear_key_head_dim", most=MOST_HEAD_DIM),
+        "linear_value_dim": reader.size("linear_value_head_dim", most=MOST_HEAD_DIM),
+        "linear_taps": reader.size("linear_conv_kernel_dim", least=2, most=MOST_HEAD_DIM),
+    }
+
+
 def stated_qkv_bias(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": reader.flag("qkv_bias", True)}
 

@@ -1,5 +1,5 @@
 """The frozen LLM: a decoder-only transformer whose layers are a scan over stacked weights, or one for each run of them
-that are alike.
+that are alike; runs that come again and again are scanned over, too.
 
 Axis letters: B rows, T positions, D model width, L layers, H heads, G key-value heads, C head width,
 F feed-forward width, X experts, V vocabulary, S cache length. Weights keep the Hugging Face orientation [out, in],
@@ -13,14 +13,27 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from e2p_jax.backbone import latent
 from e2p_jax.backbone.adapter import Adapters
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
 from e2p_jax.backbone.blocks import SAVED, soft_cap
-from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, Run, layer_shapes, layers_with, matrix_shapes, runs
-from e2p_jax.backbone.mlp import linear, mlp
+from e2p_jax.backbone.delta import delta_attention, segment_runs
+from e2p_jax.backbone.layout import (
+    PLAIN,
+    DecoderConfig,
+    Execution,
+    Period,
+    Run,
+    cache_shapes,
+    layer_shapes,
+    layers_with,
+    matrix_shapes,
+    periods,
+)
+from e2p_jax.backbone.mlp import Params, linear, mlp
 from e2p_jax.backbone.norm import norm
 from e2p_jax.backbone.rope import Rope
 from e2p_jax.parallel.mesh import shard_rows
@@ -28,13 +41,18 @@ from e2p_jax.products import einsum
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far, or what they are made of."""
+    """What the layers keep of the positions seen so far."""
 
-    keys: jax.Array  # [L, B, S, G, C], or shared ones [L, B, S, 1, R]
-    values: jax.Array  # [L, B, S, G, C], or latents [L, B, S, 1, Z]
+    kept: dict[str, jax.Array]  # each of `layout.cache_shapes`, [L, B, ...] over the layers that keep it
     segments: jax.Array  # [B, S] int32, 0 where empty
     filled: jax.Array  # [] int32, positions written
 
+
+Kept = dict[str, jax.Array] | None  # `Cache.kept`
+Mixed = tuple[jax.Array, Kept]  # what attention adds to the residual, and the cache with the new positions
+
+# Rounded, they choose other experts, and a state would decay at another rate.
+EXACT = ("router_choice_bias", "linear_log_rate", "linear_step_bias")
 
 # Of random token embeddings. At GPT-2's 0.02 the directions that words of a kind come to share drown what tells them
 # apart, and with it what a head could copy: on the generated personas reading began at 0.4 million tokens from 0.1,
@@ -70,7 +88,7 @@ class Layers(nnx.Module):
 
         def mimetic(gain: float) -> tuple[jax.Array, jax.Array]:
             """Rows of one random rotation a layer, for queries [L, H*C, D] and for keys or values [L, G*C, D]."""
-            rotation = jax.random.orthogonal(rngs.params(), c.hidden_size, (c.num_layers,)) * gain
+            rotation = jax.random.orthogonal(rngs.params(), c.hidden_size, (count["q"],)) * gain
             return rotation[:, q_rows].astype(dtype), rotation[:, kv_rows].astype(dtype)
 
         if not c.latent_size:
@@ -78,17 +96,22 @@ class Layers(nnx.Module):
             rotations = {"q": q, "k": k, "v": v, "o": o.swapaxes(1, 2)}
         for name, shape in shapes.items():
             if name in matrix_shapes(c):
-                residual = name in ("o", "down", "expert_down", "shared_down")
+                residual = name in ("o", "linear_o", "down", "expert_down", "shared_down")
                 value = normal(name, 0.02 / (2 * c.num_layers) ** 0.5 if residual else 0.02)
                 value = rotations[name] + value if name in rotations else value
+            elif name.endswith("_taps"):
+                value = normal(name, 0.3)
+            elif name == "linear_log_rate":
+                value = jnp.log(jax.random.uniform(rngs.params(), (count[name], *shape), minval=0.01, maxval=16.0))
             else:
-                kept = jnp.float32 if name == "router_choice_bias" else dtype  # rounded, it chooses other experts
-                value = jnp.full((count[name], *shape), first_value(c, name), kept)
+                value = jnp.full((count[name], *shape), first_value(c, name), jnp.float32 if name in EXACT else dtype)
             setattr(self, name, nnx.Param(value))
 
 
 def first_value(config: DecoderConfig, name: str) -> float:
-    """Gives what a fresh norm or bias is filled with: what changes nothing."""
+    """Gives what a fresh norm or bias is filled with: what changes nothing, and of a state's decay 1."""
+    if name in ("linear_out_norm", "linear_step_bias"):
+        return 1.0
     return float(name.endswith("norm") and config.norm != "rms_one_plus")
 
 
@@ -141,13 +164,15 @@ class Decoder(nnx.Module):
         return scaled(hidden, self.config.logit_scale)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        c = self.config
-        front = (c.num_layers, batch, length)
-        kept = [(c.num_kv_heads, c.head_dim)] * 2
-        if c.latent_size:
-            kept = [(1, c.shared_key_size), (1, c.latent_size)]
-        keys, values = (jnp.zeros((*front, *shape), self.dtype) for shape in kept)
-        return Cache(keys, values, jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
+        """Room for so many positions of each row; padding comes before a row's text, never in it."""
+        kept = {
+            name: jnp.zeros(
+                (len(layers_with(self.config, name)), batch, *shape),
+                jnp.float32 if name == "linear_state" else self.dtype,
+            )
+            for name, shape in cache_shapes(self.config, length).items()
+        }
+        return Cache(kept, jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -164,7 +189,7 @@ class Decoder(nnx.Module):
           x: [B, T, D] input embeddings.
           positions: [B, T] int32, place inside the own segment (the rotary angle, or which learned vector).
           segment_ids: [B, T] int32; attention stays inside a segment.
-          cache: keys and values so far; the T new positions are appended to it.
+          cache: of the positions so far; the T new ones are appended to it.
           adapters: stacked parameters beside the layers' matrices.
           most_segments: S, those that a row has at most; None is as many as positions. A kernel may allot for each.
 
@@ -175,11 +200,12 @@ class Decoder(nnx.Module):
         chex.assert_shape([positions, segment_ids], (batch, length))
         c = self.config
         if cache is None:
-            kv = None
             filled, segments = jnp.zeros((), jnp.int32), segment_ids
             attend = whole_rows(self.execution.attention, segment_ids, c, most_segments or length)
+            before = segment_ids[:, 0]
         else:
-            filled, kv = cache.filled, (cache.keys, cache.values)
+            filled = cache.filled
+            before = jax.lax.dynamic_index_in_dim(cache.segments, jnp.maximum(filled - 1, 0), axis=1, keepdims=False)
             segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, filled))
             index, key_index = jnp.arange(length) + filled, jnp.arange(segments.shape[1])
             attend = functools.partial(
@@ -195,15 +221,10 @@ class Decoder(nnx.Module):
         growth = query_growth(c, positions)
         # One rope for all layers is a constant of the scan; of several, each layer takes its own.
         stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes) if len(ropes) > 1 else None
-        layer_ropes = jnp.asarray(c.layer_ropes, jnp.int32) if len(ropes) > 1 else None
+        numbers = segment_runs(segment_ids, before)
 
         # Caches are carried and written where they stand: a scan that took and gave them would hold them twice.
-        def body(run: Run, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            (x, kv), (p, layer, window, which) = carry, inputs
-            p = row_of(p, params, c, run, layer)
-            p |= {"adapters": {k: row_of(p["adapters"][k], beside[k], c, run, layer) for k in beside}}
-            h = norm(x, p, "attention_norm", c)
-
+        def self_attention(h: jax.Array, p: Params, layer: jax.Array, kept: Kept, window: Any, which: Any) -> Mixed:
             def heads(name: str, count: int) -> jax.Array:
                 y = linear(h, p, name)
                 y = norm(y, p, f"{name}_norm", c) if c.qk_norm == "all" else y
@@ -221,37 +242,76 @@ class Decoder(nnx.Module):
             if c.qk_norm == "rotated":
                 q, k = norm(q, p, "q_norm", c), norm(k, p, "k_norm", c)
             q = q if growth is None else q * growth.astype(q.dtype)
-            if kv is not None:
-                place = (layer, 0, filled, 0, 0)
-                kv = tuple(
-                    jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(kv, (k, v), strict=True)
-                )
-                k, v = (jax.lax.dynamic_index_in_dim(layers, layer, keepdims=False) for layers in kv)
+            if kept is not None:
+                place = place_of(c, "k", layer)
+                new = {
+                    name: jax.lax.dynamic_update_slice(kept[name], value[None], (place, 0, filled, 0, 0))
+                    for name, value in (("k", k), ("v", v))
+                }
+                k, v = (jax.lax.dynamic_index_in_dim(new[name], place, keepdims=False) for name in "kv")
+                kept = kept | new
             k, v = latent.expand(k, v, p, c) if c.latent_size else (k, v)
             mixed = attend(q, k, v, window=window, sinks=p.get("sinks"))[..., : c.value_size]
-            mixed = linear(mixed.reshape(batch, length, c.num_heads * c.value_size), p, "o")
+            mixed = mixed.reshape(batch, length, c.num_heads * c.value_size)
+            if c.gated_attention:
+                mixed = mixed * jax.nn.sigmoid(linear(h, p, "q_gate"))
+            return linear(mixed, p, "o"), kept
+
+        def linear_attention(h: jax.Array, p: Params, layer: jax.Array, kept: Kept, window: Any, which: Any) -> Mixed:
+            if kept is None:
+                return delta_attention(h, p, c, numbers, None)[0], None
+            place = place_of(c, "linear_state", layer)
+            own = {name: kept[name] for name in kept if name.startswith("linear_")}
+            rows = {name: jax.lax.dynamic_index_in_dim(array, place, keepdims=False) for name, array in own.items()}
+            mixed, new = delta_attention(h, p, c, numbers, rows)
+            return mixed, kept | {
+                name: jax.lax.dynamic_update_index_in_dim(array, new[name], place, 0) for name, array in own.items()
+            }
+
+        def body(run: Run, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            (x, kept), (p, layer, *of_layer) = carry, inputs
+            p = row_of(p, params, c, run, layer)
+            p |= {"adapters": {k: row_of(p["adapters"][k], beside[k], c, run, layer) for k in beside}}
+            h = norm(x, p, "attention_norm", c)
+            mix = linear_attention if run.config.linear_layers else self_attention
+            mixed, kept = mix(h, p, layer, kept, *of_layer)
             after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
             said = mlp(read, p, run.config, self.execution.sort_tokens)
             after = after + scaled(norm(said, p, "mlp_post_norm", c), c.residual_scale)
-            return (shard_rows(after), kv), None
+            return (shard_rows(after), kept), None
 
-        params, beside, carry = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)), adapters or {}, (shard_rows(x), kv)
-        for run in runs(c):
-            # Kept, the products of all experts would stand there for every token.
-            policy = None if self.execution.remat or run.config.num_experts else KEPT
-            ours = {kind: of_layers(matrices, c, run.first, run.end) for kind, matrices in beside.items()}
-            inputs = (
-                of_layers(params, c, run.first, run.end) | {"adapters": ours},
-                jnp.arange(run.first, run.end),
-                jnp.asarray(c.windows[run.first : run.end], jnp.int32),
-                None if layer_ropes is None else layer_ropes[run.first : run.end],
-            )
-            carry, _ = jax.lax.scan(jax.checkpoint(functools.partial(body, run), policy=policy), carry, inputs)
-        x, kv = carry
+        def once(period: Period, carry: tuple, inputs: list[tuple]) -> tuple[tuple, None]:
+            for run, own in zip(period.runs, inputs, strict=True):
+                # Kept, the products of all experts would stand there for every token.
+                policy = None if self.execution.remat or run.config.num_experts else KEPT
+                carry, _ = jax.lax.scan(jax.checkpoint(functools.partial(body, run), policy=policy), carry, own)
+            return carry, None
+
+        params, beside = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)), adapters or {}
+        carry = (shard_rows(x), None if cache is None else cache.kept)
+        for period in periods(c):
+            of_runs = by_run(params, c, period)
+            besides = {kind: by_run(matrices, c, period) for kind, matrices in beside.items()}
+            inputs = []
+            for number, run in enumerate(period.runs):
+                layers = run.first + np.arange(period.times)[:, None] * period.length + np.arange(run.end - run.first)
+                inputs.append(
+                    (
+                        of_runs[number] | {"adapters": {kind: own[number] for kind, own in besides.items()}},
+                        jnp.asarray(layers),
+                        jnp.asarray(np.asarray(c.windows)[layers], jnp.int32),
+                        None if len(ropes) < 2 else jnp.asarray(np.asarray(c.layer_ropes)[layers], jnp.int32),
+                    )
+                )
+            if period.times == 1:
+                carry, _ = once(period, carry, jax.tree.map(lambda array: array[0], inputs))
+            else:
+                carry, _ = jax.lax.scan(functools.partial(once, period), carry, inputs)
+        x, kept = carry
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
         x = norm(x, last, "final_norm", c)
-        return x, None if kv is None else Cache(*kv, segments, filled + length)
+        return x, None if kept is None else Cache(kept, segments, filled + length)
 
 
 def of_layers(stacked: Mapping[str, Any], config: DecoderConfig, first: int, end: int) -> dict[str, Any]:
@@ -271,14 +331,38 @@ def of_layers(stacked: Mapping[str, Any], config: DecoderConfig, first: int, end
     return found
 
 
+def by_run(stacked: Mapping[str, Any], config: DecoderConfig, period: Period) -> list[dict[str, Any]]:
+    """What each run of a period has of `stacked`, as `of_layers` takes it: [times, layers, ...]."""
+    first = period.runs[0].first
+    whole = of_layers(stacked, config, first, first + period.times * period.length)
+    having = {name: [n for n in layers_with(config, name) if first <= n < first + period.length] for name in whole}
+
+    def of_run(arrays: Any, layers: list[int], run: Run) -> Any:
+        start, shape = layers.index(run.first), (period.times, len(layers))
+        part = slice(start, start + run.end - run.first)
+        return jax.tree.map(lambda array: array.reshape(*shape, *array.shape[1:])[:, part], arrays)
+
+    return [
+        {name: of_run(whole[name], layers, run) for name, layers in having.items() if run.first in layers}
+        for run in period.runs
+    ]
+
+
+def place_of(config: DecoderConfig, name: str, layer: jax.Array) -> jax.Array:
+    """Where in a stack a layer stands that has a part in it."""
+    having = layers_with(config, name)
+    if len(having) == config.num_layers:
+        return layer
+    return jnp.asarray(np.searchsorted(having, np.arange(config.num_layers)))[layer]
+
+
 def row_of(cut: dict[str, Any], stacked: Mapping[str, Any], config: DecoderConfig, run: Run, layer: jax.Array) -> dict:
-    """A layer's rows of what `of_layers` has cut for its run, read where they stood before."""
+    """A layer's rows of what `by_run` has cut for its run, read where they stood before."""
     found = dict(cut)
     for name in cut.keys() & stacked.keys():
-        having = layers_with(config, name)
-        if len(having) > run.end - run.first:
-            place = having.index(run.first) + layer - run.first
-            found[name] = jax.tree.map(functools.partial(_row, place), stacked[name], cut[name])
+        if len(layers_with(config, name)) > run.end - run.first:
+            read = functools.partial(_row, place_of(config, name, layer))
+            found[name] = jax.tree.map(read, stacked[name], cut[name])
     return found
 
 

@@ -66,6 +66,14 @@ _ROUTER = frozenset({"router_aux_loss_coef", "output_router_logits"})
 _LATENTS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 _DEEPSEEK = frozenset({"ep_size", "aux_loss_alpha", "seq_aux"})  # of training
 _LATENT_SIZES = (functools.partial(rules.sizes, head_key="qk_rope_head_dim"), rules.hidden_act)
+# Qwen3-Next and those after it: linear attention, and beside it attention with a gate.
+_HYBRID_SIZES = (*_SIZES, layers.partial_rope, layers.linear_layers, rules.attention_bias, rules.linear_heads)
+_HYBRID = {"norm": "rms_one_plus", "qk_norm": "head", "gated_attention": True}
+_HYBRID_ABSENT = {"head_dim": 256, "partial_rotary_factor": 0.25, "full_attention_interval": 4}
+_HYBRID_ABSENT |= {f"linear_{kind}_head_dim": 128 for kind in ("key", "value")}
+_HYBRID_ABSENT |= {"linear_conv_kernel_dim": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32}
+_HYBRID_INERT = frozenset({"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"})  # layers left alone in the files
+_HYBRID_OWN = {"attn_output_gate": True, "output_gate_type": "swish", "mamba_ssm_dtype": "float32"}
 _QWEN_ABSENT = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: dict[str, Family] = {
@@ -206,6 +214,22 @@ FAMILIES: dict[str, Family] = {
         | {"decoder_sparse_step": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
         _ROUTER | {"max_window_layers"},  # which transformers does not read here
     ),
+    "qwen3_5_text": Family(
+        _HYBRID_SIZES,
+        _HYBRID | {"naming": "qwen3_5", "fused_by_head": ("q", "q_gate")},
+        _HYBRID_ABSENT | {"num_key_value_heads": 4},
+        _HYBRID_INERT,
+        _HYBRID_OWN | {"mlp_only_layers": []},
+    ),
+    "qwen3_next": Family(
+        (*_HYBRID_SIZES, rules.qwen2_experts),
+        _HYBRID | {"naming": "qwen3_next", "fused_by_head": ("q", "q_gate", *rules.LINEAR_INPUTS)},
+        _HYBRID_ABSENT
+        | {"num_key_value_heads": 2, "decoder_sparse_step": 1, "num_experts": 512, "num_experts_per_tok": 10}
+        | {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True},
+        _ROUTER | _HYBRID_INERT,
+        _HYBRID_OWN,
+    ),
     "glm4_moe": Family(
         (*_SIZES, layers.partial_rope, layers.unlimited, rules.qkv_bias, rules.glm_qk_norm, rules.glm_experts),
         {"naming": "glm4_moe"},
@@ -255,6 +279,12 @@ WRAPPERS: dict[str, Wrapper] = {
         | {"num_attention_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6},
         frozenset({"vision_config", "mm_tokens_per_image"})
         | {f"{name}_token_{what}" for name in ("boi", "eoi", "image") for what in ("index", "id")},
+    ),
+    "qwen3_5": Wrapper(
+        ("qwen3_5_text",),
+        {},
+        frozenset({"vision_config"})
+        | {f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")},
     ),
     "mistral3": Wrapper(
         ("mistral", "ministral3"),

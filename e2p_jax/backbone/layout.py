@@ -92,6 +92,17 @@ class DecoderConfig:
     """Width of a head's values, where they are made of a vector."""
     sinks: bool = False
     """Each head has a score beside those of its keys, which takes its share of the weights and gives nothing."""
+    gated_attention: bool = False
+    """What a head says is multiplied by the sigmoid of what `q_gate` makes of the same input."""
+    linear_layers: tuple[int, ...] = ()
+    """Layers, from 0, whose attention is linear: a state in place of keys and values, see `backbone/delta.py`."""
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0
+    linear_value_dim: int = 0
+    """Their heads; each of keys serves as many of values, which lie side by side."""
+    linear_taps: int = 0
+    """How many positions their convolution sees, the own included."""
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     """Soft caps, cap * tanh(x / cap), of attention scores and logits; 0 is none."""
@@ -109,7 +120,8 @@ class DecoderConfig:
     further_layers: int = 0
     """The files may hold so many layers behind the last one, which predict later tokens and are left alone."""
     fused_by_head: tuple[str, ...] = ()
-    """Parameters of which a tensor holds those of the first head, then those of the second."""
+    """Parameters of which a tensor holds those of the first head, then those of the second: of a linear layer the first
+    head of keys."""
     transposed: bool = False
     """Layer matrices are stored [in, out], as GPT-2's Conv1D keeps them."""
     experts_together: bool = False
@@ -156,6 +168,10 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         }
     if c.query_latent_size:
         shapes["q_latent"] = (c.query_latent_size, width)
+    if c.gated_attention:
+        shapes["q_gate"] = (q, width)
+    if c.linear_layers:
+        shapes |= _linear_shapes(c)
 
     def mlp(size: int) -> dict[str, tuple[int, ...]]:
         gate: dict[str, tuple[int, ...]] = {"gate": (size, width)} if c.gated else {}
@@ -175,7 +191,7 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         dense = mlp(c.dense_size if c.num_experts else c.intermediate_size)
         shapes |= dense
         of_mlp += dense
-    first = ("q_latent", "latent", "k_shared") if c.latent_size else ("q", "k", "v")
+    first = ("q_latent", "latent", "k_shared") if c.latent_size else ("q", "k", "v", "q_gate")
     of_hidden = [name for name in first if name in shapes]
     for names, biased in [(of_hidden, c.qkv_bias), (("o",), c.output_bias), (of_mlp, c.mlp_bias)]:
         if biased:
@@ -200,15 +216,51 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes | norms
 
 
+def _linear_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Of a layer with linear attention: queries, keys, values, the gate of what they say, how much of a value is
+    written, how fast the state decays; convolutions are [out, 1, taps].
+    """
+    keys, values = c.linear_key_heads * c.linear_key_dim, c.linear_value_heads * c.linear_value_dim
+    rows = {"q": keys, "k": keys, "v": values, "gate": values, "write": c.linear_value_heads}
+    rows["decay"] = c.linear_value_heads
+    shapes: dict[str, tuple[int, ...]] = {f"linear_{name}": (count, c.hidden_size) for name, count in rows.items()}
+    shapes |= {f"linear_{name}_taps": (rows[name], 1, c.linear_taps) for name in "qkv"}
+    return shapes | {
+        "linear_step_bias": (c.linear_value_heads,),
+        "linear_log_rate": (c.linear_value_heads,),
+        "linear_out_norm": (c.linear_value_dim,),
+        "linear_o": (c.hidden_size, values),
+    }
+
+
 def matrix_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Those of `layer_shapes` that are matrices: experts' biases have two axes as well."""
     shapes = layer_shapes(config).items()
-    return {name: shape for name, shape in shapes if len(shape) > 1 and not name.endswith("_bias")}
+    return {name: shape for name, shape in shapes if len(shape) > 1 and not name.endswith(("_bias", "_taps"))}
+
+
+def cache_shapes(config: DecoderConfig, length: int) -> dict[str, tuple[int, ...]]:
+    """What a layer keeps of a row's positions, of `length` at most -> shape; `layers_with` says which keeps what."""
+    c = config
+    kept = (length, c.num_kv_heads, c.head_dim)
+    shapes: dict[str, tuple[int, ...]] = {"k": kept, "v": kept}
+    if c.latent_size:
+        shapes = {"k": (length, 1, c.shared_key_size), "v": (length, 1, c.latent_size)}
+    if c.linear_layers:
+        repeats = c.linear_value_heads // c.linear_key_heads
+        shapes["linear_state"] = (c.linear_key_heads, repeats, c.linear_key_dim, c.linear_value_dim)
+        rows = _linear_shapes(c)
+        shapes |= {f"linear_{name}_last": (c.linear_taps - 1, rows[f"linear_{name}"][0]) for name in "qkv"}
+    return shapes
 
 
 def layers_with(config: DecoderConfig, name: str) -> list[int]:
-    """The layers that have a parameter, quantised or not, in order: what it is stacked over."""
+    """The layers that have a parameter, quantised or not, or keep something, in order: what it is stacked over."""
     dense = {*config.dense_layers} if config.num_experts else {*range(config.num_layers)}
+    if name.startswith("linear_"):
+        return list(config.linear_layers)
+    if name.split("_")[0] in ("q", "k", "v", "o", "sinks"):
+        return [layer for layer in range(config.num_layers) if layer not in config.linear_layers]
     if name.startswith(("router", "expert_", "shared_")):
         return [layer for layer in range(config.num_layers) if layer not in dense]
     if name.startswith(("gate", "up", "down")):
@@ -225,13 +277,46 @@ class Run(NamedTuple):
     """That of a decoder which has such layers alone."""
 
 
+class Period(NamedTuple):
+    """Runs that come again and again: the decoder scans over these times."""
+
+    times: int
+    runs: list[Run]
+    """Of the first time."""
+
+    @property
+    def length(self) -> int:
+        """Layers, of one time."""
+        return self.runs[-1].end - self.runs[0].first
+
+
 def runs(config: DecoderConfig) -> list[Run]:
     """All layers, in order."""
     dense = dataclasses.replace(config, num_experts=0, dense_layers=())
+    kinds = [(layer in config.dense_layers, layer in config.linear_layers) for layer in range(config.num_layers)]
     found = []
-    for is_dense, group in itertools.groupby(range(config.num_layers), lambda layer: layer in config.dense_layers):
+    for (is_dense, is_linear), group in itertools.groupby(range(config.num_layers), kinds.__getitem__):
         first, *others = group
-        found.append(Run(first, first + 1 + len(others), dense if is_dense else config))
+        alone = dense if is_dense else config
+        alone = alone if is_linear else dataclasses.replace(alone, linear_layers=())
+        found.append(Run(first, first + 1 + len(others), alone))
+    return found
+
+
+def periods(config: DecoderConfig) -> list[Period]:
+    """All runs, in order: so many as possible in each period that comes more than once."""
+    left, found = runs(config), []
+
+    def times(size: int) -> int:
+        """That the first runs come in a row."""
+        kinds = [(run.end - run.first, run.config) for run in left]
+        return next(n for n in itertools.count(1) if kinds[n * size : (n + 1) * size] != kinds[:size])
+
+    while left:
+        size = max(range(1, len(left) + 1), key=lambda size: (times(size) > 1, size * times(size), -size))
+        size = size if times(size) > 1 else 1
+        found.append(Period(times(size), left[:size]))
+        left = left[times(size) * size :]
     return found
 
 

@@ -4,8 +4,8 @@
 `=` at the end: a tensor of this name itself, and `<name>_bias`, in place of a module's `weight` and `bias`.
 """
 
-# What ends the name of a bias by which a router chooses.
-CHOICE_BIAS = ".e_score_correction_bias"
+# What ends the names of tensors that stay in float32: a bias by which a router chooses, the rates of linear attention.
+EXACT = (".e_score_correction_bias", ".linear_attn.A_log", ".linear_attn.dt_bias")
 
 _LLAMA = {
     "embedding": "model.embed_tokens",
@@ -34,8 +34,31 @@ _DEEPSEEK = (
     | {f"layers/{name}": "model.layers.{}.self_attn.kv_b_proj" for name in "kv"}
     | {"layers/latent_norm": "model.layers.{}.self_attn.kv_a_layernorm"}
 )
+_SHARED_EXPERT = {
+    "layers/shared_router": "model.layers.{}.mlp.shared_expert_gate",
+    **{f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in _MLP},
+}
+# Of linear attention and of the gate of attention beside it.
+_DELTA = {
+    "layers/q_gate": "model.layers.{}.self_attn.q_proj",
+    **{f"layers/linear_{name}": "model.layers.{}.linear_attn.in_proj_qkv" for name in "qkv"},
+    "layers/linear_gate": "model.layers.{}.linear_attn.in_proj_z",
+    "layers/linear_write": "model.layers.{}.linear_attn.in_proj_b",
+    "layers/linear_decay": "model.layers.{}.linear_attn.in_proj_a",
+    **{f"layers/linear_{name}_taps": "model.layers.{}.linear_attn.conv1d" for name in "qkv"},
+    "layers/linear_step": "model.layers.{}.linear_attn.dt=",
+    "layers/linear_log_rate": "model.layers.{}.linear_attn.A_log=",
+    "layers/linear_out_norm": "model.layers.{}.linear_attn.norm",
+    "layers/linear_o": "model.layers.{}.linear_attn.out_proj",
+}
 NAMES: dict[str, dict[str, str]] = {
     "llama": _LLAMA,
+    "qwen3_5": _LLAMA | _DELTA,
+    "qwen3_next": _EXPERTS
+    | _SHARED_EXPERT
+    | _DELTA
+    | {f"layers/linear_{name}": "model.layers.{}.linear_attn.in_proj_qkvz" for name in ("q", "k", "v", "gate")}
+    | {f"layers/linear_{name}": "model.layers.{}.linear_attn.in_proj_ba" for name in ("write", "decay")},
     "sandwich": _LLAMA
     | {
         "layers/attention_post_norm": "model.layers.{}.post_attention_layernorm",
@@ -52,9 +75,7 @@ NAMES: dict[str, dict[str, str]] = {
         for name, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
     },
     "qwen3_moe": _EXPERTS,
-    "qwen2_moe": _EXPERTS
-    | {"layers/shared_router": "model.layers.{}.mlp.shared_expert_gate"}
-    | {f"layers/shared_{name}": f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in _MLP},
+    "qwen2_moe": _EXPERTS | _SHARED_EXPERT,
     "glm4_moe": _GLM,
     "deepseek": _DEEPSEEK,
     "deepseek_latent": _DEEPSEEK

@@ -109,7 +109,7 @@ class Checkpoint:
         extra = {name for name in present - wanted.keys() - ignored if not name.endswith(buffers)}
         further = self.parts["layers/q"].template.partition("{}")[0]
         behind = tuple(f"{further}{config.num_layers + number}." for number in range(config.further_layers))
-        extra = {name for name in extra if not name.startswith(behind)}
+        extra = {name for name in extra if not name.startswith((*behind, LATER))}
         if config.wrapped:
             extra = {name for name in extra if spelled.plain(name)}
         problems = [f"missing {name}" for name in sorted(wanted.keys() - present)]
@@ -300,6 +300,8 @@ class Spelling(NamedTuple):
         return None if others or not name.startswith(self.head) else name.removeprefix(self.head)
 
 
+# What begins the names of layers that predict later tokens, where they have their own.
+LATER = "mtp."
 # What begins the names of a wrapper's other models.
 OTHER_MODELS = ("vision_tower.", "multi_modal_projector.", "visual.")
 
@@ -328,9 +330,10 @@ def parts(config: DecoderConfig, shapes: dict[str, tuple[int, ...]], spelled: Sp
         experts = config.experts_together and name.startswith("expert_")
         shape = shape[int(experts) :]
         transposed = (experts or config.transposed) and axes > 0 and len(shape) == 2
-        by_head = name.removesuffix("_bias") in config.fused_by_head
         in_turns = experts and not name.startswith("expert_down")
-        groups = config.num_heads if by_head else shape[0] if in_turns else 1
+        groups = shape[0] if in_turns else 1
+        if name.removesuffix("_bias") in config.fused_by_head:
+            groups = config.linear_key_heads if name.startswith("linear_") else config.num_heads
         found[path] = Part(template, stack, layers_with(config, name), start, groups, transposed, experts)
         rows[template] = start + shape[0] // groups
     return found

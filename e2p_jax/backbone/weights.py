@@ -22,7 +22,7 @@ from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.gguf import checkpoint as gguf
 from e2p_jax.backbone.layout import PLAIN, DecoderConfig, Execution, matrix_shapes
 from e2p_jax.backbone.lazy import Lazy
-from e2p_jax.backbone.names import CHOICE_BIAS
+from e2p_jax.backbone.names import EXACT
 from e2p_jax.backbone.packed import unpack
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
 from e2p_jax.backbone.tensor_files import Checkpoint, Part, parts, spelling
@@ -235,8 +235,9 @@ def _writer(
 
 
 def matrices(config: DecoderConfig) -> list[str]:
-    """Paths of the parameters that quantisation changes; a router, small and decisive, is not among them."""
-    return [f"layers/{name}" for name in matrix_shapes(config) if not name.endswith("router")]
+    """Paths of the parameters that quantisation changes; what is small and decisive is not among them."""
+    decisive = ("router", "linear_write", "linear_decay")
+    return [f"layers/{name}" for name in matrix_shapes(config) if not name.endswith(decisive)]
 
 
 def parameters(decoder: Decoder) -> dict[str, Any]:
@@ -317,8 +318,8 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
 
 
 def in_dtype(name: str, tensor: np.ndarray | Lazy, dtype: jnp.dtype) -> np.ndarray:
-    """A tensor as a directory of a dtype holds it: what decides between experts in float32, as it is published."""
-    return tensor.astype(np.float32 if name.endswith(CHOICE_BIAS) else dtype)
+    """A tensor as a directory of a dtype holds it: some in float32, as they are published."""
+    return tensor.astype(np.float32 if name.endswith(EXACT) else dtype)
 
 
 def restate_config(directory: Path, dtype: jnp.dtype) -> None:

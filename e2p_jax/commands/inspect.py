@@ -88,6 +88,9 @@ def _add_shape(table: rich.table.Table, found: dict[str, Any]) -> None:
     for window in found["windows"]:
         sees = f"see {window['positions']:,} positions back" if window["positions"] else "see everything"
         table.add_row("windows", f"{window['layers']} layers {sees}")
+    if (linear := found["linear"])["layers"]:
+        heads = f"{linear['key_heads']} heads of keys, {linear['value_heads']} of values"
+        table.add_row("linear attention", f"{linear['layers']} layers keep a state: {heads}")
     held = ", ".join(f"{name} {size / 1e9:,.3f} GB" for name, size in memory["bytes"].items())
     table.add_row("memory", f"weights: {held}")
 

@@ -86,9 +86,11 @@ def _first_layers(directory: Path, layer: int, mesh: Mesh, ignored_keys: Collect
     if depth == config.num_layers:
         return decoder
     windows, ropes = config.windows[:depth], config.layer_ropes[:depth]
-    dense = tuple(layer for layer in config.dense_layers if layer < depth)
+    dense, linear = (
+        tuple(layer for layer in layers if layer < depth) for layers in (config.dense_layers, config.linear_layers)
+    )
     decoder.config = dataclasses.replace(
-        config, num_layers=depth, windows=windows, layer_ropes=ropes, dense_layers=dense
+        config, num_layers=depth, windows=windows, layer_ropes=ropes, dense_layers=dense, linear_layers=linear
     )
     nnx.update(decoder.layers, of_layers(nnx.to_pure_dict(nnx.state(decoder.layers)), config, 0, depth))
     for name in ("final_norm", "final_norm_bias"):

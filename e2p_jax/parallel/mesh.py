@@ -25,8 +25,12 @@ _FORMS = "(_int8|_int4|_nf4|_scale)?"
 # First match wins; every parameter matches. Stacked layer weights are [L, out, in], those of experts [L, X, out, in]:
 # an expert is split as a layer's own MLP is, so that every device has a part in every token.
 RULES: tuple[tuple[str, P], ...] = (
-    (rf"backbone/layers/(shared_)?(q|k|v|q_latent|latent|k_shared|gate|up|router){_FORMS}", P(None, "tensor", "fsdp")),
-    (rf"backbone/layers/(shared_)?(o|down){_FORMS}", P(None, "fsdp", "tensor")),
+    (
+        rf"backbone/layers/(shared_|linear_)?(q|k|v|q_latent|latent|k_shared|q_gate|gate|up|router|write|decay){_FORMS}",
+        P(None, "tensor", "fsdp"),
+    ),
+    (rf"backbone/layers/(shared_|linear_)?(o|down){_FORMS}", P(None, "fsdp", "tensor")),
+    (r"backbone/layers/linear_._taps", P(None, "tensor")),
     (rf"backbone/layers/expert_(gate|up){_FORMS}", P(None, None, "tensor", "fsdp")),
     (rf"backbone/layers/expert_down{_FORMS}", P(None, None, "fsdp", "tensor")),
     (r"backbone/(embedding|head)", P("tensor", "fsdp")),

@@ -90,8 +90,10 @@ def inspect(model: str, revision: str | None) -> dict[str, Any]:
 def _shape(decoder: DecoderConfig) -> dict[str, Any]:
     """Sizes, and what differs from layer to layer: how many layers have it."""
     names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    windows = collections.Counter(decoder.windows)
-    turns = collections.Counter(decoder.layer_ropes)
+    of_keys = [layer for layer in range(decoder.num_layers) if layer not in decoder.linear_layers]
+    windows = collections.Counter(decoder.windows[layer] for layer in of_keys)
+    turns = collections.Counter(decoder.layer_ropes[layer] for layer in of_keys if decoder.ropes)
+    heads = {f"{kind}_heads": getattr(decoder, f"linear_{kind}_heads") for kind in ("key", "value")}
     return {
         "sizes": {
             **{name: getattr(decoder, name) for name in names},
@@ -103,6 +105,7 @@ def _shape(decoder: DecoderConfig) -> dict[str, Any]:
             "positions": decoder.max_positions,
         },
         "windows": [{"layers": count, "positions": window or None} for window, count in windows.most_common()],
+        "linear": {"layers": len(decoder.linear_layers), **heads},
         "ropes": [{"layers": count, **_rope(decoder.ropes[rope])} for rope, count in turns.most_common()],
     }
 

@@ -12,10 +12,14 @@ from e2p_jax.train.partition import path_name
 # What a parameter of the backbone is for, by the last part of its path. Its shape does not tell: a norm, stacked over
 # layers, has two axes.
 _ROLES = {
-    "matrix": ("[qkvo]", "gate", "up", "down", "router", "expert_gate", "expert_up", "expert_down", "shared_*[a-z]"),
+    "matrix": (
+        *("[qkvo]", "q_gate", "q_latent", "latent", "k_shared", "gate", "up", "down", "router", "shared_*[a-z]"),
+        *("expert_gate", "expert_up", "expert_down", "linear_[qkvo]", "linear_?_taps", "linear_gate"),
+        *("linear_write", "linear_decay"),
+    ),
     "embedding": ("embedding", "position_embedding", "head"),
     "norm": ("*norm",),
-    "bias": ("bias", "*_bias", "sinks"),
+    "bias": ("bias", "*_bias", "sinks", "linear_log_rate"),
 }
 _DECAYING = ("matrix", "embedding")
 

@@ -49,7 +49,8 @@ SOURCES: dict[str, tuple[str, Callable[[Values], Values]]] = {
     "gemma-two-heads": ("gemma", head_saved_twice),
     "gpt2-bare": ("gpt2", as_published_gpt2),
     "deepseek-mixed": ("deepseek_v3", lambda values: mixed_dtypes(values | further_layer())),
-    "gpt-neox": ("gpt_neox", lambda values: values),  # one tensor for queries, keys and values, head by head
+    # One tensor for queries, keys and values, head by head, and what predicts later tokens.
+    "qwen3-next": ("qwen3_next", lambda values: values | {"mtp.fc.weight": torch.ones(2, 3)}),
     "gemma3": ("gemma3", lambda values: values),  # an image encoder beside it
 }
 

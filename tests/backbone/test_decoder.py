@@ -81,5 +81,5 @@ def test_bfloat16_stays_bfloat16_up_to_the_logits() -> None:
     decoder = fresh("bfloat16")
     tokens, positions, segments = whole_rows(random_tokens(1, 8))
     hidden, cache = decoder(decoder.embed(tokens), positions, segments, decoder.empty_cache(1, 8))
-    assert hidden.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert {hidden.dtype, *(kept.dtype for kept in cache.kept.values())} == {jnp.dtype("bfloat16")}
     assert decoder.logits(hidden).dtype == jnp.float32

@@ -195,6 +195,14 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("glm4_moe_lite", {}, "mlp_layer_types", ["dense", "dense", "sparse"], "shapes"),
     ("glm4_moe_lite", {}, "mlp_layer_types", ["sparse", "dense", "sparse"], "refused"),
     ("glm4_moe_lite", {}, "first_k_dense_replace", 2, "refused"),
+    *(("qwen3_5_text", {}, key, value, "shapes") for key, value in
+      [("layer_types", ["full_attention", "linear_attention"]), ("linear_num_key_heads", 4), ("head_dim", 8),
+       ("linear_num_value_heads", 2), ("linear_key_head_dim", 4), ("linear_value_head_dim", 8),
+       ("linear_conv_kernel_dim", 3), ("attention_bias", True)]),
+    ("qwen3_5_text", {"layer_types": None, "num_hidden_layers": 4}, "full_attention_interval", 2, "shapes"),
+    *(("qwen3_5_text", {}, key, value, "refused") for key, value in
+      [("layer_types", ["linear_attention"] * 2), ("layer_types", ["full_attention"] * 3), ("linear_num_key_heads", 3),
+       ("attn_output_gate", False), ("mamba_ssm_dtype", "bfloat16"), ("output_gate_type", "sigmoid")]),
     ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
     ("gpt_oss", {}, "hidden_act", "gelu", "refused"),
     ("gpt_oss", {"experts_per_token": 3}, "experts_per_token", 2, "refused"),

@@ -138,6 +138,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 5,
     },
+    "qwen3-next-periods": {"family": "qwen3_next", "num_hidden_layers": 4, "mlp_only_layers": [1, 3]},
     "gpt2": {"family": "gpt2"},
     "gpt2-untied-unscaled": {
         "family": "gpt2",
@@ -151,7 +152,7 @@ MODELS: dict[str, dict[str, Any]] = {
 MASKS = (
     *("llama-rope-llama3", "mistral-window", "qwen2-window-in-late-layers", "phi3-longrope"),
     *("smollm3-nope-list-window-bias", "olmo2", "gemma2", "gemma3-long-capped-other-pattern", "gpt2"),
-    *("mixtral", "qwen3-moe-normalised-bias-window"),
+    *("mixtral", "qwen3-moe-normalised-bias-window", "qwen3-next-periods"),
 )
 SLOTS = (
     *("llama-grouped-queries", "llama-tied-head", "mistral-window", "qwen2", "qwen3", "phi3", "smollm3"),

@@ -83,10 +83,10 @@ def rounded(decoder: Decoder, kind: Kind) -> Decoder:
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "int8"), ("phi3", "int4"), ("gpt2", "nf4"), ("deepseek_v3", "nf4")],
+    [("llama", "int8"), ("phi3", "int4"), ("gpt2", "nf4"), ("deepseek_v3", "nf4"), ("qwen3_5_text", "int8")],
 )
 def test_a_quantised_decoder_is_one_with_rounded_weights(tmp_path: Path, family: str, kind: Kind) -> None:
-    """Fused and transposed tensors, experts, dense layers, latents; on one device and four, whole and with a cache."""
+    """Fused and transposed tensors, layers of several kinds, latents; on one device and four, whole, with a cache."""
     hf_model(hf_config(family)).save_pretrained(tmp_path / "hf")
     one, four = read(tmp_path / "hf", kind), read(tmp_path / "hf", kind, fsdp=2, tensor=2)
     for path, value in parameters(four).items():

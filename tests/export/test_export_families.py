@@ -33,8 +33,8 @@ PLACES = itertools.product(["before_reply", "before_bos", "after_bos", "in_chat"
 WAYS = [(*place, kind) for place, kind in zip(PLACES, itertools.cycle(["mlp", "linear", "linear", "mlp"]))]
 # Families whose exports differ in kind; tests/backbone/test_family_parity.py has the others.
 EXPORTED = (
-    *("llama", "mistral", "qwen3", "phi3", "smollm3", "olmo2", "gemma", "gemma2", "gpt2", "mixtral", "deepseek_v3"),
-    *("granite", "gemma3"),  # a wrapper: what is exported is its `gemma3_text`
+    *("llama", "mistral", "qwen3", "phi3", "smollm3", "qwen3_5", "gemma", "gemma2", "gpt2", "mixtral", "deepseek_v3"),
+    *("granite", "gemma3"),  # a wrapper, as qwen3_5 is: what is exported is its `gemma3_text`
 )
 MODELS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in EXPORTED), ("llama", {"rope_parameters": LLAMA3})]
 USERS = ["user-1", "user-2", "user-3"]

@@ -83,6 +83,17 @@ def test_dense_layers_among_experts_are_named(
     assert (sizes["dense_layers"], sizes["dense_size"]) == ([0, 1, 4], 48)
 
 
+def test_linear_layers_have_no_window(tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a wrapper, as Qwen3.5 is published."""
+    wrapper = hf_config("qwen3_5", vocab_size=4096).to_dict()
+    place = changed(tiny_backbone, tmp_path / "qwen", **wrapper)
+    plain = {key: value for key, value in wrapper.items() if key != "transformers_version"}
+    (place / "config.json").write_text(json.dumps(plain))
+    assert main(["inspect", str(place)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 layers keep a state: 2 heads of keys, 4 of values" in said and "1 layers see everything" in said
+
+
 def test_every_reason_to_refuse_is_there_at_once(
     tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
