@@ -148,6 +148,8 @@ class TrainConfig:
     """B: rows per step, over all devices."""
     accumulation: int = result(1)
     """Micro-batches per step; divides `rows`. The result is that of one large batch."""
+    logits_at_once: int = rounding(0, NOT_NEGATIVE)
+    """Logits of the loss that a device holds at a time; 0: as many as a 64th of its memory takes, on a CPU 2^25."""
     learning_rate: float = result(1e-3, POSITIVE)
     """AdamW's, at the end of the warm-up."""
     warmup_steps: int = result(50)

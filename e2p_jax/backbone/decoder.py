@@ -36,7 +36,7 @@ from e2p_jax.backbone.layout import (
 from e2p_jax.backbone.mlp import Params, linear, mlp
 from e2p_jax.backbone.norm import norm
 from e2p_jax.backbone.rope import Rope
-from e2p_jax.parallel.mesh import shard_rows
+from e2p_jax.parallel.mesh import shard_decoded, shard_heads, shard_rows
 from e2p_jax.products import einsum
 
 
@@ -172,6 +172,7 @@ class Decoder(nnx.Module):
             )
             for name, shape in cache_shapes(self.config, length).items()
         }
+        kept |= {name: shard_heads(kept[name]) for name in ("k", "v") if name in kept}
         return Cache(kept, jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
 
     def __call__(
@@ -223,6 +224,9 @@ class Decoder(nnx.Module):
         stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes) if len(ropes) > 1 else None
         numbers = segment_runs(segment_ids, before)
 
+        # Of one token a row, less is sent than of the weights.
+        spread = shard_rows if cache is None or length > 1 else shard_decoded
+
         # Caches are carried and written where they stand: a scan that took and gave them would hold them twice.
         def self_attention(h: jax.Array, p: Params, layer: jax.Array, kept: Kept, window: Any, which: Any) -> Mixed:
             def heads(name: str, count: int) -> jax.Array:
@@ -243,6 +247,7 @@ class Decoder(nnx.Module):
                 q, k = norm(q, p, "q_norm", c), norm(k, p, "k_norm", c)
             q = q if growth is None else q * growth.astype(q.dtype)
             if kept is not None:
+                q, k, v = shard_heads(q), shard_heads(k), shard_heads(v)
                 place = place_of(c, "k", layer)
                 new = {
                     name: jax.lax.dynamic_update_slice(kept[name], value[None], (place, 0, filled, 0, 0))
@@ -279,7 +284,7 @@ class Decoder(nnx.Module):
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
             said = mlp(read, p, run.config, self.execution.sort_tokens)
             after = after + scaled(norm(said, p, "mlp_post_norm", c), c.residual_scale)
-            return (shard_rows(after), kept), None
+            return (spread(after), kept), None
 
         def once(period: Period, carry: tuple, inputs: list[tuple]) -> tuple[tuple, None]:
             for run, own in zip(period.runs, inputs, strict=True):
@@ -289,7 +294,7 @@ class Decoder(nnx.Module):
             return carry, None
 
         params, beside = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)), adapters or {}
-        carry = (shard_rows(x), None if cache is None else cache.kept)
+        carry = (spread(x), None if cache is None else cache.kept)
         for period in periods(c):
             of_runs = by_run(params, c, period)
             besides = {kind: by_run(matrices, c, period) for kind, matrices in beside.items()}

@@ -144,6 +144,8 @@ class Execution:
     sort_tokens: bool = False
     """Tokens are sorted to their experts: a mixture costs what its active experts cost. Not where experts are trained:
     there all tokens go to all of them."""
+    logits_at_once: int = 1 << 25
+    """Of the loss, float32, on one device: the targets are gone through in chunks of about so many."""
 
 
 PLAIN = Execution()

@@ -82,6 +82,7 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
             f"{topology}, {_mesh(plan)}, {plan.rows} rows ({plan.rows_per_device:g} per device)", highlight=False
         )
         console.print(_table(plan))
+        console.print(f"logits of the loss at once: {plan.logits:,} ({_mib(4 * plan.logits)} MiB)", highlight=False)
         if suggest:
             console.print(_advice(plan, most, fewest), highlight=False)
     if not plan.fits:

@@ -17,6 +17,7 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError, shown
 from e2p_jax.files import existing
 from e2p_jax.options import Sampling
+from e2p_jax.parallel.mesh import on_all, row_shards
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.train.run import Run
 from e2p_jax.vectors.arrays import map_array
@@ -130,7 +131,7 @@ def _pick(
     key = jax.random.fold_in(jax.random.key(draws.seed), step)
     token = jnp.where(done, pad, choose(model.backbone.logits(hidden[:, -1]), key, draws, top_k))
     stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros_like(done))
-    return token, done | stopped
+    return on_all(token), on_all(done | stopped)
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "new_tokens"))
@@ -166,9 +167,14 @@ def padded_length(longest: int) -> int:
 def _left_padded(
     prompts: Sequence[Example], vectors: np.ndarray, pad: int, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pads B prompts on the left: what `_start` reads after the parameters."""
+    """Pads B prompts on the left: what `_start` reads after the parameters.
+
+    The last is repeated until the rows divide by the devices that they are spread over.
+    """
     in_slots = num_tokens if any(len(prompt.slot_starts) for prompt in prompts) else 0
     length = padded_length(max(len(prompt.tokens) for prompt in prompts) - in_slots) + in_slots
+    more = -len(prompts) % row_shards()
+    prompts, vectors = [*prompts, *[prompts[-1]] * more], np.concatenate([vectors, *[vectors[-1:]] * more])
     tokens = np.full((len(prompts), length), pad, np.int32)
     segments = np.zeros_like(tokens)
     slots = np.full_like(tokens, -1)
@@ -215,7 +221,7 @@ def generate_tokens(
         pad=pad,
     )
     replies = []
-    for row in np.asarray(out).tolist():
+    for row in np.asarray(out)[: len(prompts)].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), len(row))
         replies.append(row[:end])
     return replies
@@ -242,16 +248,17 @@ def generate(
     size = min(batch, len(prompts))
     for first in range(0, len(prompts), batch):
         part = [min(n, len(prompts) - 1) for n in range(first, first + size)]  # one size, one compilation
-        tokens = generate_tokens(
-            run.model.graph,
-            run.model.params,
-            [prompts[n] for n in part],
-            vectors[part],
-            sampling=sampling,
-            stops=encoder.stops,
-            pad=encoder.pad_id,
-            num_tokens=encoder.num_tokens,
-        )
+        with jax.set_mesh(run.model.mesh):
+            tokens = generate_tokens(
+                run.model.graph,
+                run.model.params,
+                [prompts[n] for n in part],
+                vectors[part],
+                sampling=sampling,
+                stops=encoder.stops,
+                pad=encoder.pad_id,
+                num_tokens=encoder.num_tokens,
+            )
         replies += [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in tokens]
     return replies[: len(prompts)]
 
@@ -273,21 +280,24 @@ def stream(
       UserError: a prompt too long for the backbone.
     """
     encoder: Encoder = run.inputs.encoder
-    prompts = _left_padded(_encode(run, records, conditions, sampling), vectors, encoder.pad_id, encoder.num_tokens)
+    encoded = _encode(run, records, conditions, sampling)
     static: dict[str, Any] = {"graph": run.model.graph, "top_k": sampling.top_k}
     static |= {"stops": encoder.stops, "pad": encoder.pad_id}
     draws = Draws.of(sampling)
-    state = _start_once(run.model.params, *prompts, draws, new_tokens=sampling.max_new_tokens, **static)
+    with jax.set_mesh(run.model.mesh):
+        prompts = _left_padded(encoded, vectors, encoder.pad_id, encoder.num_tokens)
+        state = _start_once(run.model.params, *prompts, draws, new_tokens=sampling.max_new_tokens, **static)
     replies: list[list[int]] = [[] for _ in records]
     for left in reversed(range(sampling.max_new_tokens)):
         token, done = jax.device_get((state.token, state.done))
-        for reply, new, is_last in zip(replies, token.tolist(), done.tolist(), strict=True):
+        for reply, new, is_last in zip(replies, token.tolist(), done.tolist(), strict=False):  # rows may be more
             if not is_last:
                 reply.append(new)
         yield [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in replies]
         if done.all() or not left:
             return
-        state = _advance_once(run.model.params, state, draws, **static)
+        with jax.set_mesh(run.model.mesh):
+            state = _advance_once(run.model.params, state, draws, **static)
 
 
 def _encode(run: Run, records: Sequence[Record], conditions: Sequence[Condition], sampling: Sampling) -> list[Example]:

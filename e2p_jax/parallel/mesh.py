@@ -96,6 +96,28 @@ def shard_rows(x: jax.Array) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(ROWS))
 
 
+def shard_decoded(x: jax.Array) -> jax.Array:
+    """Keeps a decoding step's [B, 1, D] split as the weights are, its rows over `data` alone: what is multiplied stays
+    where it lies, and sums are sent, which for one token a row is far less than the weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P("data", None, "fsdp"))
+
+
+def shard_heads(x: jax.Array) -> jax.Array:
+    """Keeps [..., B, T, heads, C] of a cache, or what meets it, split by row over data x fsdp, by head over tensor."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    heads = "tensor" if x.shape[-2] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(*[None] * (x.ndim - 4), ROWS, None, heads, None))
+
+
+def on_all(x: jax.Array) -> jax.Array:
+    """Gives the array to every device of the mesh around this code, and so to every process."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P())
+
+
 def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`attend` (q [B, T, H, C], k and v [B, T, G, C], of_rows [B, ...], window [], perhaps by_head [H] ->
     [B, T, H, C]) by each device of the mesh around it for its own rows and heads: what one skips is not the others'

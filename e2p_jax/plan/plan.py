@@ -23,7 +23,7 @@ from e2p_jax.plan.hlo import Program
 from e2p_jax.plan.topology import Chip, Topology
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.partition import split
-from e2p_jax.train.setup import abstract_model, abstract_state, jit_eval_step, jit_train_step
+from e2p_jax.train.setup import abstract_model, abstract_state, jit_eval_step, jit_train_step, logits_at_once
 
 _ROW_TRIALS = 4
 
@@ -75,6 +75,8 @@ class Plan:
     mesh: dict[str, int]
     rows: int
     """B, over all devices."""
+    logits: int
+    """Of the loss, that a device holds at once."""
     steps: dict[str, Cost]
     """`train`, and `evaluate` where that was compiled."""
 
@@ -106,6 +108,7 @@ class Plan:
             "mesh": self.mesh,
             "rows": self.rows,
             "rows_per_device": self.rows_per_device,
+            "logits_at_once": self.logits,
             "fits": self.fits,
             "steps": steps,
         }
@@ -144,14 +147,15 @@ def make_plan(
     if config.train.rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"train.rows={config.train.rows} does not divide by mesh.data x mesh.fsdp; use a multiple")
     batch = abstract_batch(config, shape, mesh)
-    model = abstract_model(config, decoder, shape.embedding_width, mesh)
+    model = abstract_model(config, decoder, shape.embedding_width, mesh, topology.memory)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     steps: dict[str, tuple[Any, tuple]] = {"train": (jit_train_step(model, config.train), (state, frozen, batch))}
     if evaluation:
         steps["evaluate"] = jit_eval_step(model), (state.trainable, frozen, batch)
     with jax.set_mesh(mesh), jax.default_device(topology.devices[0]):  # of which tokamax asks what it can do
         costs = {name: _compile(step, arguments) for name, (step, arguments) in steps.items()}
-    return Plan(topology, dict(mesh.shape), config.train.rows, costs)
+    at_once = logits_at_once(config.train, topology.memory)
+    return Plan(topology, dict(mesh.shape), config.train.rows, at_once, costs)
 
 
 def _needed(refusal: str, arguments: int) -> int | None:
@@ -223,6 +227,6 @@ def other_meshes(config: Config, decoder: DecoderConfig, topology: Topology, wid
             sizes = MeshConfig(count // tensor // fsdp, fsdp, tensor)
             if config.train.rows % (sizes.data * sizes.fsdp):
                 continue
-            model = abstract_model(config, decoder, width, make_mesh(sizes, topology.devices))
+            model = abstract_model(config, decoder, width, make_mesh(sizes, topology.devices), topology.memory)
             if bytes_per_device((model.params, abstract_state(model, config.train))) < topology.chip.memory:
                 yield sizes

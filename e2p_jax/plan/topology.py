@@ -52,6 +52,11 @@ class Topology:
     devices: list[jax.Device]
     chip: Chip
 
+    @property
+    def memory(self) -> int:
+        """Bytes of a device that a run knows of: on a CPU none."""
+        return 0 if self.devices[0].platform == "cpu" else self.chip.memory
+
 
 def find_topology(name: str) -> Topology:
     """`v5e:4x4`, `v5p:2x4x4`, `v6e:16x16`; `h100:8` or, of two hosts with 8 cards each, `h100:2x8`; or `cpu:N`, whose N

@@ -16,15 +16,19 @@ from e2p_jax.backbone.blocks import soft_cap
 from e2p_jax.parallel.mesh import row_shards, shard_vocabulary, vocabulary_shards
 from e2p_jax.products import einsum
 
-LOGITS_AT_ONCE = 1 << 25  # on one device, float32: the targets are gone through in chunks of about so many
-
 _Head = tuple[jax.Array, jax.Array | None]  # [V, D], and [V] float32 that is added to its logits
 
 
 def cross_entropy(
-    hidden: jax.Array, head: jax.Array, ids: jax.Array, cap: float = 0.0, bias: jax.Array | None = None
+    hidden: jax.Array,
+    head: jax.Array,
+    ids: jax.Array,
+    cap: float = 0.0,
+    bias: jax.Array | None = None,
+    *,
+    at_once: int,
 ) -> jax.Array:
-    """-log softmax(soft_cap(hidden @ head.T + bias))[ids], holding about `LOGITS_AT_ONCE` logits per device at most.
+    """-log softmax(soft_cap(hidden @ head.T + bias))[ids], the targets gone through in chunks.
 
     Args:
       hidden: [B, M, D].
@@ -32,25 +36,26 @@ def cross_entropy(
       ids: [B, M] int32.
       cap: soft cap of the logits, 0 for none.
       bias: [V] float32, or none.
+      at_once: about so many logits, float32, each device holds at most.
 
     Returns:
       [B, M] float32, nats.
     """
-    return _cross_entropy(hidden, (shard_vocabulary(head), bias), ids, cap)
+    return _cross_entropy(hidden, (shard_vocabulary(head), bias), ids, cap, at_once)
 
 
-def _values(hidden: jax.Array, head: _Head, ids: jax.Array, cap: float) -> jax.Array:
-    return _in_chunks(functools.partial(_nll, head=head, cap=cap), hidden, ids, head[0].shape[0])
+def _values(hidden: jax.Array, head: _Head, ids: jax.Array, cap: float, at_once: int) -> jax.Array:
+    return _in_chunks(functools.partial(_nll, head=head, cap=cap), hidden, ids, head[0].shape[0], at_once)
 
 
-def _forward(hidden: Any, head: Any, ids: Any, cap: float) -> tuple[jax.Array, Any]:
+def _forward(hidden: Any, head: Any, ids: Any, cap: float, at_once: int) -> tuple[jax.Array, Any]:
     """Values, and a function from their cotangents to those of hidden states and head."""
     parts = [part for part in head if part is not None]
     values = tuple(part and part.value for part in head)
     if any(part.perturbed for part in parts):  # it is trained: its gradient needs the cotangents, chunks are done again
-        return jax.vjp(lambda hidden, head: _values(hidden, head, ids.value, cap), hidden.value, values)
+        return jax.vjp(lambda hidden, head: _values(hidden, head, ids.value, cap, at_once), hidden.value, values)
     chunk = functools.partial(_nll_and_slope, head=values, cap=cap)
-    nll, slope = _in_chunks(chunk, hidden.value, ids.value, values[0].shape[0])
+    nll, slope = _in_chunks(chunk, hidden.value, ids.value, values[0].shape[0], at_once)
     return nll, jax.tree_util.Partial(_weigh, slope)
 
 
@@ -58,11 +63,11 @@ def _weigh(slope: jax.Array, nll_grad: jax.Array) -> tuple[jax.Array, None]:
     return (slope.astype(jnp.float32) * nll_grad[..., None]).astype(slope.dtype), None
 
 
-def _backward(cap: float, pull: Callable[[jax.Array], tuple], nll_grad: jax.Array) -> tuple:
+def _backward(cap: float, at_once: int, pull: Callable[[jax.Array], tuple], nll_grad: jax.Array) -> tuple:
     return *pull(nll_grad), None
 
 
-_cross_entropy = jax.custom_vjp(_values, nondiff_argnums=(3,))
+_cross_entropy = jax.custom_vjp(_values, nondiff_argnums=(3, 4))
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
@@ -91,11 +96,11 @@ def _nll_and_slope(hidden: jax.Array, ids: jax.Array, *, head: _Head, cap: float
     return log_total - chosen, slope.astype(hidden.dtype)
 
 
-def _in_chunks(function: Callable[..., Any], hidden: jax.Array, ids: jax.Array, vocabulary: int) -> Any:
+def _in_chunks(function: Callable[..., Any], hidden: jax.Array, ids: jax.Array, vocabulary: int, at_once: int) -> Any:
     """`function` of hidden states [B, M, D] and ids [B, M], a part of the M targets at a time; gives [B, M, ...]."""
     batch, count = ids.shape
     logits_a_target = -(-batch // row_shards()) * (vocabulary // vocabulary_shards(vocabulary))
-    chunks = -(-count // max(1, LOGITS_AT_ONCE // logits_a_target))
+    chunks = -(-count // max(1, at_once // logits_a_target))
     if chunks == 1:
         return function(hidden, ids)
     size = -(-count // chunks)

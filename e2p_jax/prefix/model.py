@@ -84,4 +84,6 @@ class PrefixModel(nnx.Module):
         hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
         out = self.backbone
         hidden, head, cap = out.before_head(hidden), out.output_embedding, out.config.logit_cap
-        return cross_entropy(hidden, head, batch["target_ids"], cap, out.output_bias) * batch["target_weights"]
+        at_once = out.execution.logits_at_once
+        nll = cross_entropy(hidden, head, batch["target_ids"], cap, out.output_bias, at_once=at_once)
+        return nll * batch["target_weights"]

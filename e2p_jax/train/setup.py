@@ -11,6 +11,7 @@ from typing import Any, Literal
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,7 +20,7 @@ from e2p_jax.backbone.adapter import Adapter
 from e2p_jax.backbone.attention import COMPILER_OPTIONS, choose
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, read_config, say_ignored
-from e2p_jax.backbone.layout import Execution
+from e2p_jax.backbone.layout import PLAIN, Execution
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.data.encode import Encoder, load_tokenizer
 from e2p_jax.data.stops import named_stops
@@ -109,15 +110,36 @@ class Model:
         return int(self.params["projector"]["input_mean"].shape[0])
 
 
-def abstract_model(config: Config, decoder: DecoderConfig, embedding_width: int, mesh: Mesh) -> Model:
+def _memory(mesh: Mesh) -> int:
+    """Bytes that programs get of a device, of whichever has least; 0 where nobody says, as on a CPU."""
+    here = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in mesh.local_devices]
+    return int(distributed.gather(np.array(min(here) >> 20, np.int32)).min()) << 20
+
+
+def logits_at_once(config: TrainConfig, memory: int) -> int:
+    """Float32 logits of the loss that a device holds, of whose memory programs get so many bytes; 0 is unknown.
+
+    The head is read anew for each chunk of targets, so that a chunk should take longer to multiply than to read it.
+    """
+    return config.logits_at_once or (memory // 64 // 4 if memory else PLAIN.logits_at_once)
+
+
+def abstract_model(
+    config: Config, decoder: DecoderConfig, embedding_width: int, mesh: Mesh, memory: int | None = None
+) -> Model:
     """The model that `build_model` fills in: shapes, dtypes and shardings in place of parameters.
+
+    Args:
+      memory: bytes that programs get of a device; None asks the devices.
 
     Raises:
       UserError: `train.trainable` or `backbone.attention` does not fit.
     """
     device = mesh.devices.flat[0]
     dtype = weights.choose_dtype(config.backbone.dtype, device.platform)
-    execution = Execution(config.backbone.remat, choose(config.backbone.attention, device, decoder, dtype))
+    attention = choose(config.backbone.attention, device, decoder, dtype)
+    at_once = logits_at_once(config.train, _memory(mesh) if memory is None else memory)
+    execution = Execution(config.backbone.remat, attention, logits_at_once=at_once)
     kind = config.backbone.quantization
     backbone = weights.abstract(decoder, dtype=dtype, execution=execution, quantization=kind)
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import prefix_model
+from helpers import SIZES, USER_WIDTH, mesh_of, prefix_model
+from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM
 
 from e2p_jax.backbone import weights
@@ -25,8 +26,10 @@ from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import (
     SHORTEST_PROMPT,
     Draws,
+    _advance_once,
     _decode,
     _left_padded,
+    _start_once,
     choose,
     generate,
     generate_tokens,
@@ -35,9 +38,11 @@ from e2p_jax.evaluate.generate import (
 )
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
+from e2p_jax.plan.hlo import Program
 from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.train.partition import path_name
 from e2p_jax.train.run import open_run
 
 WIDTH = 6
@@ -154,6 +159,50 @@ def test_a_cache_is_held_once(family: str):
     memory = jax.jit(step, donate_argnums=1).lower(state, cache, x, ones).compile().memory_analysis()
     held = sum(kept.size * 4 for kept in cache.kept.values())
     assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held / 2
+
+
+def on_mesh(model: PrefixModel, mesh: Mesh) -> tuple[nnx.GraphDef, Any]:
+    graph, state = nnx.split(model)
+    return graph, jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(leaf, param_sharding(mesh, path_name(path), leaf.shape)),
+        nnx.to_pure_dict(state),
+    )
+
+
+@pytest.mark.parametrize(
+    "axes", [{"data": 4}, {"fsdp": 4}, {"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str
+)
+def test_replies_are_those_of_one_device_on_every_mesh(tiny_backbone: Path, axes: dict[str, int]):
+    """Three rows, which four devices do not divide."""
+    model, mesh = load_model(tiny_backbone), mesh_of(**axes)
+    prompts = [prompt([1, 40, 50], 0), prompt([1, 70], 1), prompt([1, 9, 8, 7], 0)]
+    vectors = np.random.default_rng(1).normal(size=(3, WIDTH)).astype(np.float32)
+    graph, params = on_mesh(model, mesh)
+    with jax.set_mesh(mesh):
+        replies = generate_tokens(
+            graph, params, prompts, vectors, sampling=Sampling(max_new_tokens=9), stops=(), pad=0, num_tokens=1
+        )
+    assert replies == run(model, prompts, vectors, sampling=Sampling(max_new_tokens=9))
+
+
+def test_a_decoding_step_sends_sums_and_no_weights():
+    """And each device holds the keys and values of its own rows and heads."""
+    model, mesh, rows = prefix_model(), mesh_of(fsdp=2, tensor=2), 4
+    graph, params = on_mesh(model, mesh)
+    tokens, users = np.ones((rows, 8), np.int32), np.zeros((rows, 1, USER_WIDTH), np.float32)
+    draws, static = Draws.of(Sampling()), {"graph": graph, "top_k": 0, "stops": (), "pad": 0}
+    with jax.set_mesh(mesh):
+        state = _start_once(params, tokens, tokens, tokens - 2, users, draws, new_tokens=4, **static)
+        compiled = _advance_once.lower(params, state, draws, **static).compile()
+    shard = state.cache.kept["k"].addressable_shards[0].data.shape
+    assert shard == (SIZES["num_hidden_layers"], rows // 2, 12, SIZES["num_key_value_heads"] // 2, SIZES["head_dim"])
+    sent = [array for collective in Program(compiled.as_text()).collectives for array in collective.arrays]
+    assert sent and max(array.nbytes for array in sent) <= 4 * rows * SIZES["vocab_size"]
+    weights = {
+        shard.data.shape[-2:] for leaf in jax.tree.leaves(params["backbone"]) for shard in leaf.addressable_shards
+    }
+    wholes = {leaf.shape[-2:] for leaf in jax.tree.leaves(params["backbone"])}
+    assert not {array.shape for array in sent} & (weights | wholes)
 
 
 def test_sampling_follows_the_softmax():

@@ -1,10 +1,11 @@
-"""Real launchers start two processes of two devices; their loss curves are those of one process of four.
+"""Real launchers start two processes of two devices; their loss curves and replies are those of one process of four.
 
 How processes are started and how a mesh spans them do not meet: one launcher takes every mesh, the others one each.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -69,6 +70,10 @@ def check(
         ours, theirs = losses(out / name), losses(reference / name)
         assert [line[:2] for line in ours] == [line[:2] for line in theirs] and len(ours) == 4
         np.testing.assert_allclose([line[2] for line in ours], [line[2] for line in theirs], rtol=1e-6)
+        if "tensor" in name:
+            replies = json.loads((out / name / "replies.json").read_text())
+            assert len({token for reply in replies for token in reply}) > 6
+            assert replies == json.loads((reference / name / "replies.json").read_text())
 
 
 def test_local(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def compiled(topology: str, mesh: MeshConfig, decoder: DecoderConfig, **backbone
         backbone=BackboneConfig(**backbone), data=DataConfig(seq_len=LENGTH), train=TrainConfig(rows=ROWS), mesh=mesh
     )
     devices = make_mesh(mesh, place.devices)
-    model = abstract_model(config, decoder, 64, devices)
+    model = abstract_model(config, decoder, 64, devices, place.memory)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     batch = abstract_batch(config, RowShape(64, None, 7), devices)
     with jax.set_mesh(devices), jax.default_device(place.devices[0]):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from e2p_jax.plan import topology as topology_module
 from e2p_jax.plan.plan import Cost, Plan, RowShape, largest_rows, other_meshes
 from e2p_jax.plan.topology import Chip, Topology, find_topology
 from e2p_jax.prefix import mlp
-from e2p_jax.train.setup import abstract_model, abstract_state, initial_state, jit_train_step
+from e2p_jax.train.setup import abstract_model, abstract_state, initial_state, jit_train_step, logits_at_once
 
 WIDTH = 8
 SHAPE = RowShape(embedding_width=WIDTH, targets=64, segments=3)
@@ -107,8 +108,25 @@ def test_command(
 
     code, out, _ = run([*command, "--no-suggest", "--train.rows", "4", "--mesh.fsdp", "2", "--mesh.data", "2"], capsys)
     assert code == 0 and "cpu:4, data=2 x fsdp=2 x tensor=1, 4 rows (1 per device)" in out
-    for line in ("arguments, MiB", "temporary, MiB", "matrix TFLOP", "FLOP per byte", "all-gather, times and MiB"):
+    for line in (
+        "arguments, MiB",
+        "temporary, MiB",
+        "matrix TFLOP",
+        "FLOP per byte",
+        "all-gather, times and MiB",
+        "logits of the loss at once: 33,554,432 (128.0 MiB)",
+    ):
         assert line in out
+
+
+def test_the_losses_chunk_is_that_of_the_devices_memory(config: Config, shapes: Path) -> None:
+    """A 64th of it in float32; on a CPU, which says none, 2^25; or what the config says."""
+    card = Topology("", [SimpleNamespace(platform="gpu")], Chip(80 * 2**30))
+    assert logits_at_once(TrainConfig(), card.memory) == 80 * 2**30 // 64 // 4
+    assert find_topology("cpu:4").memory == 0 and logits_at_once(TrainConfig(), 0) == 2**25
+    assert logits_at_once(TrainConfig(logits_at_once=7), card.memory) == 7
+    model = abstract_model(config, read_config(shapes), WIDTH, mesh_of(fsdp=4), card.memory)
+    assert model.merged.backbone.execution.logits_at_once == card.memory // 64 // 4
 
 
 def test_what_does_not_fit_ends_with_1(

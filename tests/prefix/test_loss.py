@@ -11,7 +11,6 @@ from helpers import mesh_of
 
 from e2p_jax.parallel.mesh import param_sharding, row_sharding
 from e2p_jax.plan.hlo import Program
-from e2p_jax.prefix import loss as loss_lib
 from e2p_jax.prefix.loss import cross_entropy
 
 ROWS, WIDTH, VOCABULARY = 4, 16, 98  # by two, and not by four
@@ -20,9 +19,9 @@ ROWS, WIDTH, VOCABULARY = 4, 16, 98  # by two, and not by four
 class Case:
     """Hidden states, a head, ids and what their losses are weighed with; torch's answers in float64."""
 
-    def __init__(self, count: int, cap: float):
+    def __init__(self, count: int, cap: float, at_once: int = 1 << 25):
         rng = np.random.default_rng(0)
-        self.cap = cap
+        self.cap, self.at_once = cap, at_once
         self.hidden = rng.normal(size=(ROWS, count, WIDTH)).astype(np.float32)
         self.head = rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
         self.ids = rng.integers(0, VOCABULARY, (ROWS, count), dtype=np.int32)
@@ -38,7 +37,7 @@ class Case:
         self.grads = hidden.grad.numpy(), head.grad.numpy()
 
     def loss(self, hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nll = cross_entropy(hidden, head, jnp.asarray(self.ids), self.cap)
+        nll = cross_entropy(hidden, head, jnp.asarray(self.ids), self.cap, at_once=self.at_once)
         return jnp.sum(nll * self.weights), nll
 
     def check(self, hidden: Any, head: Any) -> None:
@@ -55,9 +54,8 @@ class Case:
     ("count", "chunk", "cap"),  # targets a row and at a time: all, even parts, a padded last one, one by one
     [(12, 12, 0.0), (12, 12, 3.0), (12, 6, 3.0), (12, 5, 0.0), (7, 5, 3.0), (7, 1, 0.0)],
 )
-def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, count: int, chunk: int, cap: float) -> None:
-    case = Case(count, cap)
-    monkeypatch.setattr(loss_lib, "LOGITS_AT_ONCE", chunk * ROWS * VOCABULARY)
+def test_values_and_gradients(count: int, chunk: int, cap: float) -> None:
+    case = Case(count, cap, chunk * ROWS * VOCABULARY)
     case.check(case.hidden, case.head)
     text = str(jax.make_jaxpr(jax.grad(lambda hidden: case.loss(hidden, case.head)[0]))(case.hidden))
     chunks = -(-count // chunk)
@@ -66,26 +64,24 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, count: int, chunk
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4}], ids=str)
-def test_on_a_mesh(monkeypatch: pytest.MonkeyPatch, axes: dict[str, int]) -> None:
+def test_on_a_mesh(axes: dict[str, int]) -> None:
     """Rows, columns and vocabulary split; of a vocabulary that four do not divide, the columns alone."""
-    case, mesh = Case(12, 3.0), mesh_of(**axes)
-    monkeypatch.setattr(loss_lib, "LOGITS_AT_ONCE", 5 * ROWS * VOCABULARY // 4)
+    case, mesh = Case(12, 3.0, 5 * ROWS * VOCABULARY // 4), mesh_of(**axes)
     hidden = jax.device_put(case.hidden, row_sharding(mesh))
     head = jax.device_put(case.head, param_sharding(mesh, "backbone/head", case.head.shape))
     with jax.set_mesh(mesh):
         case.check(hidden, head)
 
 
-def test_a_split_head_is_gathered_before_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_head_is_gathered_before_the_loop() -> None:
     """By the program as it is written: compilers differ in whether they would take it out of the loop."""
-    case = Case(12, 0.0)
-    monkeypatch.setattr(loss_lib, "LOGITS_AT_ONCE", 6 * ROWS * VOCABULARY // 4)
+    case = Case(12, 0.0, 6 * ROWS * VOCABULARY // 4)
     with jax.set_mesh(mesh_of(fsdp=4)):
         before, loop = str(jax.make_jaxpr(lambda *x: case.loss(*x)[0])(case.hidden, case.head)).split("scan[")
     assert "sharding_constraint" in before and "sharding_constraint" not in loop
 
 
-def test_logits_of_a_frozen_head_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_a_frozen_head_are_worked_out_once() -> None:
     """Two products, whether in chunks or not; with the head's gradient three, and a fourth in chunks."""
     case = Case(12, 0.0)
     product = 2 * ROWS * 12 * VOCABULARY * WIDTH
@@ -95,7 +91,7 @@ def test_logits_of_a_frozen_head_are_worked_out_once(monkeypatch: pytest.MonkeyP
         return Program(step.lower(case.hidden, case.head).compile().as_text()).flops / product
 
     assert (products(0), products((0, 1))) == (2, 3)
-    monkeypatch.setattr(loss_lib, "LOGITS_AT_ONCE", 6 * ROWS * VOCABULARY)
+    case.at_once = 6 * ROWS * VOCABULARY
     assert (products(0), products((0, 1))) == (2, 4)
 
 
@@ -104,7 +100,9 @@ def test_half_precision_keeps_the_gradient_of_what_is_nearly_certain() -> None:
     head = jnp.asarray(4 * np.eye(8, WIDTH), jnp.bfloat16)
     hidden = jnp.asarray(2.5 * np.eye(8, WIDTH)[None, :3], jnp.bfloat16)
     ids = jnp.asarray([[0, 1, 2]], jnp.int32)
-    gradient = jax.grad(lambda hidden: jnp.sum(cross_entropy(hidden, head, ids)))(hidden)
+    gradient = jax.grad(lambda hidden: jnp.sum(cross_entropy(hidden, head, ids, at_once=1 << 25)))(hidden)
     assert gradient.dtype == jnp.bfloat16
-    exact = jax.grad(lambda h: jnp.sum(cross_entropy(h, head.astype(jnp.float32), ids)))(hidden.astype(jnp.float32))
+    exact = jax.grad(lambda h: jnp.sum(cross_entropy(h, head.astype(jnp.float32), ids, at_once=1 << 25)))(
+        hidden.astype(jnp.float32)
+    )
     np.testing.assert_allclose(gradient.astype(jnp.float32), exact, rtol=1e-2)

@@ -14,7 +14,7 @@ from e2p_jax.config import BackboneConfig, Config, DataConfig, TrainConfig
 from e2p_jax.parallel.mesh import bytes_per_device
 from e2p_jax.plan.hlo import Collective, Program
 from e2p_jax.plan.plan import RowShape, abstract_batch
-from e2p_jax.prefix import loss, mlp
+from e2p_jax.prefix import mlp
 from e2p_jax.train.partition import split
 from e2p_jax.train.setup import abstract_model, abstract_state, jit_train_step
 
@@ -41,14 +41,13 @@ def step(trainable: tuple[str, ...] = ("projector/**",), decoder: DecoderConfig 
         backbone=BackboneConfig(remat=True),
         data=DataConfig(seq_len=LENGTH),
         projector=mlp.Settings(hidden_size=24),
-        train=TrainConfig(rows=ROWS, trainable=trainable),
+        train=TrainConfig(rows=ROWS, trainable=trainable, logits_at_once=CHUNK * ROWS * DECODER.vocab_size // 4),
     )
     mesh = mesh_of(**axes)
     model = abstract_model(config, decoder, WIDTH, mesh)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     batch = abstract_batch(config, RowShape(WIDTH, TARGETS, SEGMENTS), mesh)
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        patch.setattr(loss, "LOGITS_AT_ONCE", CHUNK * ROWS * DECODER.vocab_size // 4)  # on each of four devices
+    with jax.set_mesh(mesh):
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, frozen, batch))
         compiled = jit_train_step(model, config.train).lower(*shapes).compile()
     backbone = model.params["backbone"]
