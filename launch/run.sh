@@ -14,6 +14,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from Slurm, Op
                  never after an error of the command (1, 2). Default 0: the scheduler above does it
   --dry-run      print the commands and start nothing
 
+XLA is given flags for NVIDIA or TPU (--dry-run shows them); what XLA_FLAGS and LIBTPU_INIT_ARGS hold prevails.
 SIGTERM and SIGINT go to e2p, which saves and leaves with 75; after them nothing is run again.
 E2P names another command than `e2p`, such as "python -m e2p_jax".
 EOF
@@ -48,6 +49,30 @@ export PYTHONUNBUFFERED=1
 # Of a GPU's memory jax takes 0.75 for its arrays; nothing else runs there. What `e2p plan` counts with, too.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
+# What XLA is told; what XLA_FLAGS and LIBTPU_INIT_ARGS hold already comes last, and so prevails.
+on_nvidia=(
+  # A layer's weights are gathered, and its sums sent, while another multiplies. By now XLA's own default.
+  --xla_gpu_enable_latency_hiding_scheduler=true
+  # The scan over layers goes by twos: a gather may begin in the layer before the one that wants it.
+  --xla_gpu_enable_while_loop_double_buffering=true
+)
+on_tpu=(
+  # Gathers go on in steps between those of the products that do not wait for them.
+  --xla_enable_async_all_gather=true
+  --xla_tpu_enable_async_collective_fusion=true
+  --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
+  --xla_tpu_enable_async_collective_fusion_multiple_steps=true
+  --xla_tpu_overlap_compute_collective_tc=true
+  # Gradients are summed between slices while the backward pass goes on, those of different sizes, too.
+  --xla_tpu_enable_data_parallel_all_reduce_opt=true
+  --xla_tpu_data_parallel_opt_different_sized_ops=true
+)
+export LIBTPU_INIT_ARGS="${on_tpu[*]} ${LIBTPU_INIT_ARGS-}" # libtpu alone reads them
+# Every XLA reads these, and ends at one that it does not know.
+if [[ ${JAX_PLATFORMS-} == @(cuda|gpu)* || (-z ${JAX_PLATFORMS-} && -e /dev/nvidiactl) ]]; then
+  export XLA_FLAGS="${on_nvidia[*]} ${XLA_FLAGS-}"
+fi
+
 places() { # one line of environment for every process
   if [[ -z $processes ]]; then
     echo
@@ -61,6 +86,7 @@ places() { # one line of environment for every process
 }
 
 if $dry_run; then
+  for variable in XLA_FLAGS LIBTPU_INIT_ARGS; do echo "# $variable=${!variable-}"; done
   while read -r place; do
     printf '%s' "${place:+$place }"
     printf '%q ' "${e2p[@]}" "$@"

@@ -17,6 +17,7 @@ from e2p_jax.backbone.blocks import SAVED
 from e2p_jax.parallel.private_jax import cudnn_primitives
 
 SPLASH_BLOCKS = (512, 256, 128)  # the first that divides T; 128 lanes are the least
+SPLASH_FUSED = False  # one kernel backward in place of two; see docs/performance.md
 
 
 def splash_attention(
@@ -54,8 +55,9 @@ def splash_attention(
         block_kv=block,
         block_q_dkv=block,
         block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q_dq=None if SPLASH_FUSED else block,
+        block_kv_dq=None if SPLASH_FUSED else block,
+        use_fused_bwd_kernel=SPLASH_FUSED,
     )
 
     def of_width(width: int) -> Callable[..., jax.Array]:

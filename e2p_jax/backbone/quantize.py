@@ -96,6 +96,10 @@ def multiply(x: jax.Array, params: dict[str, jax.Array], name: str) -> jax.Array
     # Dequantised again in the backward pass: kept for it, the matrices of all layers would stand there in full.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        return einsum("...i,oi->...o", x, dequantize(codes, scale, kind, x.dtype))
+        if kind != "int8":
+            return einsum("...i,oi->...o", x, dequantize(codes, scale, kind, x.dtype))
+        # A row has one scale, which may wait for the sum: XLA reads codes into the product, and writes out no weights.
+        sums = einsum("...i,oi->...o", x, codes.astype(x.dtype), out=jnp.float32)
+        return (sums * jnp.expand_dims(scale[..., 0], tuple(range(x.ndim - 1)))).astype(x.dtype)
 
     return product(x, params[f"{name}_{kind}"], params[f"{name}_scale"])

@@ -34,7 +34,8 @@ def plan_command(_: str, defaults: Config) -> Callable[..., None]:
         Of the backbone, config.json is enough.
 
         Args:
-          topology: v5e:4x4, v5p:2x4x4, v6e:8x8; h100:8, h200:8, a100:8, b200:8, of two hosts h100:2x8; or cpu:N.
+          topology: v5e:4x4, v5p:2x4x4, v6e:8x8, tpu7x:2x2x1, of two slices v5e:4x4:2; h100:8, h200:8, a100:8, b200:8,
+            of two hosts h100:2x8; or cpu:N.
           embedding_width: E, of the user vectors; this and the next two a run learns from its data.
           targets: M, targets per row. Default: half of data.seq_len.
           segments: S, conversations per row.

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,8 +42,11 @@ RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, or those given; one axis of the config may be -1 and takes what is left.
 
+    Of several TPU slices `data` goes over them, so that nothing but gradients is sent between them.
+
     Raises:
-      UserError: an axis is neither positive nor -1, or the axes do not multiply to the device count.
+      UserError: an axis is neither positive nor -1, the axes do not multiply to the device count, or `data` does not
+        divide by the slices.
     """
     sizes = [getattr(config, axis) for axis in AXES]
     count = jax.device_count() if devices is None else len(devices)
@@ -54,7 +58,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if int(np.prod(sizes)) != count:
         axes = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise UserError(f"{axes} do not multiply to the {count} devices; set one of them to -1")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+    types = (jax.sharding.AxisType.Auto,) * 3
+    given = jax.devices() if devices is None else devices
+    slices = (
+        len({device.slice_index for device in given})
+        if hasattr(given[0], "slice_index") and given[0].platform == "tpu"
+        else 1
+    )
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(f"mesh.data={sizes[0]} does not divide by the {slices} TPU slices; make it a multiple of them")
+    inside = (sizes[0] // slices, *sizes[1:])
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), given), AXES, axis_types=types)
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -28,7 +28,7 @@ class Chip:
 
 
 # What libtpu would ask a metadata server for, and complain about; and that no other process can hold a TPU.
-_NO_MACHINE = {
+NO_MACHINE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -41,6 +41,7 @@ CHIPS = {
     "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9),
     "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9),
     "v6e": Chip(int(31.25 * GIB), 918e12, 1600e9, 400e9),
+    "tpu7x": Chip(int(94.74 * GIB), 2307e12 / 2, 7380e9 / 2, 300e9),  # of whose chips each is two devices
 }
 
 
@@ -59,8 +60,8 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """`v5e:4x4`, `v5p:2x4x4`, `v6e:16x16`; `h100:8` or, of two hosts with 8 cards each, `h100:2x8`; or `cpu:N`, whose N
-    devices share this machine's memory.
+    """`v5e:4x4`, `v5p:2x4x4`, `v6e:16x16`, `tpu7x:2x2x1`, or of two such slices `v5e:4x4:2`; `h100:8` or, of two hosts
+    with 8 cards each, `h100:2x8`; or `cpu:N`, whose N devices share this machine's memory.
 
     Raises:
       UserError: not one of these, or there is no compiler for it.
@@ -68,13 +69,13 @@ def find_topology(name: str) -> Topology:
     kind, _, size = name.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
         return _cpus(name, int(size))
-    if kind in CHIPS and re.fullmatch(r"\d+x\d+(x\d+)?", size):
-        return _tpus(name, CHIPS[kind])
+    if kind in CHIPS and (found := re.fullmatch(r"(\d+x\d+(?:x\d+)?)(?::([2-9]|\d\d+))?", size)):
+        return _tpus(name, CHIPS[kind], f"{kind}:{found[1]}", int(found[2] or 1))
     if kind in CARDS and (found := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size)):
         return _cards(name, CARDS[kind], int(found[1] or 1), int(found[2]))
     raise UserError(
-        f"--topology {name}: give cpu:N; a TPU and its grid: v5e:4x4, v5p:2x4x4, v6e:8x8; or NVIDIA's cards, "
-        f"{', '.join(CARDS)}: h100:8, or of two hosts h100:2x8"
+        f"--topology {name}: give cpu:N; a TPU and its grid: v5e:4x4, v5p:2x4x4, v6e:8x8, tpu7x:2x2x1, or of two "
+        f"slices v5e:4x4:2; or NVIDIA's cards, {', '.join(CARDS)}: h100:8, or of two hosts h100:2x8"
     )
 
 
@@ -88,11 +89,12 @@ def _cpus(name: str, count: int) -> Topology:
     return Topology(name, devices, Chip(memory // count))
 
 
-def _tpus(name: str, chip: Chip) -> Topology:
-    for variable, value in _NO_MACHINE.items():
+def _tpus(name: str, chip: Chip, slice_: str, count: int) -> Topology:
+    for variable, value in NO_MACHINE.items():
         os.environ.setdefault(variable, value)
     missing = importlib.util.find_spec("libtpu") is None
-    return Topology(name, _described(name, name, "tpu", "libtpu", "tpu", missing), chip)
+    options = {"num_slices": count} if count > 1 else {}
+    return Topology(name, _described(name, slice_, "tpu", "libtpu", "tpu", missing, **options), chip)
 
 
 def _cards(name: str, card: Card, hosts: int, each: int) -> Topology:

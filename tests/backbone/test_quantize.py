@@ -28,7 +28,7 @@ from e2p_jax.backbone.convert import convert
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import parse_config
 from e2p_jax.backbone.layout import Execution
-from e2p_jax.backbone.quantize import KINDS, NF4_LEVELS, Kind, dequantize, quantize
+from e2p_jax.backbone.quantize import KINDS, NF4_LEVELS, Kind, dequantize, multiply, quantize
 from e2p_jax.backbone.weights import abstract, load, matrices, parameters, quantize_layers
 from e2p_jax.config import TrainConfig
 from e2p_jax.parallel.mesh import param_sharding
@@ -114,6 +114,13 @@ def test_a_quantised_decoder_is_one_with_rounded_weights(tmp_path: Path, family:
         return jnp.concatenate(out, axis=1)
 
     assert_close(cached(one), reference, 1e-5)
+
+
+def test_a_row_of_int8_is_scaled_when_it_is_summed() -> None:
+    """No matrix of weights is worked out: codes are read into the product."""
+    stored = {f"w{name}": part for name, part in quantize(jnp.ones((8, 64)), "int8").items()}
+    text = str(jax.make_jaxpr(lambda x: multiply(x, stored, "w"))(jnp.ones((2, 64), jnp.bfloat16)))
+    assert "bf16[8,64]" in text and "f32[8,64]" not in text
 
 
 def test_both_forms_of_a_model_quantise_alike(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from e2p_jax.errors import RESTART
+from e2p_jax.plan.topology import NO_MACHINE
 
 HERE = Path(__file__).parent
 LAUNCH = HERE.parent.parent / "launch"
@@ -78,7 +80,41 @@ def test_dry_run_of_local_starts_what_run_does() -> None:
     done = call("local.sh", "2", "--restarts", "3", "--dry-run", "--", "train", "a b", E2P="e2p")
     place = "JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={0} JAX_LOCAL_DEVICE_IDS={0} "
     lines = [place.format(i) + r"e2p train a\ b " for i in range(2)]
-    assert done.stdout.splitlines() == [*lines, "# again after 75 or a signal, up to 3 times"]
+    assert done.stdout.splitlines()[2:] == [*lines, "# again after 75 or a signal, up to 3 times"]
+
+
+def flags_of(platform: str, **environment: str) -> dict[str, list[str]]:
+    """What run.sh tells XLA on a platform, by variable."""
+    said = call("run.sh", "--dry-run", "--", "train", JAX_PLATFORMS=platform, **environment).stdout.splitlines()[:2]
+    pairs = (line.removeprefix("# ").split("=", 1) for line in said)
+    return {name: words.split() for name, words in pairs}
+
+
+def test_each_platform_gets_its_own_flags_and_what_was_set_prevails() -> None:
+    """XLA takes the last word, and ends at a flag that it does not know: NVIDIA's are for NVIDIA alone."""
+    ours = "--xla_gpu_enable_while_loop_double_buffering="
+    given = {"XLA_FLAGS": f"{ours}false", "LIBTPU_INIT_ARGS": "--xla_tpu_overlap_compute_collective_tc=false"}
+    for platform in ("cpu", "tpu"):
+        assert flags_of(platform, **given)["XLA_FLAGS"] == [given["XLA_FLAGS"]]
+    card = flags_of("cuda", **given)
+    assert f"{ours}true" in card["XLA_FLAGS"] and card["XLA_FLAGS"][-1] == f"{ours}false"
+    assert "--xla_enable_async_all_gather=true" in card["LIBTPU_INIT_ARGS"]
+    assert card["LIBTPU_INIT_ARGS"][-1] == given["LIBTPU_INIT_ARGS"]
+
+
+DESCRIBE = "from jax.experimental import topologies as t; t.get_topology_desc('v5e:2x2', 'tpu')"
+
+
+@pytest.mark.parametrize("variable", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
+def test_the_installed_compilers_know_the_flags(variable: str) -> None:
+    if variable == "LIBTPU_INIT_ARGS" and find_spec("libtpu") is None:
+        pytest.skip("libtpu is absent: pip install 'e2p-jax[tpu]'")
+    flags = flags_of("cuda", XLA_FLAGS="", LIBTPU_INIT_ARGS="")[variable]
+    program = "import jax; jax.devices('cpu')" if variable == "XLA_FLAGS" else DESCRIBE
+    for more, known in ([], True), (["--xla_no_such_flag=1"], False):
+        environment = {**os.environ, **NO_MACHINE, "JAX_PLATFORMS": "cpu", variable: " ".join([*flags, *more])}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+        assert (done.returncode == 0) == known, done.stderr
 
 
 def test_dry_run_of_slurm() -> None:

@@ -1,5 +1,7 @@
 """Meshes and sharding rules, on four CPU devices."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from e2p_jax.config import MeshConfig
 from e2p_jax.errors import UserError
+from e2p_jax.parallel import mesh as mesh_lib
 from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated, row_sharding, row_shards, shard_rows
 
 
@@ -38,6 +41,29 @@ def test_one_axis_takes_what_is_left(axes: tuple[int, int, int], sizes: tuple[in
 def test_impossible_meshes_are_refused(axes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_mesh(MeshConfig(*axes))
+
+
+class Chip(NamedTuple):
+    """What jax asks of a TPU when it lays out a mesh."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU"
+
+
+def test_of_several_slices_data_goes_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order the devices come in; a mesh that would gather weights between slices is refused."""
+    chips: Any = [Chip(n, n % 2, (n // 2 % 2, n // 4, 0)) for n in range(8)]
+    monkeypatch.setattr(mesh_lib, "Mesh", lambda devices, axes, **_: devices)
+    devices: Any = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), chips)
+    assert devices.shape == (2, 2, 2)
+    assert [{chip.slice_index for chip in group.flat} for group in devices] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"mesh\.data=1 does not divide by the 2 TPU slices; make it a multiple"):
+        make_mesh(MeshConfig(data=1, fsdp=8), chips)
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}], ids=str)

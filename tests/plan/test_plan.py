@@ -186,7 +186,7 @@ def search(given: int, peak: Callable[[int], int]) -> tuple[int | None, list[int
         assert rows % 8 == 0
         compiled.append(rows)
         return Plan(
-            Topology("t", [], Chip(1000)), {"data": 2, "fsdp": 4, "tensor": 2}, rows, {"": Cost(peak=peak(rows))}
+            Topology("t", [], Chip(1000)), {"data": 2, "fsdp": 4, "tensor": 2}, rows, 0, {"": Cost(peak=peak(rows))}
         )
 
     best = largest_rows(compile_rows(given), compile_rows)
@@ -276,7 +276,10 @@ def test_without_libtpu_the_remedy_is_named() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'e2p-jax[tpu]'")
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # which the command turns off
-@pytest.mark.parametrize(("topology", "axes"), [("v5e:2x2", (1, 4)), ("v5p:2x2x1", (2, 2)), ("v6e:2x2", (4, 1))])
+@pytest.mark.parametrize(
+    ("topology", "axes"),
+    [("v5e:2x2", (1, 4)), ("v5p:2x2x1", (2, 2)), ("v6e:2x2", (4, 1)), ("tpu7x:2x2x1", (2, 4)), ("v5e:2x2:2", (2, 4))],
+)
 def test_tpu(config: Config, shapes: Path, topology: str, axes: tuple[int, int]) -> None:
     """Splash attention stands in both compiled steps: forward alone, and with its two backward kernels."""
     decoder = dataclasses.replace(read_config(shapes), head_dim=128)  # of a width that the kernel takes
