@@ -260,7 +260,7 @@ def test_notes_count_users_without_records_ties_and_titles_alike(tmp_path, capsy
     times = [100, 110, 120, 130, 140, 150, 160, 170, 170, 180]
     plays = [("ann", n, time) for n, time in enumerate(times)] + [("cat", n + 10, time) for n, time in enumerate(times)]
     plays += [("bob", n, 95) for n in range(4)]
-    titles = [f"{'Song SONG song'.split()[n % 3]} {n // 3}" if n < 10 else f"solo {n}" for n in range(20)]
+    titles = [f"{['Song', 'SONG', 'song'][n % 3]} {n // 3}" if n < 10 else f"solo {n}" for n in range(20)]
     files = {
         "interactions.csv": "user,item,time\n" + "".join(f"{user},i{item},{time}\n" for user, item, time in plays),
         "items.csv": "item,title\n" + "".join(f"i{n},{title}\n" for n, title in enumerate(titles)),
