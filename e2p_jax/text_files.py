@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -81,7 +82,8 @@ def open_table(path: Path, delimiter: str, columns: Sequence[str] | None = None,
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Every line, numbered from 1, without its end and without a byte order mark; of a .gz file, what it holds.
+    """Every line, numbered from 1, without its end (LF, CRLF, or CR alone in all of the file) and without a byte order
+    mark; of a .gz file, what it holds.
 
     Raises:
       UserError: a damaged .gz file.
@@ -89,7 +91,13 @@ def read_lines(path: Path) -> Iterator[Line]:
     row = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for row, line in enumerate(lines, 1):
+            # Where a lone CR ends a line, as on old Macs, no LF does, and the first line is all of the file.
+            first = next(lines, b"")
+            ends_in_cr = b"\r" in first and not first.endswith(b"\n")
+            every = (
+                first.removesuffix(b"\r").split(b"\r") if ends_in_cr else itertools.chain([first] * bool(first), lines)
+            )
+            for row, line in enumerate(every, 1):
                 yield Line(f"{path}:{row}", line.rstrip(b"\r\n").removeprefix(_BOM if row == 1 else b""))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged after row {row} ({error}); copy it again") from error

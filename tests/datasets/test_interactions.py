@@ -35,6 +35,19 @@ LAYOUTS: dict[str, dict[str, bytes]] = {
         "ratings.csv": b"userId,movieId,rating,timestamp\n2,51,3.5,881250949\n2,52,5.0,891717742\n3,51,0.5,878887116\n",
         "movies.csv": 'movieId,title,genres\n51,Die Brücke (1995),Drama\n52,"Bang, The ""Big"" (1996)",War\n'.encode(),
     },
+    "lastfm-bare": {  # no headers, and an old Mac's line ends
+        "user_artists.dat": b"2\t51\t13883\r2\t52\t11690\r3\t51\t7\r",
+        "artists.dat": '51\t"Weird Al" Yankovic\thttp://a\thttp://b\r52\tBjörk\thttp://a\t'.encode(),
+    },
+    "recbole": {
+        "some.inter": b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+        b"2\t51\t3\t881250949\n2\t52\t5\t891717742\n3\t51\t1\t878887116\n",
+        "some.item": b"item_id:token\tmovie_title:token_seq\tclass:token_seq\n51\tToy Story\tComedy\n52\tHeat\t\n",
+    },
+    "own-us": {
+        "interactions.csv": b"user,item,weight,time\n2,51,3,12/4/1997 12:00:00 AM\n2,52,5,4/4/1998 7:29:02 PM\n"
+        b"3,51,1,878887116\n",
+    },
     "own": {  # saved by a spreadsheet: a byte order mark, CRLF, its columns in another order
         "interactions.tsv": b"\xef\xbb\xbftime\tuser\titem\tweight\r\n1997-12-04\t2\t51\t3\r\n"
         b"1998-04-04T19:29:02Z\t2\t52\t5\r\n\r\n878887116\t3\t51\t1\r\n",
@@ -43,6 +56,9 @@ LAYOUTS: dict[str, dict[str, bytes]] = {
 }
 TITLES = {
     "lastfm": ['"Weird Al" Yankovic', "Björk"],
+    "lastfm-bare": ['"Weird Al" Yankovic', "Björk"],
+    "recbole": ["Toy Story", "Heat"],
+    "own-us": ["51", "52"],
     "ml-100k": ["Die Brücke (1995)", "Big Bang, The (1996)"],
     "ml-1m": ["Die Brücke (1995)", '"Big" Bang (1996)'],
     "ml-latest": ["Die Brücke (1995)", 'Bang, The "Big" (1996)'],
@@ -62,13 +78,15 @@ def test_published_layouts_are_read_as_they_come(tmp_path, name):
     log = read_log(write(tmp_path, LAYOUTS[name]), BadRecords())
     assert (log.user_ids, log.item_ids, log.titles) == (["2", "3"], ["51", "52"], TITLES[name])
     assert (log.users.tolist(), log.items.tolist()) == ([0, 0, 1], [0, 1, 0])
-    weights = {"lastfm": [13883, 11690, 7], "ml-latest": [3.5, 5, 0.5]}.get(name, [3, 5, 1])
+    weights = {"lastfm": [13883, 11690, 7], "lastfm-bare": [13883, 11690, 7], "ml-latest": [3.5, 5, 0.5]}.get(
+        name, [3, 5, 1]
+    )
     assert log.weights.tolist() == weights
-    if name == "lastfm":
+    if name.startswith("lastfm"):
         assert log.times is None
     else:
-        first = 881193600 if name == "own" else 881250949  # midnight UTC of a date
-        assert log.times.tolist() == [first, 891718142 if name == "own" else 891717742, 878887116]
+        first = 881193600 if name.startswith("own") else 881250949  # midnight UTC of a date
+        assert log.times.tolist() == [first, 891718142 if name.startswith("own") else 891717742, 878887116]
 
 
 def test_an_own_log_needs_neither_weights_nor_times_nor_titles(tmp_path):
@@ -98,6 +116,10 @@ def test_an_own_log_needs_neither_weights_nor_times_nor_titles(tmp_path):
         ({"ratings.csv": b"userId,movieId,rating,timestamp\n1, ,3,4\n"}, r":2: column 'movieId' is empty"),
         ({"movies.csv": b"movieId,title,genres\n1,\xe9,x\n"}, r"movies.csv:2: column 3: not utf-8 \(byte 0xe9\)"),
         ({"movies.csv": b"movieId,title,genres\n1,a,x\n1,b,x\n"}, r"movies.csv:3: item '1' is 'b' here and 'a' above"),
+        (
+            {"ratings.csv": b"userId,movieId,rating,timestamp\n1,2,3,13/11/2019 14:46\n"},
+            r":2: column 'timestamp' is '13/11/2019 14:46'; write seconds, 2019-11-12T14:14:46 or 11/12/2019 2:",
+        ),
         ({"u.data": b""}, r"holds u.data and ratings.csv; it must hold one of"),
     ],
 )
@@ -109,6 +131,17 @@ def test_a_row_that_breaks_the_layout_is_named(tmp_path, changes, message):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no interactions; it must hold one of user_artists.dat \(Last.fm 2k"):
         read_log(tmp_path, BadRecords())
+    other = write(tmp_path / "mind", {"behaviors.tsv": b"x", "news.tsv": b"x"})
+    with pytest.raises(
+        UserError, match=r"behaviors.tsv: MIND's impressions are not read: write each click .*items.tsv"
+    ):
+        read_log(other, BadRecords())
+    with pytest.raises(
+        UserError, match=r"plays.parquet: Parquet is not read as a log: write interactions.csv .*write_csv"
+    ):
+        read_log(write(tmp_path / "columns", {"plays.parquet": b"x"}), BadRecords())
+    with pytest.raises(UserError, match=r"holds a.item and some.item; keep one"):
+        read_log(write(tmp_path / "two", LAYOUTS["recbole"] | {"some.inter": b"", "a.item": b""}), BadRecords())
     with pytest.raises(UserError, match=r"movies.csv: not found; it has the titles of MovieLens latest"):
         read_log(write(tmp_path, {"ratings.csv": b"x"}), BadRecords())
 

@@ -1,6 +1,7 @@
 """Published layouts of interactions, and one's own, read as they come."""
 
 import array
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Mapping
@@ -18,9 +19,9 @@ from e2p_jax.text_files import Line, Table, number, open_table, shortened
 class File:
     """One table of a layout: its name, its form, and which of its columns mean something here."""
 
-    name: str
+    name: str  # or a pattern, such as *.inter
     delimiter: str
-    roles: Mapping[str, str]  # user, item, weight, time or item, title -> column
+    roles: Mapping[str, str | tuple[str, ...]]  # user, item, weight, time or item, title -> column, or any of these
     columns: tuple[str, ...] | None = None  # None: the header names them
     encoding: str = "utf-8"
 
@@ -41,13 +42,19 @@ _RATING = {"user": "user", "item": "item", "weight": "rating", "time": "timestam
 _RATINGS = ("user", "item", "rating", "timestamp")
 _OWN = {"user": "user", "item": "item", "weight": "weight", "time": "time"}
 _TITLE = {"item": "item", "title": "title"}
+_ATOMIC = ("item_id", "artist_id", "movie_id", "book_id", "business_id", "venue_id")
 _LATEST = {"user": "userId", "item": "movieId", "weight": "rating", "time": "timestamp"}
 
 LAYOUTS = (
     Layout(
         "Last.fm 2k (HetRec 2011)",
-        File("user_artists.dat", "\t", {"user": "userID", "item": "artistID", "weight": "weight"}),
-        File("artists.dat", "\t", {"item": "id", "title": "name"}),
+        File(
+            "user_artists.dat",
+            "\t",
+            {"user": "userID", "item": "artistID", "weight": "weight"},
+            ("userID", "artistID", "weight"),
+        ),
+        File("artists.dat", "\t", {"item": "id", "title": "name"}, ("id", "name", "url", "pictureURL")),
     ),
     Layout(
         "MovieLens 100k",
@@ -64,6 +71,16 @@ LAYOUTS = (
         File("ratings.csv", ",", _LATEST),
         File("movies.csv", ",", {"item": "movieId", "title": "title"}),
     ),
+    Layout(
+        "RecBole's atomic files",
+        File(
+            "*.inter",
+            "\t",
+            {"user": "user_id", "item": _ATOMIC, "weight": ("rating", "weight"), "time": "timestamp"},
+        ),
+        File("*.item", "\t", {"item": _ATOMIC, "title": ("title", "name", "movie_title", "item_name", "artist_name")}),
+        frozenset({"weight", "time", "items"}),
+    ),
     *(
         Layout(
             f"one's own, {kind.upper()}",
@@ -74,6 +91,16 @@ LAYOUTS = (
         for kind, delimiter in (("csv", ","), ("tsv", "\t"))
     ),
 )
+
+
+# Files of logs that are not read -> what to do.
+_OTHERS = {
+    "behaviors.tsv": "MIND's impressions are not read: write each click (N1-1 in its last column) as a row of an "
+    "interactions.tsv with the columns user, item, time, and of news.tsv the first and fourth column as an items.tsv "
+    "with the columns item, title (docs/data.md has the commands)",
+    "*.parquet": "Parquet is not read as a log: write interactions.csv (user, item, weight, time) and items.csv (item, "
+    "title), each by pyarrow.csv.write_csv(pyarrow.parquet.read_table(FILE), NAME)",
+}
 
 
 class Log(NamedTuple):
@@ -94,20 +121,30 @@ def find_layout(directory: Path) -> Layout:
     Raises:
       UserError: none or several do, or the titles are missing.
     """
-    found = [layout for layout in LAYOUTS if (directory / layout.interactions.name).is_file()]
+    found = {path: layout for layout in LAYOUTS for path in sorted(directory.glob(layout.interactions.name))}
     if len(found) != 1:
+        for pattern, remedy in _OTHERS.items():
+            if not found and (others := sorted(directory.glob(pattern))):
+                raise UserError(f"{others[0]}: {remedy}")
         known = "; ".join(f"{layout.interactions.name} ({layout.name})" for layout in LAYOUTS)
-        there = " and ".join(layout.interactions.name for layout in found) if found else "no interactions"
+        there = " and ".join(path.name for path in found) if found else "no interactions"
         raise UserError(f"{directory}: holds {there}; it must hold one of {known}")
-    layout = found[0]
-    if "items" not in layout.optional and not (directory / layout.items.name).is_file():
+    (layout,) = found.values()
+    if "items" not in layout.optional and not files(directory, layout)[1:]:
         raise UserError(f"{directory / layout.items.name}: not found; it has the titles of {layout.name}")
     return layout
 
 
 def files(directory: Path, layout: Layout) -> list[Path]:
-    """The files of a layout that are there."""
-    return [path for file in (layout.interactions, layout.items) if (path := directory / file.name).is_file()]
+    """The files of a layout that are there: the interactions, and the items if there are any.
+
+    Raises:
+      UserError: several could be the items.
+    """
+    items = sorted(directory.glob(layout.items.name))
+    if len(items) > 1:
+        raise UserError(f"{directory}: holds {' and '.join(path.name for path in items)}; keep one")
+    return [*directory.glob(layout.interactions.name), *items]
 
 
 def read_log(directory: Path, bad: BadRecords) -> Log:
@@ -117,7 +154,8 @@ def read_log(directory: Path, bad: BadRecords) -> Log:
       UserError: no layout, a malformed row, two titles for one item, or no interactions.
     """
     layout = find_layout(directory)
-    table, places = _open(directory, layout, layout.interactions)
+    path, *items_path = files(directory, layout)
+    table, places = _open(path, layout, layout.interactions)
     user_numbers: dict[str, int] = {}
     item_numbers: dict[str, int] = {}
     users, items, weights, times = array.array("i"), array.array("i"), array.array("f"), array.array("d")
@@ -140,7 +178,7 @@ def read_log(directory: Path, bad: BadRecords) -> Log:
         times.append(time)
     if not users:
         raise UserError(f"{table.path}: holds no interactions")
-    titles = _titles(directory, layout, bad)
+    titles = _titles(items_path[0], layout, bad) if items_path else None
     return Log(
         list(user_numbers),
         list(item_numbers),
@@ -152,20 +190,20 @@ def read_log(directory: Path, bad: BadRecords) -> Log:
     )
 
 
-def _open(directory: Path, layout: Layout, file: File) -> tuple[Table, dict[str, int]]:
+def _open(path: Path, layout: Layout, file: File) -> tuple[Table, dict[str, int]]:
     """The table, and where in its rows each role stands."""
-    table = open_table(directory / file.name, file.delimiter, file.columns, file.encoding)
-    places = {role: table.columns.index(column) for role, column in file.roles.items() if column in table.columns}
-    if missing := [column for role, column in file.roles.items() if role not in places.keys() | layout.optional]:
-        raise UserError(f"{table.path}:1: the header lacks {missing}; it has {shortened(table.columns)}")
+    table = open_table(path, file.delimiter, file.columns, file.encoding)
+    names = [column.partition(":")[0] for column in table.columns]  # RecBole has a type behind each
+    wanted = {role: (columns,) if isinstance(columns, str) else columns for role, columns in file.roles.items()}
+    places = {role: names.index(each) for role, columns in wanted.items() for each in columns[::-1] if each in names}
+    if missing := [" or ".join(wanted[role]) for role in wanted if role not in places.keys() | layout.optional]:
+        raise UserError(f"{path}:1: the header lacks {missing}; it has {shortened(table.columns)}")
     return table, places
 
 
-def _titles(directory: Path, layout: Layout, bad: BadRecords) -> dict[str, str] | None:
-    """Item -> title, without runs of white space; None where there is no such file."""
-    if not (directory / layout.items.name).is_file():
-        return None
-    table, places = _open(directory, layout, layout.items)
+def _titles(path: Path, layout: Layout, bad: BadRecords) -> dict[str, str]:
+    """Item -> title, without runs of white space."""
+    table, places = _open(path, layout, layout.items)
     titles: dict[str, str] = {}
 
     def parse(line: Line) -> tuple[str, str]:
@@ -180,11 +218,20 @@ def _titles(directory: Path, layout: Layout, bad: BadRecords) -> dict[str, str] 
 
 
 def _time(text: str, column: str, place: str) -> float:
-    """Seconds since 1970 of a number of seconds, or of a date and time in ISO 8601 (UTC where it names no zone)."""
-    try:
-        moment = datetime.datetime.fromisoformat(text.strip()) if "-" in text else None
-    except ValueError:
-        moment = None
-    if moment is None:
-        return number(text, column, place)
-    return moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp()
+    """Seconds since 1970 of a number of seconds, of a date and time in ISO 8601 (UTC where it names no zone), or of one
+    as Microsoft's releases have it: 11/12/2019 2:14:46 PM, the month first.
+    """
+    text = text.strip()
+    moment = None
+    with contextlib.suppress(ValueError):
+        if "-" in text:
+            moment = datetime.datetime.fromisoformat(text)
+        elif "/" in text:
+            moment = datetime.datetime.strptime(text, "%m/%d/%Y %I:%M:%S %p")  # the zone follows
+    if moment is not None:
+        return moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp()
+    if "/" in text or ":" in text:
+        raise UserError(
+            f"{place}: column {column!r} is {text[:40]!r}; write seconds, 2019-11-12T14:14:46 or 11/12/2019 2:14:46 PM"
+        )
+    return number(text, column, place)

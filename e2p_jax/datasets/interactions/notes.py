@@ -51,5 +51,5 @@ def covered(records: Iterable[Record], split: str, targets: Collection[str], lin
             counts += [[true, 1], [known - true, len(record.candidates) - 1]]
         yield record
     if counts.any():
-        true, wrong = (f"{asked / max(whole, 1):.0%}" for asked, whole in counts)
-        lines.append(f"{split}: {true} of the true and {wrong} of the wrong candidates are asked for in train")
+        right, wrong = (f"{asked / max(whole, 1):.0%}" for asked, whole in counts)
+        lines.append(f"{split}: {right} of the true and {wrong} of the wrong candidates are asked for in train")

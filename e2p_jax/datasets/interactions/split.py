@@ -90,7 +90,7 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
         times = log.times[rows]
 
     order = np.lexsort((np.arange(len(rows)), times, users))
-    users, items, weights, times, heavy = (each[order] for each in (users, items, weights, times, heavy))
+    users, items, weights, times, heavy = users[order], items[order], weights[order], times[order], heavy[order]
     # A pair is at its first row of enough weight; one that has none stays as unused: no wrong candidate for its user.
     _, pair = np.unique(pairs[order], return_inverse=True)
     enough = np.bincount(pair, weights=heavy)[pair] > 0
