@@ -109,10 +109,22 @@ def test_a_row_that_breaks_the_format_is_named_or_skipped(manual, tmp_path, caps
     assert "skipped 1 of 18 records as bad" in capsys.readouterr().err
 
 
-def test_missing_files_are_named(manual, tmp_path):
-    (manual / "valid.tsv").unlink()
-    with pytest.raises(UserError, match=r"valid.tsv: not found; part of PENS"):
-        prepare("pens", manual, tmp_path / "data")
+def test_a_part_is_prepared_alone_and_missing_files_are_named(manual, tmp_path):
+    whole = load_records(str(prepare("pens", manual, tmp_path / "whole")), "test")
+    for name in ("train.tsv", "valid.tsv"):
+        (manual / name).unlink()
+    directory = str(prepare("pens", manual, tmp_path / "data"))
+    assert load_records(directory, "test") == whole
+    with pytest.raises(UserError, match=r"no split 'train'; there are test$"):
+        load_records(directory, "train")
+    (manual / "personalized_test.tsv").unlink()
+    with pytest.raises(
+        UserError, match=r"manual: holds none of train.tsv, valid.tsv, personalized_test.tsv; part of PENS"
+    ):
+        prepare("pens", manual, tmp_path / "none")
+    (manual / "news.tsv").unlink()
+    with pytest.raises(UserError, match=r"news.tsv: not found; it has the articles of PENS"):
+        prepare("pens", manual, tmp_path / "none")
 
 
 def test_the_readers_of_the_test_keep_their_own_order(manual):

@@ -141,12 +141,14 @@ def test_a_line_that_breaks_the_format_is_named(tmp_path, text, message):
         read_dialogues(path, BadRecords())
 
 
-@pytest.mark.parametrize("part", ["train", "valid"])
-def test_a_missing_file_is_named(manual, tmp_path, part):
-    (manual / f"{part}_self_original.txt").unlink()
-    with pytest.raises(UserError, match=rf"{part}_self_original.txt: not found; .*ConvAI2.*ParlAI"):
-        prepare("persona_chat", manual, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+def test_a_part_is_prepared_alone_and_missing_files_are_named(manual, tmp_path):
+    (manual / "train_self_original.txt").unlink()
+    directory = str(prepare("persona_chat", manual, tmp_path / "data"))
+    assert last_replies(load_records(directory, "validation")) == ["reply v", "reply w"]
+    (manual / "valid_self_original.txt").unlink()
+    with pytest.raises(UserError, match=r"holds none of train_self_original.txt, valid_.*ConvAI2.*ParlAI"):
+        prepare("persona_chat", manual, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_revised_personas_are_another_config_with_its_own_table(manual, tmp_path):

@@ -63,21 +63,26 @@ class Builder(RecordBuilder):
         )
 
     def sources(self, directory: Path) -> list[Path]:
-        paths = [directory / name for name in NAMES]
-        if missing := [str(path) for path in paths if not path.is_file()]:
-            raise UserError(f"{', '.join(missing)}: not found; part of PENS (https://msnews.github.io/pens.html)")
-        return paths
+        news, *parts = (directory / name for name in NAMES)
+        if not news.is_file():
+            raise UserError(f"{news}: not found; it has the articles of PENS (https://msnews.github.io/pens.html)")
+        if there := [path for path in parts if path.is_file()]:
+            return [news, *there]
+        names = ", ".join(path.name for path in parts)
+        raise UserError(f"{directory}: holds none of {names}; part of PENS (https://msnews.github.io/pens.html)")
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
         directory = Path(dl_manager.manual_dir)
         options: Options = self.builder_config.options
-        news, train, valid, test = (directory / name for name in NAMES)
+        news, *parts = (directory / name for name in NAMES)
         self.left_out = collections.Counter()
         maker = _Maker(read_news(news, options.body_words, self.bad), options, self.left_out)
-        return {  # in this order: a user's first impression is looked for in train.tsv first
-            "train": self._generate_examples(self._clicked(train, maker)),
-            "validation": self._generate_examples(self._clicked(valid, maker)),
-            "test": self._generate_examples(self._written(test, maker)),
+        # In this order: a user's first impression is looked for in train.tsv first.
+        made = {"train": self._clicked, "validation": self._clicked, "test": self._written}
+        return {
+            split: self._generate_examples(records(path, maker))
+            for (split, records), path in zip(made.items(), parts, strict=True)
+            if path.is_file()
         }
 
     def _clicked(self, path: Path, maker: "_Maker") -> Iterator[Record]:

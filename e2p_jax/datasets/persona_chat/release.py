@@ -274,11 +274,12 @@ def text_form(whose: Whose, wording: str, candidates: bool) -> Form:
         if not candidates:  # the release may have them in files of their own
             bare = {part: directory / f"{part}_{stem}_no_cands.txt" for part in PARTS}
             paths = {part: bare[part] if bare[part].is_file() else path for part, path in paths.items()}
-        if missing := [str(paths[part]) for part in ("train", "valid") if not paths[part].is_file()]:
-            raise UserError(
-                f"{', '.join(missing)}: not found; part of the ConvAI2 (Persona-Chat) release, which ParlAI downloads"
-            )
-        return [(part, path) for part, path in paths.items() if path.is_file()]
+        if found := [(part, path) for part, path in paths.items() if path.is_file()]:
+            return found
+        raise UserError(
+            f"{directory}: holds none of {', '.join(path.name for path in paths.values())}; part of the ConvAI2 "
+            "(Persona-Chat) release, which ParlAI downloads"
+        )
 
     def read(path: Path, part: str, bad: BadRecords) -> Readings:
         return [read_dialogues(path, bad, whose)]
