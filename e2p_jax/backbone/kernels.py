@@ -17,7 +17,7 @@ from e2p_jax.backbone.blocks import SAVED
 from e2p_jax.parallel.private_jax import cudnn_primitives
 
 SPLASH_BLOCKS = (512, 256, 128)  # the first that divides T; 128 lanes are the least
-SPLASH_FUSED = False  # one kernel backward in place of two; see docs/performance.md
+SPLASH_FUSED = False  # one kernel backward in place of two; its partial sums grow with T^2: docs/performance.md
 
 
 def splash_attention(
