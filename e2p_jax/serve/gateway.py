@@ -104,7 +104,7 @@ class Gateway:
             )
         self.settings, self.metrics = settings, Metrics()
         self._client = EngineClient(table, "", settings.cache_salt, "null" if settings.unknown == "null" else "error")
-        self._client.vllm_completion(None, [{"role": "user", "content": "hi"}])  # loads the tokenizer: seconds
+        _warm(self._client)
         self._rooms: dict[str, int | None] = {}  # of the engine's models: tokens of prompt and reply together
         self.chat = _Chat(self)
 
@@ -123,11 +123,14 @@ class Gateway:
             await asyncio.sleep(self.settings.reload)
             try:
                 client = await asyncio.to_thread(self._client.reload)
+                if client is self._client:
+                    continue
                 there, here = (one.table.manifest["backbone"]["fingerprint"] for one in (client, self._client))
                 if there != here:
                     raise UserError(
                         f"{client.table.directory}: for another backbone now; start engine and gateway anew"
                     )
+                await asyncio.to_thread(_warm, client)
                 self._client = client
             except (UserError, OSError) as error:
                 self.metrics.reloads_failed += 1
@@ -305,6 +308,11 @@ class _Chat:
             gone.cancel()
             work.cancel()  # closes the connection to the engine, which then stops
             await asyncio.wait((work, gone))
+
+
+def _warm(client: EngineClient) -> None:
+    """Loads the tokenizer, which takes seconds, before a request waits for it."""
+    client.vllm_completion(None, [{"role": "user", "content": "hi"}])
 
 
 def _plain(messages: Any) -> Any:

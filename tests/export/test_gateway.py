@@ -24,7 +24,7 @@ from starlette.routing import Route
 from e2p_jax.cli import main
 from e2p_jax.errors import UserError
 from e2p_jax.export.client import EngineClient
-from e2p_jax.export.prefix_reader import PrefixTable
+from e2p_jax.export.prefix_reader import PrefixTable, manifest_checksum
 from e2p_jax.export.prefix_table import export_prefixes
 from e2p_jax.serve import gateway, relay
 
@@ -243,12 +243,22 @@ def test_a_new_version_of_the_table_is_taken_up(
     while chat(client).status_code == 200 and engine.bodies[-1]["prompt_embeds"] == before:
         assert time.monotonic() < deadline
     now = engine.bodies[-1]["prompt_embeds"]
-    (tmp_path / "damaged").write_text("{}")
-    (tmp_path / "damaged").replace(prefixes / "manifest.json")
-    while "e2p_reloads_failed_total 0" in client.get("/metrics").text:
-        assert time.monotonic() < deadline
-    assert chat(client).status_code == 200 and engine.bodies[-1]["prompt_embeds"] == now
-    assert "the table is served as it was" in capfd.readouterr().err
+    manifest = PrefixTable(prefixes).manifest
+    another = manifest | {"backbone": manifest["backbone"] | {"fingerprint": "0" * 64}}
+    for held, words in (
+        (json.dumps(another | {"checksum": manifest_checksum(another)}), "for another backbone now"),
+        ("{}", "damaged"),
+    ):
+        (tmp_path / "made").write_text(held)
+        (tmp_path / "made").replace(prefixes / "manifest.json")
+        said = ""
+        while words not in said:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+            said += capfd.readouterr().err
+        assert "the table is served as it was" in said
+        assert chat(client).status_code == 200 and engine.bodies[-1]["prompt_embeds"] == now
+    assert "e2p_reloads_failed_total 0" not in client.get("/metrics").text.splitlines()
 
 
 def test_the_engines_failures_are_told(open_gateway: Callable, engine: Engine):
