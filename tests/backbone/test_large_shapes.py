@@ -1,6 +1,7 @@
 """Published models by their config.json: they build, count what was published, split evenly on documented meshes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_CLASSES
 
 from e2p_jax.backbone.families import FAMILIES, WRAPPERS, parse_config
+from e2p_jax.backbone.layout import cache_shapes
 from e2p_jax.backbone.weights import abstract
 from e2p_jax.parallel.mesh import AXES, param_sharding
 
@@ -237,6 +239,13 @@ def test_published_parameter_count(name: str) -> None:
     assert sum(int(np.prod(shape)) for shape in found.values()) == PUBLISHED[name]
     whole = {path for path, s in found.items() if param_sharding(mesh, f"backbone/{path}", s).shard_shape(s) == s}
     assert {path for path in whole if not path.endswith(SMALL)} <= {"position_embedding"}
+
+
+def test_a_cache_holds_what_keys_and_values_are_made_of() -> None:
+    """Of DeepSeek-V3 a vector and the rotated key that its 128 heads share, as docs/backbones.md says."""
+    config = parse_config(CONFIGS["DeepSeek-V3"], Path("config.json"))
+    assert sum(math.prod(shape) for shape in cache_shapes(config, 1).values()) == 576
+    assert config.num_heads * (config.head_dim + config.value_size) == 40_960
 
 
 def test_the_table_of_families_says_what_each_was_held_against() -> None:
