@@ -192,8 +192,13 @@ def swap(out: Path, before: dict[str, Any] | None, manifest: dict[str, Any], kee
             os.utime(path)
     for path in paths:
         if _KEPT.fullmatch(path.name) and path.stat().st_mtime <= oldest:
-            with path.open("rb") as file, contextlib.suppress(OSError):  # a reader's, or no storage with locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with path.open("r+b") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # a reader holds it
+                    continue
+                except OSError:  # storage without locks: `keep_hours` is all there is
+                    pass
                 path.unlink()
     named = files_of(manifest).union(*(files_of(kept) for kept in versions(out).values()))
     for path in paths:
