@@ -107,8 +107,10 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
 
 
 FAMILY_SIZES["qwen3_next"] = FAMILY_SIZES["qwen3_5_text"] | FAMILY_SIZES["qwen2_moe"]
+FAMILY_SIZES["qwen3_5_moe_text"] = FAMILY_SIZES["qwen3_next"]
 
 WRAPPED = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
+WRAPPED["qwen3_5_moe"] = "qwen3_5_moe_text"
 VISION = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 VISION |= {"image_size": 16, "patch_size": 8, "head_dim": 4}
 

@@ -41,6 +41,12 @@ def sizes(
     }
 
 
+def expert_sizes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Of a family whose layers all have experts: nothing says the width of another MLP."""
+    reader.values.setdefault("intermediate_size", reader.size("moe_intermediate_size"))
+    return sizes(reader, fields)
+
+
 def gpt2_sizes(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     hidden, heads = reader.size("n_embd"), reader.size("n_head")
     positions = reader.size("n_positions")
@@ -218,6 +224,13 @@ glm_qk_norm = functools.partial(head_norm, key="use_qk_norm")
 def qwen2_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
     shared = reader.size("shared_expert_intermediate_size")
     return qwen_experts(reader, fields) | {"shared_size": shared, "shared_gated": True}
+
+
+def qwen3_5_experts(reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
+    """In every layer, a token's weights divided by their sum."""
+    for key, value in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        reader.require(key, (value,), value)
+    return qwen2_experts(reader, fields)
 
 
 # What linear attention makes of a layer's input.

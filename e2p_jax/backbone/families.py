@@ -67,7 +67,7 @@ _LATENTS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128
 _DEEPSEEK = frozenset({"ep_size", "aux_loss_alpha", "seq_aux"})  # of training
 _LATENT_SIZES = (functools.partial(rules.sizes, head_key="qk_rope_head_dim"), rules.hidden_act)
 # Qwen3-Next and those after it: linear attention, and beside it attention with a gate.
-_HYBRID_SIZES = (*_SIZES, layers.partial_rope, layers.linear_layers, rules.attention_bias, rules.linear_heads)
+_HYBRID_READ = (rules.hidden_act, layers.partial_rope, layers.linear_layers, rules.attention_bias, rules.linear_heads)
 _HYBRID = {"norm": "rms_one_plus", "qk_norm": "head", "gated_attention": True}
 _HYBRID_ABSENT = {"head_dim": 256, "partial_rotary_factor": 0.25, "full_attention_interval": 4}
 _HYBRID_ABSENT |= {f"linear_{kind}_head_dim": 128 for kind in ("key", "value")}
@@ -215,14 +215,23 @@ FAMILIES: dict[str, Family] = {
         _ROUTER | {"max_window_layers"},  # which transformers does not read here
     ),
     "qwen3_5_text": Family(
-        _HYBRID_SIZES,
+        (rules.sizes, *_HYBRID_READ),
         _HYBRID | {"naming": "qwen3_5", "fused_by_head": ("q", "q_gate")},
         _HYBRID_ABSENT | {"num_key_value_heads": 4},
         _HYBRID_INERT,
         _HYBRID_OWN | {"mlp_only_layers": []},
     ),
+    "qwen3_5_moe_text": Family(
+        (rules.expert_sizes, *_HYBRID_READ, rules.qwen3_5_experts),
+        _HYBRID | {"naming": "qwen3_5_moe", "fused_by_head": ("q", "q_gate")},
+        _HYBRID_ABSENT
+        | {"num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
+        | {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True},
+        _ROUTER | _HYBRID_INERT,
+        _HYBRID_OWN,
+    ),
     "qwen3_next": Family(
-        (*_HYBRID_SIZES, rules.qwen2_experts),
+        (rules.sizes, *_HYBRID_READ, rules.qwen2_experts),
         _HYBRID | {"naming": "qwen3_next", "fused_by_head": ("q", "q_gate", *rules.LINEAR_INPUTS)},
         _HYBRID_ABSENT
         | {"num_key_value_heads": 2, "decoder_sparse_step": 1, "num_experts": 512, "num_experts_per_tok": 10}
@@ -272,6 +281,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_QWEN_IMAGES = frozenset({"vision_config", "language_model_only"})
+_QWEN_IMAGES |= {f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")}
 WRAPPERS: dict[str, Wrapper] = {
     "gemma3": Wrapper(
         ("gemma3_text",),
@@ -280,12 +291,8 @@ WRAPPERS: dict[str, Wrapper] = {
         frozenset({"vision_config", "mm_tokens_per_image"})
         | {f"{name}_token_{what}" for name in ("boi", "eoi", "image") for what in ("index", "id")},
     ),
-    "qwen3_5": Wrapper(
-        ("qwen3_5_text",),
-        {},
-        frozenset({"vision_config"})
-        | {f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")},
-    ),
+    "qwen3_5": Wrapper(("qwen3_5_text",), {}, _QWEN_IMAGES),
+    "qwen3_5_moe": Wrapper(("qwen3_5_moe_text",), {}, _QWEN_IMAGES),
     "mistral3": Wrapper(
         ("mistral", "ministral3"),
         {},
@@ -297,7 +304,10 @@ WRAPPERS: dict[str, Wrapper] = {
 CONFIG_REMEDY = "take config.json from the model's own repository"
 
 # Families that one might expect here.
+_NO_TOKEN = "its layers read an embedding of the token itself, which what stands in a slot has not"
 _REFUSED = {
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _NO_TOKEN),
+    **dict.fromkeys(("gemma4", "gemma4_text"), f"{_NO_TOKEN}, or have heads of two widths"),
     "phimoe": "it has its own way to choose experts, which the decoder has not",
     "kimi_k2": "a deepseek_v3 whose tokenizer is code of its own, which is not run",
 }

@@ -54,6 +54,7 @@ _DELTA = {
 NAMES: dict[str, dict[str, str]] = {
     "llama": _LLAMA,
     "qwen3_5": _LLAMA | _DELTA,
+    "qwen3_5_moe": _EXPERTS | _SHARED_EXPERT | _DELTA,
     "qwen3_next": _EXPERTS
     | _SHARED_EXPERT
     | _DELTA

@@ -282,6 +282,26 @@ class Part(NamedTuple):
         }
 
 
+def each_expert(tensors: Mapping[str, np.ndarray | Lazy]) -> Mapping[str, np.ndarray | Lazy]:
+    """Names each expert by itself, as transformers saves them, where Qwen3.5 is published with those of a layer in one
+    tensor: gate above up, [X, 2 F, D], and down. gpt-oss's, which have biases, are another matter.
+    """
+    found: dict[str, np.ndarray | Lazy] = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        together = layer.endswith(".mlp.experts") and kind in ("gate_up_proj", "down_proj")
+        if not together or isinstance(tensor, Lazy) or tensor.ndim != 3 or f"{layer}.{kind}_bias" in tensors:
+            found[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            if kind == "down_proj":
+                found[f"{layer}.{number}.down_proj.weight"] = expert
+            else:
+                gate, up = np.split(expert, 2)
+                found |= {f"{layer}.{number}.gate_proj.weight": gate, f"{layer}.{number}.up_proj.weight": up}
+    return found if len(found) > len(tensors) else tensors
+
+
 class Spelling(NamedTuple):
     """How a checkpoint spells the names of `tensor_names`: what stands in place of their root, and before the head."""
 

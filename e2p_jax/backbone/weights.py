@@ -25,7 +25,7 @@ from e2p_jax.backbone.lazy import Lazy
 from e2p_jax.backbone.names import EXACT
 from e2p_jax.backbone.packed import unpack
 from e2p_jax.backbone.quantize import Kind, Quantization, quantize
-from e2p_jax.backbone.tensor_files import Checkpoint, Part, parts, spelling
+from e2p_jax.backbone.tensor_files import Checkpoint, Part, each_expert, parts, spelling
 from e2p_jax.config import config_directory
 from e2p_jax.errors import UserError
 from e2p_jax.files import replace_directory
@@ -117,6 +117,7 @@ def open_checkpoint(directory: Path) -> Checkpoint | FlaxCheckpoint:
     settings = read_object(config, CONFIG_REMEDY).get("quantization_config") if config.is_file() else None
     if settings is not None:
         checkpoint.tensors = unpack(checkpoint.stored, settings, config)
+    checkpoint.tensors = each_expert(checkpoint.tensors)
     return checkpoint
 
 

@@ -203,6 +203,8 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     *(("qwen3_5_text", {}, key, value, "refused") for key, value in
       [("layer_types", ["linear_attention"] * 2), ("layer_types", ["full_attention"] * 3), ("linear_num_key_heads", 3),
        ("attn_output_gate", False), ("mamba_ssm_dtype", "bfloat16"), ("output_gate_type", "sigmoid")]),
+    *(("qwen3_5_moe_text", {}, key, value, "refused") for key, value in
+      [("norm_topk_prob", False), ("mlp_only_layers", [0]), ("decoder_sparse_step", 2)]),
     ("exaone4", {"layer_types": None}, "sliding_window_pattern", 3, "logits"),
     ("gpt_oss", {}, "hidden_act", "gelu", "refused"),
     ("gpt_oss", {"experts_per_token": 3}, "experts_per_token", 2, "refused"),
@@ -433,6 +435,9 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         parse_config(config_json("llama") | {"model_type": "gpt_bigcode"}, SOURCE)
     with pytest.raises(UserError, match=r"'phimoe' is not supported \(it has its own .*\); supported: "):
         parse_config(config_json("llama") | {"model_type": "phimoe"}, SOURCE)
+    for name in ("gemma3n", "gemma4"):
+        with pytest.raises(UserError, match=rf"'{name}' is not supported \(its layers read .* in a slot has not"):
+            parse_config({"model_type": name}, SOURCE)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

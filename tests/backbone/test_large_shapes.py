@@ -221,6 +221,7 @@ MESHES = {
     "gpt-oss-20b": [(8, 1), (16, 1), (4, 4)],
     "gpt-oss-120b": [(32, 1), (64, 1), (8, 8)],
     "Qwen3.5-27B": [(16, 1), (32, 1), (8, 4)],
+    "Qwen3.5-35B-A3B": [(16, 1), (32, 1), (64, 1)],
     "Qwen3-Next-80B-A3B": [(32, 1), (64, 1), (128, 1)],  # a score of one row splits no other way
 }
 SMALL = ("norm", "bias", "sinks", "_taps", "_rate")  # what is no matrix

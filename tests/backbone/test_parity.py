@@ -139,6 +139,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
     },
     "qwen3-next-periods": {"family": "qwen3_next", "num_hidden_layers": 4, "mlp_only_layers": [1, 3]},
+    "qwen3.5-moe": {"family": "qwen3_5_moe_text"},
     "gpt2": {"family": "gpt2"},
     "gpt2-untied-unscaled": {
         "family": "gpt2",

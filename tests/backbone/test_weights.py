@@ -34,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from e2p_jax.backbone import tensor_files
+from e2p_jax.backbone.convert import convert
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.tensor_files import Checkpoint
 from e2p_jax.backbone.weights import load, resolve, save
@@ -305,6 +306,27 @@ def test_tensors_of_several_parameters_come_apart_and_back(tmp_path: Path, famil
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
+
+
+def test_experts_of_a_layer_in_one_tensor_come_apart(tmp_path: Path) -> None:
+    """As Qwen3.5 is published; transformers saves each by itself."""
+    hf_model(hf_config("qwen3_5_moe_text")).save_pretrained(tmp_path / "each")
+    shutil.copytree(tmp_path / "each", tmp_path / "together")
+    values = load_file(tmp_path / "each" / "model.safetensors")
+    for layer in range(2):
+        front = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([values.pop(f"{front}.{n}.{name}_proj.weight") for n in range(6)])
+            for name in ("gate", "up", "down")
+        )
+        values |= {f"{front}.gate_up_proj": torch.cat([gate, up], dim=1), f"{front}.down_proj": down}
+    save_file(values, tmp_path / "together" / "model.safetensors", metadata={"format": "pt"})
+    one, other = (parameters(load_backbone(tmp_path / name)) for name in ("each", "together"))
+    for path, value in one.items():
+        np.testing.assert_array_equal(value, other[path])
+    convert(tmp_path / "together", tmp_path / "plain", "org/model", None, "float32")
+    for name, tensor in load_file(tmp_path / "each" / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "plain" / "model.safetensors")[name], tensor)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 400, -1])
