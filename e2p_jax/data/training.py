@@ -102,7 +102,7 @@ def cache_directory(setting: str) -> Path | None:
 def _read(config: Config, encoder: Encoder, directory: Path) -> Training:
     """Holds the training split in files without a name in `directory`."""
     condition = config.data.condition
-    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
+    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share, "--data.on_bad_record")
     reported = load_splits(config.data.path, config.data.eval_splits, bad)
     learned, dev = load_training(config.data, reported, bad)
     dropped = 0

@@ -15,10 +15,11 @@ Parsed = TypeVar("Parsed")
 class BadRecords:
     """The policy of one reading of a dataset, and what it met so far."""
 
-    def __init__(self, policy: OnBadRecord = "error", max_share: float = 0.01) -> None:
+    def __init__(self, policy: OnBadRecord = "error", max_share: float = 0.01, flag: str = "--on-bad-record") -> None:
         """
         Args:
           policy: error: the first bad record is an error; skip: it is left out and counted.
+          flag: That sets the policy, for errors.
           max_share: skipping more than this share of a file's records is an error.
 
         Raises:
@@ -26,7 +27,7 @@ class BadRecords:
         """
         if not 0 <= max_share <= 1:
             raise UserError(f"max_bad_share is {max_share}; it must be from 0 to 1")
-        self.policy, self.max_share = policy, max_share
+        self.policy, self.max_share, self.flag = policy, max_share, flag
         # By the file's name, which may be read again: how many were skipped, of how many.
         self.files: dict[str, tuple[int, int]] = {}
         self.first = ""  # what was wrong with the first one
@@ -49,7 +50,7 @@ class BadRecords:
                 parsed = parse(row)
             except UserError as error:
                 if self.policy == "error":
-                    raise
+                    raise UserError(f"{error} ({self.flag} skip leaves such records out)") from error
                 skipped += 1
                 self.first = self.first or str(error)
             else:

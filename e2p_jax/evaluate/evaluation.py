@@ -242,7 +242,7 @@ def read_splits(data: DataConfig, splits: Sequence[str]) -> dict[str, list[Recor
     Raises:
       UserError: the first split is absent, or a record is at fault.
     """
-    bad = BadRecords(data.on_bad_record, data.max_bad_share)
+    bad = BadRecords(data.on_bad_record, data.max_bad_share, "--data.on_bad_record")
     found = load_splits(data.path, splits, bad)
     if (skipped := bad.report()) and is_first():
         say(skipped)

@@ -106,7 +106,7 @@ def show_answers(run: Run, console: rich.console.Console) -> None:
     if not config.evaluate.prompts:
         return
     people: dict[str, Record] = {}
-    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share)
+    bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share, "--data.on_bad_record")
     for record in load_records(config.data.path, config.data.eval_splits[0], bad):
         people.setdefault(record.user_id, record)
     # Two users whose contexts share as little as possible, so that their answers can differ.

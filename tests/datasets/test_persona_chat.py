@@ -314,11 +314,14 @@ def generated_csv(*conversations: tuple[str, str, str]) -> bytes:
 
 
 def test_both_users_of_generated_dialogues_are_users(tmp_path):
-    talk = '* * *\nUser 1: Hi!\nUser 2: Hello, "Ann".\n**User 1:** What do you do?\nUser 2: I list:\n1. sleep\n\n2. run'
-    content = generated_csv(("I run.\nI ski.", "I sleep.", talk), ("I ski.\nI run.", "I nap.", "User 1: Hi!"))
+    talk = "* * *\nUser 1: Hi!\n[A few minutes later]\n(They walk\n"
+    talk += 'User 2: Hello, "Ann".\n**User 1:** What do you do?\nUser 2: I list:\n1. sleep\n\n2. run'
+    content = generated_csv(
+        ("I run.\nI ski.", "I sleep.", talk), ("I ski.\nI run.", "I nap.", "User 1: Hi!"), ("I nod.", "I hum.", "")
+    )
     (tmp_path / "valid.csv").write_bytes(b"\xef\xbb\xbf" + content)
-    np.save(tmp_path / "valid_embeddings_user1.npy", np.eye(3, dtype=np.float32)[:2])
-    np.save(tmp_path / "valid_embeddings_user2.npy", np.eye(3, dtype=np.float32)[1:])
+    np.save(tmp_path / "valid_embeddings_user1.npy", np.eye(3, dtype=np.float32))
+    np.save(tmp_path / "valid_embeddings_user2.npy", np.eye(3, dtype=np.float32)[[1, 2, 0]])
     directory = prepare("persona_chat/synthetic", tmp_path, tmp_path / "data")
     one, two = load_records(str(directory), "validation")
     assert (one.context, two.context) == (("I run.", "I ski."), ("I sleep.",))
@@ -339,7 +342,10 @@ def test_both_users_of_generated_dialogues_are_users(tmp_path):
     [
         (b"a,b\n", r"valid.csv:1: the header must be user 1 personas,"),
         (generated_csv(), r"valid.csv: holds no conversation"),
-        (generated_csv(("a", "b", "User 1: x\nUser 2: y"), ("a", " ", "c")), r":4: column 'user 2 personas' is empty"),
+        (
+            generated_csv(("a", "b", "User 1: x\nUser 2: y"), ("a", " ", "c")),
+            r":4: column 'user 2 personas' is empty \(--on-bad-rec",
+        ),
         (generated_csv() + b"a,b\r\n", r":2: 2 columns, expected 3 \(user 1"),
         (generated_csv() + b"a,b,caf\xe9\r\n", r":2: column 'Best Generated Conversation' is not UTF-8"),
         (generated_csv() + b'a,b,"open\r\n', r":2: malformed CSV in the row that begins here \(unexpected end"),

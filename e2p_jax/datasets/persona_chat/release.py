@@ -13,8 +13,8 @@ Its human evaluation as JSON: a list of `{"dialog": [{"text", "sender_class"}], 
 [...]}`; the human plays `user_profile`.
 
 Synthetic-Persona-Chat, dialogues that a language model wrote for two personas, as CSV: columns `user 1 personas` and
-`user 2 personas`, a sentence a line, and `Best Generated Conversation`, whose lines begin with `User 1:` or `User 2:`;
-cells with line breaks stand in quotes.
+`user 2 personas`, a sentence a line, and `Best Generated Conversation`, whose lines begin with `User 1:` or `User 2:`,
+stage directions aside; cells with line breaks stand in quotes.
 """
 
 import csv
@@ -194,6 +194,8 @@ def _texts(entry: Any, key: str, place: str) -> tuple[str, ...]:
 
 
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
+# What nobody says: an ornament, or a line that stands in brackets as a whole, such as [A few minutes later].
+_STAGE = re.compile(r"[*_\s-]+|\[[^\]]*\]?|\([^)]*\)?")
 _SPEAKER = re.compile(r"[*\s]*user ([12])[*\s]*:[*\s]*", re.IGNORECASE)  # some rows have it in bold
 
 
@@ -235,7 +237,7 @@ def _conversation(number: int, place: str, cells: list[str]) -> tuple[Dialogue, 
     for column, cell in zip(COLUMNS, cells, strict=True):
         if not cell.isprintable() and any("\udc80" <= character <= "\udcff" for character in cell):
             raise UserError(f"{place}: column {column!r} is not UTF-8; save the file as UTF-8")
-        if not cell.strip():
+        if not cell.strip() and column != COLUMNS[2]:  # one conversation of the release is empty: nobody answers
             raise UserError(f"{place}: column {column!r} is empty")
     one, two = (tuple(line.strip() for line in cell.splitlines() if line.strip()) for cell in cells[:2])
     said: list[tuple[str, str]] = []
@@ -243,7 +245,7 @@ def _conversation(number: int, place: str, cells: list[str]) -> tuple[Dialogue, 
         speaker = _SPEAKER.match(line.strip())
         if speaker:
             said.append((speaker[1], line.strip()[speaker.end() :]))
-        elif said:  # a line break inside what someone says; before anyone speaks, an ornament
+        elif said and not _STAGE.fullmatch(line.strip()):  # a line break inside what someone says
             said[-1] = (said[-1][0], f"{said[-1][1]} {line.strip()}")
     first, second = (pair([(speaker == me, text) for speaker, text in said if text]) for me in "12")
     return Dialogue(number, one, two, first, place), Dialogue(number, two, one, second, place)
