@@ -150,7 +150,9 @@ def recommender_ranks(path: str, records: Sequence[Record], table: UserTable | N
 
     popularity: how many users have the item. item-kNN: cosines of the item's users to those of each of the user's
     items, summed (Sarwar et al., 2001). vectors: cosine of the user's vector to the mean vector of the item's users,
-    all less the mean of all; absent without a table.
+    all less the mean of all. vectors (dot product): the user's vector times the item's factor, which keeps the norm,
+    and popularity with it; the factors are those that fit who has what best, by least squares. Both are absent without
+    a table.
 
     Args:
       path: a directory that `e2p prepare interactions` wrote.
@@ -164,7 +166,7 @@ def recommender_ranks(path: str, records: Sequence[Record], table: UserTable | N
     popularity = np.bincount(known.items, minlength=len(known.titles)).astype(float)
     scores = {"popularity": [popularity[items] for items in asked], "item-kNN": neighbour_scores(known, users, asked)}
     if table is not None:
-        scores["vectors"] = _dot_products(known, users, asked, table)
+        scores |= _of_vectors(known, users, asked, table)
     widest = max(map(len, asked))
     return {
         name: ranks(np.stack([np.pad(-row, (0, widest - len(row)), constant_values=np.nan) for row in rows]))
@@ -189,14 +191,25 @@ def neighbour_scores(known: Interactions, users: Sequence[str], asked: Sequence[
     return out
 
 
-def _dot_products(
+def _of_vectors(
     known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int]], table: UserTable
-) -> list[np.ndarray]:
-    vectors = table.lookup(known.user_ids, known.user_ids).astype(np.float64)
-    there = ~np.isnan(vectors[:, 0])
-    vectors = np.where(there[:, None], vectors - vectors[there].mean(axis=0), 0.0)
-    sums = np.zeros((len(known.titles), vectors.shape[1]))
-    np.add.at(sums, known.items, vectors[known.users])
-    items = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+) -> dict[str, list[np.ndarray]]:
+    given = table.lookup(known.user_ids, known.user_ids).astype(np.float64)
+    there = ~np.isnan(given[:, 0])
     row = {user: place for place, user in enumerate(known.user_ids)}
-    return [items[candidates] @ vectors[row[user]] for user, candidates in zip(users, asked, strict=True)]
+
+    def scored(items: np.ndarray, vectors: np.ndarray) -> list[np.ndarray]:
+        return [items[candidates] @ vectors[row[user]] for user, candidates in zip(users, asked, strict=True)]
+
+    def sums(vectors: np.ndarray) -> np.ndarray:
+        """[items, E]: those of each item's users, added up."""
+        out = np.zeros((len(known.titles), vectors.shape[1]))
+        np.add.at(out, known.items, vectors[known.users])
+        return out
+
+    centred = np.where(there[:, None], given - given[there].mean(axis=0), 0.0)
+    means = sums(centred)
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    plain = np.where(there[:, None], given, 0.0)
+    factors = sums(plain) @ np.linalg.pinv(plain.T @ plain, hermitian=True)
+    return {"vectors": scored(means, centred), "vectors (dot product)": scored(factors, plain)}

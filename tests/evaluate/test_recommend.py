@@ -52,6 +52,8 @@ def test_ranks_by_hand(folder: Path):
     assert found["popularity"] == [2.5, 1.5]
     assert found["item-kNN"] == [2, 1]
     assert found["vectors"] == [1, 1]
+    # Least squares say that r3, j2, pop have 1/2, 0, 1 of ann; j3, r2, nobody's 1/2, 0, 0 of cat.
+    assert found["vectors (dot product)"] == [2, 1]
     assert "vectors" not in recommender_ranks(str(folder), records(), None)
 
 
