@@ -105,7 +105,7 @@ def embed(
       data: What `data.path` takes: a prepared dataset's directory, a JSON Lines file, or synthetic. With import: a
         table in any form.
       encoder: One of `registry.ENCODERS`, or a text encoder.
-      out: Directory to write.
+      out: Directory to write; als and svd write `OUT-items` with the vectors of the items, too.
       settings: What some encoders need.
     """
     from e2p_jax.embed.make import make_table

@@ -12,7 +12,9 @@ from e2p_jax.embed.contexts import first_contexts
 from e2p_jax.errors import UserError
 
 
-def factors(data: str, encoder: str, width: int, seed: int) -> tuple[Sequence[str], np.ndarray]:
+def factors(
+    data: str, encoder: str, width: int, seed: int
+) -> tuple[Sequence[str], np.ndarray, Sequence[str], np.ndarray]:
     """Factorises the users' histories, weights w as 1 + log(1 + w).
 
     Args:
@@ -22,7 +24,8 @@ def factors(data: str, encoder: str, width: int, seed: int) -> tuple[Sequence[st
         singular values.
 
     Returns:
-      U user ids, and [U, width] float32.
+      U user ids, [U, width] float32, the ids of the I items that a history has, and [I, width] float32: a user's
+      vector times an item's is the entry that the two come to.
 
     Raises:
       UserError: `implicit` is not installed, or the width is beyond what so many users and items have.
@@ -39,10 +42,11 @@ def factors(data: str, encoder: str, width: int, seed: int) -> tuple[Sequence[st
         raise UserError(f"--width {width}: must be below {min(shape)}, the number of users and of items; lower it")
     matrix = scipy.sparse.csr_matrix((weights, (history.users, columns)), shape)
     factorise = {"als": _als, "svd": _svd}[encoder]
-    return interactions.user_ids, factorise(matrix, width, seed)
+    of_users, of_items = factorise(matrix, width, seed)
+    return interactions.user_ids, of_users, items.tolist(), of_items
 
 
-def _als(matrix, width: int, seed: int) -> np.ndarray:  # type: ignore[no-untyped-def]  # SciPy has no types
+def _als(matrix, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]  # SciPy has no types
     try:
         from implicit.cpu.als import AlternatingLeastSquares
         from threadpoolctl import threadpool_limits
@@ -53,18 +57,19 @@ def _als(matrix, width: int, seed: int) -> np.ndarray:  # type: ignore[no-untype
         warnings.simplefilter("ignore")  # of the threads that it was just denied
         model = AlternatingLeastSquares(factors=width, random_state=seed, num_threads=1)
         model.fit(matrix, show_progress=False)
-    return np.asarray(model.user_factors, np.float32)
+    return np.asarray(model.user_factors, np.float32), np.asarray(model.item_factors, np.float32)
 
 
-def _svd(matrix, width: int, seed: int) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _svd(matrix, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
     from scipy.sparse.linalg import svds
 
     start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
-    left, values, _ = svds(matrix.astype(np.float64), k=width, v0=start)
+    left, values, right = svds(matrix.astype(np.float64), k=width, v0=start)
     order = np.argsort(-values)
-    left, values = left[:, order], values[order]
+    left, values, right = left[:, order], values[order], right[order].T
     largest = left[np.abs(left).argmax(axis=0), np.arange(width)]
-    return (left * np.sign(largest) * values).astype(np.float32)  # a direction's sign is anybody's choice
+    sign = np.sign(largest)  # a direction's sign is anybody's choice
+    return (left * sign * values).astype(np.float32), (right * sign).astype(np.float32)
 
 
 def item_means(data: str, items: str | None) -> tuple[Sequence[str], np.ndarray]:

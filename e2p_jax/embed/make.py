@@ -28,7 +28,7 @@ class Made(NamedTuple):
 
 
 def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) -> Made:
-    """Writes a table.
+    """Writes a table; of factors the items' too, beside it, by the same name with `-items` behind.
 
     Args:
       data: as `data.path`; with `import`, a table in any form.
@@ -39,7 +39,7 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
     """
     chosen = ENCODERS.get(encoder, TEXT_ENCODER)
     flags = chosen.of(dataclasses.asdict(settings) | {"encoder": encoder})
-    users, vectors = chosen.load()(data, **flags)
+    users, vectors, *items = chosen.load()(data, **flags)
     known = ~np.isnan(vectors[:, 0]) | (encoder == "import")
     if not known.all():
         users = [user for user, has_vector in zip(users, known, strict=True) if has_vector]
@@ -62,6 +62,11 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
     digest.update(np.ascontiguousarray(vectors).data)
     notes = {"ignored_keys": keys} if (keys := flags.get("ignored_keys")) else {}
     save_table(out, users, vectors, name=encoder, version=digest.hexdigest()[:12], **notes)
+    if items:
+        ids, factors = items
+        factors = factors if settings.dtype == "auto" else factors.astype(settings.dtype)
+        place = Path(f"{out}-items")
+        save_table(place, ids, factors, name=f"{encoder}-items", version=digest.hexdigest()[:12])
     return Made(len(users), len(known) - len(users), _warnings(users, vectors, str(out)))
 
 

@@ -174,6 +174,8 @@ def test_nothing_that_is_held_out_changes_a_byte(encoder: str, tmp_path: Path) -
     }.items():
         make_table(save(interactions, tmp_path / name), encoder, tmp_path / f"{name} table", settings)
         made.append(table_bytes(tmp_path / f"{name} table"))
+        if encoder != "item-mean":
+            made[-1]["items"] = (tmp_path / f"{name} table-items" / "embeddings.npy").read_bytes()
     assert made[0] == made[1] == made[2]
     assert made[0]["embeddings.npy"] != made[3]["embeddings.npy"]
 
@@ -190,6 +192,10 @@ def test_factors_tell_tastes_apart(encoder: str, tmp_path: Path) -> None:
     cosine = vectors @ vectors.T
     same = np.equal.outer(np.arange(40) % 2, np.arange(40) % 2)
     assert cosine[same].mean() > cosine[~same].mean() + 0.5
+    items = load_table(str(tmp_path / "a-items"))
+    scores = np.load(tmp_path / "a" / "embeddings.npy") @ items.vectors.T
+    liked = np.equal.outer(np.arange(40) % 2, [int(item[1:]) // 15 for item in items.ids])
+    assert len(items.ids) == 30 and scores[liked].mean() > scores[~liked].mean() + 0.3
 
 
 def test_svd_is_the_decomposition_of_the_histories(tmp_path: Path) -> None:
@@ -198,9 +204,15 @@ def test_svd_is_the_decomposition_of_the_histories(tmp_path: Path) -> None:
     history = interactions.of("history")
     matrix = np.zeros((40, len(interactions.item_ids)))
     matrix[history.users, history.items] = 1 + np.log1p(history.weights)
-    left, values, _ = np.linalg.svd(matrix)
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
     vectors = np.load(tmp_path / "t" / "embeddings.npy")
     np.testing.assert_allclose(np.abs(vectors), np.abs(left[:, :3] * values[:3]), atol=1e-4)
+    items = load_table(str(tmp_path / "t-items"))
+    assert list(items.ids) == sorted({interactions.item_ids[item] for item in history.items})
+    places = [interactions.item_ids.index(item) for item in items.ids]
+    np.testing.assert_allclose(
+        vectors @ items.vectors.T, ((left[:, :3] * values[:3]) @ right[:3])[:, places], atol=1e-4
+    )
 
 
 def test_item_mean(people: str, tmp_path: Path) -> None:
