@@ -40,9 +40,8 @@ class Step(NamedTuple):
 
 def compiled(topology: str, mesh: MeshConfig, decoder: DecoderConfig, **backbone: Any) -> Step:
     place = find_topology(topology)
-    config = Config(
-        backbone=BackboneConfig(**backbone), data=DataConfig(seq_len=LENGTH), train=TrainConfig(rows=ROWS), mesh=mesh
-    )
+    settings = TrainConfig(rows=ROWS, logits_at_once=1 << 25)  # a card's memory would hold all of these at once
+    config = Config(backbone=BackboneConfig(**backbone), data=DataConfig(seq_len=LENGTH), train=settings, mesh=mesh)
     devices = make_mesh(mesh, place.devices)
     model = abstract_model(config, decoder, 64, devices, place.memory)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
