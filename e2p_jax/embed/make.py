@@ -61,12 +61,12 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
     digest = hashlib.sha256("\n".join(users).encode("utf-8", "surrogatepass"))
     digest.update(np.ascontiguousarray(vectors).data)
     notes = {"ignored_keys": keys} if (keys := flags.get("ignored_keys")) else {}
-    save_table(out, users, vectors, name=encoder, version=digest.hexdigest()[:12], **notes)
     if items:
         ids, factors = items
         factors = factors if settings.dtype == "auto" else factors.astype(settings.dtype)
         place = Path(f"{out}-items")
         save_table(place, ids, factors, name=f"{encoder}-items", version=digest.hexdigest()[:12])
+    save_table(out, users, vectors, name=encoder, version=digest.hexdigest()[:12], **notes)
     return Made(len(users), len(known) - len(users), _warnings(users, vectors, str(out)))
 
 
