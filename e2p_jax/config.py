@@ -125,6 +125,8 @@ class ProjectorConfig:
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
     init_scale: float = result(1.0, POSITIVE)
     """Root mean square of the first soft tokens, in units of the backbone's token embeddings."""
+    max_scale: float = result(4.0, NOT_NEGATIVE)
+    """What a soft token's root mean square is held to, in the same units, whatever the user vector; 0 is no bound."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,10 @@ def checks(config: "Config") -> list[tuple[bool, str]]:
             config.data.missing_user != "null" or config.train.null_user_rate > 0,
             "data.missing_user=null needs a null user: set train.null_user_rate, to 0.1 say",
         ),
+        (
+            not 0 < config.projector.max_scale < config.projector.init_scale,
+            "projector.max_scale is below projector.init_scale: the first soft tokens would be beyond the bound",
+        ),
         (bool(config.train.trainable), "train.trainable is empty: nothing would be trained"),
         (
             config.backbone.quantization == "none" or config.backbone.weights == "pretrained",

@@ -13,7 +13,8 @@ _FIELDS = {
 def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
     """The sections of an earlier config.json -> of today's.
 
-    They had `backbone.lora_rank`, 0 for no adapters, and the fields of the MLP for every kind of projector.
+    They had `backbone.lora_rank`, 0 for no adapters, the fields of the MLP for every kind of projector, and no bound of
+    soft tokens (`projector.max_scale`).
     """
     sections = {name: dict(values) if isinstance(values, dict) else values for name, values in sections.items()}
     backbone, projector = sections.get("backbone"), sections.get("projector")
@@ -22,6 +23,8 @@ def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
     if isinstance(projector, dict) and projector.get("kind") == "linear":
         for name in ("hidden_size", "dropout"):
             projector.pop(name, None)
+    if isinstance(projector, dict):
+        projector.setdefault("max_scale", 0.0)
     return sections
 
 

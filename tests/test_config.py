@@ -52,6 +52,12 @@ def test_json_round_trip(config: Config) -> None:
     assert json.loads(text) == json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def test_a_run_made_before_soft_tokens_had_a_bound_has_none() -> None:
+    old = json.loads(Config().to_json())
+    del old["projector"]["max_scale"]
+    assert config_lib.from_json(json.dumps(old), Path("config.json")).projector.max_scale == 0
+
+
 def test_changed_config_differs_in_every_field() -> None:
     for section in dataclasses.fields(Config):
         ours, default = getattr(_changed(), section.name), section.default
@@ -90,6 +96,10 @@ REFUSED: list[tuple[Any, str]] = [
     (DataConfig(too_long="cut"), "data.too_long is 'cut'; choose from drop_oldest, refuse"),
     (DataConfig(on_bad_record="drop"), "data.on_bad_record is 'drop'; choose from error, skip"),
     (DataConfig(max_bad_share=1.0), "data.max_bad_share must be in [0, 1)"),
+    (
+        ProjectorConfig(max_scale=0.5),
+        "projector.max_scale is below projector.init_scale: the first soft tokens would be beyond the bound",
+    ),
     (DataConfig(targets="user"), "data.targets is 'user'"),
     (
         PrefixConfig(placement="in_caht"),

@@ -202,8 +202,9 @@ def rows_a_shard(projector: Projector, dtype: str) -> int:
 
 
 def projector_hash(projector: Projector) -> str:
-    """SHA-256 over K and every parameter's and statistic's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{projector.num_tokens}\n".encode())
+    """SHA-256 over K, the bound if there is one, and every parameter's and statistic's name, dtype, shape and bytes."""
+    bound = f"{float(projector.bound)}\n" if projector.settings.max_scale else ""
+    digest = hashlib.sha256(f"{projector.num_tokens}\n{bound}".encode())
     for name, value in _values(projector).items():
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(value.tobytes())

@@ -86,6 +86,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         "reply_opening": reply_opening(run.inputs.encoder) if placement == "before_reply" else None,
         "num_soft_tokens": config.projector.num_tokens,
         "embedding_size": run.model.embedding_width,
+        "max_soft_token_rms": float(run.model.merged.projector.bound) or None,
         "projector_kind": config.projector.kind,
         **{f"projector_{name}": value for name, value in own_fields("projector", config.projector).items()},
         "null_user": config.train.null_user_rate > 0,

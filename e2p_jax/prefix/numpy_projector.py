@@ -36,15 +36,15 @@ def project(
     width = len(parameters["input_mean"])
     if vectors.ndim != 2 or vectors.shape[1] != width or not np.isfinite(vectors).all():
         raise UserError(f"vectors {vectors.shape}: give [N, {width}], every number finite")
-    x = (vectors.astype(np.float32) - parameters["input_mean"]) / parameters["input_std"]
     with np.errstate(over="ignore", invalid="ignore"):
+        x = (vectors.astype(np.float32) - parameters["input_mean"]) / parameters["input_std"]
         y = form(parameters, x).reshape(len(x), settings["num_tokens"], -1)
-        mean, std = parameters["token_mean"], parameters["token_std"]
-        soft = mean + std * y
-        if most := settings.get("max_scale", 0):  # not in tables of before
-            bound = most / settings["init_scale"] * np.sqrt(np.mean(mean * mean + std * std))
-            square = np.mean(soft * soft, axis=-1, keepdims=True)
-            soft = soft * np.minimum(1, bound / np.sqrt(np.maximum(square, 1e-30)))
+        soft = parameters["token_mean"] + parameters["token_std"] * y
+        if most := settings.get("max_scale", 0.0):
+            calibrated = np.mean(np.square(parameters["token_mean"]) + np.square(parameters["token_std"]))
+            bound = np.float32(most / settings["init_scale"]) * np.sqrt(calibrated)
+            square = np.mean(np.square(soft), axis=-1, keepdims=True)
+            soft = soft * np.minimum(np.float32(1), bound / np.sqrt(np.maximum(square, np.float32(1e-20))))
         soft = soft.astype(dtype)
     if len(bad := np.flatnonzero(~np.isfinite(soft.astype(np.float32)).all(axis=(1, 2)))):
         raise UserError(f"vector {bad[0]}: the soft tokens are not finite in {dtype.name}; repair the vector")

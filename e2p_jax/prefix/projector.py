@@ -11,6 +11,8 @@ from flax import nnx
 from e2p_jax.config import ProjectorConfig
 from e2p_jax.registry import PROJECTORS
 
+TINY = 1e-20  # in place of the square of nothing, whose root has no slope
+
 Make = Callable[..., jax.Array]  # (*shape) -> float32
 
 
@@ -54,6 +56,9 @@ class Projector(nnx.Module):
     Vectors are standardised first, so a fresh network's output has about unit variance a dimension; it is then moved to
     the mean and scaled to the spread of the backbone's own token embeddings (`calibrate`), so the frozen layers see an
     ordinary-looking token from the first step. Computed in float32.
+
+    With `max_scale` no user vector, however far from those of training, gives a soft token longer than the bound. The
+    clip is hard: below the bound a token is what it is without one, above it the direction still learns.
 
     With `null_user_rate` there is a null user: a learned vector, at first the mean user's, in place of vectors that are
     NaN (users who have none) and, in training, of that share of all others.
@@ -108,7 +113,18 @@ class Projector(nnx.Module):
                 is_null = is_null | jax.random.bernoulli(null_key, self.null_user_rate, is_null.shape)
             x = jnp.where(is_null, self.row("null_user", x), x)
         y = kind_of(self.settings.kind).project(self, x, dropout_key).reshape(*vectors.shape[:-1], self.num_tokens, -1)
-        return self.row("token_mean", y) + self.row("token_std", y) * y
+        soft = self.row("token_mean", y) + self.row("token_std", y) * y
+        if not self.settings.max_scale:
+            return soft
+        square = jnp.mean(jnp.square(soft), axis=-1, keepdims=True)
+        return soft * jnp.minimum(1.0, self.bound * jax.lax.rsqrt(jnp.maximum(square, TINY)))
+
+    @property
+    def bound(self) -> jax.Array:
+        """[] float32: the largest root mean square of a soft token."""
+        # The statistics are those of the token embeddings times `init_scale`.
+        calibrated = jnp.mean(jnp.square(self.token_mean[...]) + jnp.square(self.token_std[...]))
+        return self.settings.max_scale / self.settings.init_scale * jnp.sqrt(calibrated)
 
     def row(self, name: str, x: jax.Array) -> jax.Array:
         """A variable [N] as [1, .., N], of the rank of `x`: rank promotion is strict."""

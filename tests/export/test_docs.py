@@ -119,7 +119,9 @@ def test_export_examples(run: Run, lively_backbone: Path):
     asked = [Record(user, (), ({"role": "user", "content": "do you have any pets?"},)) for user in users]
     wanted = generate(run, asked, vectors, "e2p", Sampling(max_new_tokens=12))
     assert [reply.strip() for reply in seen["replies"]] == wanted
-    soft = seen["personal"].get_prompt(batch_size=1)[0].detach().numpy()[1:]  # behind the prompt's first token
+    said = seen["tokenizer"].decode(seen["answer"][0, seen["one"]["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert said.strip() == wanted[0]
+    soft = seen["personal"].get_prompt(batch_size=1)[0, 1:].detach().numpy()  # behind the prompt's first token
     ours = nnx.merge(run.model.graph, run.model.params).projector(vectors[:1])[0]
     np.testing.assert_allclose(soft, ours, rtol=1e-5, atol=1e-6)
     assert open_run(Path("runs/imported")).step == 0

@@ -50,10 +50,12 @@ def test_a_vector_is_projected_in_numpy(make_run: Callable, tmp_path: Path, num_
     export_prefixes(run, tmp_path / "table", "float32")
     table = PrefixTable(tmp_path / "table")
     vectors = np.stack([synthetic.vector(user) for user in range(60)])
-    vectors[50:] *= 1000
+    vectors[50:] *= 1000  # held to the bound
     wanted, made = np.asarray(run.model.merged.projector(vectors)), table.project(vectors)
     assert made.dtype == np.float32 and made.shape == wanted.shape
     scale = np.abs(wanted).max(axis=(1, 2), keepdims=True)
+    rms = np.sqrt(np.mean(np.square(wanted[50:]), axis=-1))
+    assert rms == pytest.approx(float(run.model.merged.projector.bound), rel=1e-5)
     assert (np.abs(made - wanted) <= 2e-6 * scale).all()
     assert (np.abs(made[:30] - table.lookup([f"user-{user}" for user in range(30)])) <= 2e-6 * scale[:30]).all()
     client = EngineClient(table, "mine")
@@ -87,7 +89,7 @@ def test_what_cannot_be_projected_is_named(make_run: Callable, tmp_path: Path, m
         with pytest.raises(UserError, match=rf"give \[N, {width}\], every number finite"):
             table.project(wrong)
     far = np.zeros((2, width), np.float32)
-    far[1] = 1e38
+    far[1] = 3e38
     with pytest.raises(UserError, match="vector 1: the soft tokens are not finite in float16"):
         table.project(far)
     monkeypatch.setitem(PROJECTORS, "elsewhere", Choice("e2p_jax.errors", "a plugin's kind that has JAX alone"))

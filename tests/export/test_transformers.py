@@ -24,8 +24,9 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.evaluation import evaluate, save
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
+from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
-from e2p_jax.train.run import Run
+from e2p_jax.train.run import Run, open_run
 
 WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear"), ("before_reply", 2, "mlp"), ("in_chat", 1, "mlp")]
 PROMPTS = ["hi!", "what do you like to eat?", "where do you live, and do you have any pets?"]
@@ -345,6 +346,22 @@ def test_the_embedded_backbone_always_comes_along(make_run: Callable, tmp_path: 
     export_transformers(dataclasses.replace(run, inputs=inputs), tmp_path / "out", include_backbone=False)
     written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert any(name.startswith("backbone.") for name in written)
+
+
+def test_an_extreme_user_is_held_to_the_same_bound(make_run: Callable, tmp_path: Path):
+    """In torch, and in a run that was imported back, as in the run."""
+    run = make_run()
+    vectors = np.random.default_rng(0).normal(size=(4, synthetic_width(run))).astype(np.float32)
+    vectors[1:] *= np.array([[10], [1e3], [1e6]], np.float32)
+    wanted = np.asarray(run.model.merged.projector(vectors))
+    rms = np.sqrt(np.mean(np.square(wanted), axis=-1))
+    assert rms[2:] == pytest.approx(float(run.model.merged.projector.bound), rel=1e-5) and (rms[0] < rms[3]).all()
+    export_transformers(run, tmp_path / "out", include_backbone=True)
+    model, _ = load(tmp_path / "out")
+    with torch.no_grad():
+        np.testing.assert_allclose(model.projector(torch.tensor(vectors)), wanted, rtol=1e-4, atol=1e-5)
+    import_transformers(tmp_path / "out", tmp_path / "run")
+    np.testing.assert_array_equal(open_run(tmp_path / "run").model.merged.projector(vectors), wanted)
 
 
 def test_model_card_names_what_was_measured(make_run: Callable, tmp_path: Path):

@@ -18,7 +18,7 @@ def make(
     kind: Any = "mlp", *, e: int = 6, d: int = 5, k: int = 1, dropout: float = 0.0, null: float = 0.0, seed: int = 0
 ) -> Projector:
     own = mlp.Settings(hidden_size=4 * e, dropout=dropout) if kind == "mlp" else linear.Settings()
-    settings = dataclasses.replace(own, num_tokens=k)
+    settings = dataclasses.replace(own, num_tokens=k, max_scale=0.0)
     return Projector(settings, embedding_width=e, model_width=d, null_user_rate=null, rngs=nnx.Rngs(seed))
 
 
@@ -46,6 +46,34 @@ def test_formula_and_shapes(kind: str, k: int, lead: tuple[int, ...]) -> None:
     assert soft.shape == (*lead, k, 5)
     assert soft.dtype == jnp.float32
     np.testing.assert_allclose(soft, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_vector_gives_a_token_beyond_the_bound() -> None:
+    """Of any length, noise or nothing; below the bound a token is what it was, and above it directions learn on."""
+    tokens = jnp.asarray(0.3 + normal(100, 5, seed=1))
+    unit = np.sqrt(np.mean(np.square(tokens)))
+    bounded, free = (
+        Projector(
+            linear.Settings(max_scale=most, init_scale=0.5, num_tokens=2),
+            embedding_width=6,
+            model_width=5,
+            rngs=nnx.Rngs(0),
+        )
+        for most in (4.0, 0.0)
+    )
+    for projector in (bounded, free):
+        projector.calibrate(jnp.zeros(6), jnp.ones(6), tokens, 0.5)
+    assert float(bounded.bound) == pytest.approx(4 * unit, rel=1e-5)
+    vectors = jnp.asarray(np.concatenate([normal(40, 6), 1e3 * normal(40, 6), 1e6 * normal(40, 6), np.zeros((1, 6))]))
+    soft, before = bounded(vectors), free(vectors)
+    rms, was = (np.sqrt(np.mean(np.square(np.asarray(each)), axis=-1)) for each in (soft, before))
+    assert (was[40:-1] > 4 * unit).any() and rms.max() <= 4 * unit * 1.0001
+    np.testing.assert_array_equal(soft[was < 3.9 * unit], before[was < 3.9 * unit])
+    np.testing.assert_allclose(soft[80] / rms[80, :, None], before[80] / was[80, :, None], rtol=1e-4, atol=1e-5)
+
+    graph, state = nnx.split(bounded)
+    gradient = jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(vectors)[40:, 0, 0]))(state)
+    assert np.isfinite(gradient["skip"][...]).all() and np.abs(gradient["skip"][...]).max() > 1e-3
 
 
 def calibrated(kind: str, seed: int, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

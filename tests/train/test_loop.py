@@ -280,6 +280,7 @@ def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path
         {"projector": {"num_tokens": 2}},
         {"projector": {"dropout": 0.5}},
         {"projector": {"init_scale": 3.0}},
+        {"projector": {"max_scale": 1.0}},
         {"projector": {"noise": 0.5}},
         {"projector": {"hidden_size": 8}},
         {"prefix": {"placement": "before_bos"}},

@@ -33,7 +33,7 @@ class E2PProjector(nn.Module):
     def __init__(self, config: E2PConfig):
         super().__init__()
         e, d = config.embedding_size, config.backbone_config.get_text_config().hidden_size
-        self.num_soft_tokens = config.num_soft_tokens
+        self.num_soft_tokens, self.max_rms = config.num_soft_tokens, config.max_soft_token_rms
         self.make_layers(config, e, config.num_soft_tokens * d)
         if config.null_user:
             self.null_user = nn.Parameter(torch.zeros(e))
@@ -58,7 +58,11 @@ class E2PProjector(nn.Module):
         if hasattr(self, "null_user"):
             x = torch.where(x[..., :1].isnan(), self.null_user, x)
         y = self.apply_layers(x).unflatten(-1, (self.num_soft_tokens, -1))
-        return self.token_mean + self.token_std * y
+        soft = self.token_mean + self.token_std * y
+        if not self.max_rms:
+            return soft
+        square = soft.square().mean(dim=-1, keepdim=True)
+        return soft * (self.max_rms * square.clamp(min=1e-20).rsqrt()).clamp(max=1)
 
 
 class E2PForCausalLM(PreTrainedModel, GenerationMixin):
