@@ -67,7 +67,8 @@ def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) ->
         def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             hidden, _ = ours(x, positions, segments)
             out = ours.before_head(hidden[:, :-1]), ours.output_embedding, tokens[:, 1:]
-            return jnp.sum(cross_entropy(*out, ours.config.logit_cap, ours.output_bias)), ours.logits(hidden)
+            nll = cross_entropy(*out, ours.config.logit_cap, ours.output_bias, at_once=1 << 25)
+            return jnp.sum(nll), ours.logits(hidden)
 
         (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(x)
         given = torch.tensor(embedded, requires_grad=True)
