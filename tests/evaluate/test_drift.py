@@ -88,7 +88,7 @@ def test_no_verdict_where_there_is_nothing_to_keep(
     assert found["kept"] is None and found["retrain"] is None
     assert found["verdict"].startswith("no verdict: with the old")
 
-    some = vectors + 0.6 * np.random.default_rng(2).normal(size=vectors.shape) * vectors.std()
+    some = vectors + 0.75 * np.random.default_rng(2).normal(size=vectors.shape) * vectors.std()
     between = run_drift(learned_run, right, save(tmp_path / "some", some), capsys)
     share, low, high = between["kept"]
     assert low < 0.9 <= high and between["retrain"] is None, between

@@ -59,7 +59,7 @@ def test_the_loop_names_dev_users_whose_token_breaks_the_model(
     config = Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(path=str(tmp_path / "records.jsonl"), embeddings=str(tmp_path / "table"), seq_len=128),
-        projector=mlp.Settings(hidden_size=16, init_scale=30.0),
+        projector=mlp.Settings(hidden_size=16, init_scale=30.0, max_scale=0.0),
         train=TrainConfig(steps=2, rows=4, warmup_steps=1, eval_every=1, checkpoint_every=1),
         evaluate=EvaluateConfig(conditions=()),
     )
