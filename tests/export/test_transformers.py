@@ -310,7 +310,8 @@ def test_older_transformers_refuse_what_they_would_overlook(exported: tuple[Run,
     config = load(exported[1])[0].config
     dialects: list[dict[str, Any]] = [{"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4}}]
     older, newer = ({"model_type": "llama", **each} for each in dialects)
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    theirs = sys.modules[type(config).__module__].transformers  # another object once PEFT was imported
+    monkeypatch.setattr(theirs, "__version__", "4.57.6")
     assert type(config)(backbone_config=older).backbone_config.model_type == "llama"
     with pytest.raises(ValueError, match="would overlook its rope_parameters"):
         type(config)(backbone_config=newer)
