@@ -1,7 +1,6 @@
 """Steps that are not finite, and stops: nothing that was kept is lost, and nobody waits for long."""
 
 import dataclasses
-import functools
 import os
 import signal
 import time
@@ -65,21 +64,27 @@ def saved(run: Path) -> list[int]:
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
 
 
+class Changed:
+    """A train step between what takes and gives a state: the step's own program, whose rounding is that of any run."""
+
+    def __init__(self, step: Any, before: Callable[[Any], Any], after: Callable[[Any], Any]):
+        self.step, self.before, self.after = step, jax.jit(before), jax.jit(after)
+
+    def lower(self, *arguments: Any) -> "Changed":
+        return Changed(self.step.lower(*arguments), self.before, self.after)
+
+    def compile(self) -> "Changed":
+        return Changed(self.step.compile(), self.before, self.after)
+
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
+        state, metrics = self.step(self.before(state), frozen, batch)
+        return self.after(state), metrics
+
+
 def changed_step(monkeypatch: pytest.MonkeyPatch, before: Callable[[Any], Any], after: Callable[[Any], Any]) -> None:
     """Puts what takes and gives a state around every train step."""
     make = loop.jit_train_step
-
-    def jit_train_step(*arguments: Any, **_: Any) -> Any:
-        step = make(*arguments)
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def changed(state: Any, frozen: Any, batch: Any) -> Any:
-            state, metrics = step(before(state), frozen, batch)
-            return after(state), metrics
-
-        return changed
-
-    monkeypatch.setattr(loop, "jit_train_step", jit_train_step)
+    monkeypatch.setattr(loop, "jit_train_step", lambda *arguments, **_: Changed(make(*arguments), before, after))
 
 
 def test_a_step_that_is_not_finite_stops_before_anything_is_saved_and_the_rerun_goes_on(
