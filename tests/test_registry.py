@@ -163,7 +163,7 @@ def test_configs_of_earlier_versions(capsys: pytest.CaptureFixture[str], tmp_pat
     adapted = from_json('{"backbone": {"lora_rank": 4}}', Path("config.json"))
     assert adapted.adapter.kind == "lora" and adapted.adapter.rank == 4  # type: ignore[attr-defined]
     old = '{"backbone": {"lora_rank": 0}, "projector": {"kind": "linear", "hidden_size": 512, "dropout": 0.05}}'
-    assert from_json(old, Path("config.json")) == Config(projector=ProjectorConfig(kind="linear"))
+    assert from_json(old, Path("config.json")) == Config(projector=ProjectorConfig(kind="linear", max_scale=0.0))
     assert main(["train", "quickstart", "--backbone.lora-rank", "4"]) == 2
     assert "--adapter.kind lora --adapter.rank N now" in capsys.readouterr().err
     (tmp_path / "mine.py").write_text(
