@@ -144,7 +144,7 @@ def test_targets_of_a_real_tokenizer(shared: Path, talk: Any) -> None:
     example = make_encoder(tokenizer).encode(talk(*TURNS), "e2p")
     runs = np.split(example.tokens, np.flatnonzero(np.diff(example.is_target.astype(int))) + 1)
     assert [tokenizer.decode(run).strip() for run in runs[1::2]] == [TURNS[1] + "</s>", TURNS[3] + "</s>"]
-    assert example.tokens[1] == tokenizer.bos_token_id == 1
+    assert example.tokens[0] == tokenizer.bos_token_id == 1
     with pytest.raises(UserError, match=r"stories260k: the tokenizer's ids reach 511.*vocab_size 511.*another model"):
         load_tokenizer(shared / "backbones" / "stories260k", 511)
 
