@@ -51,6 +51,7 @@ class Export(Choice):
 PROJECTORS = {
     "mlp": Choice("e2p_jax.prefix.mlp", "two layers with SiLU beside a linear skip"),
     "linear": Choice("e2p_jax.prefix.linear", "one matrix"),
+    "blocks": Choice("e2p_jax.prefix.blocks", "a soft token from each of K vectors side by side, by one mlp"),
 }
 # Modules that define what `backbone/adapter.py` calls a Kind.
 ADAPTERS = {
