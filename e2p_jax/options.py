@@ -67,6 +67,9 @@ class EncoderSettings:
     """With backbone: after how many layers the hidden states are taken; negative counts from the last."""
     ignored_keys: tuple[str, ...] = ()
     """With backbone: unknown keys of config.json that change nothing, as backbone.ignored_keys."""
+    blocks: int = 1
+    """With a text encoder or backbone: so many vectors a user side by side, each of a part of the context's texts, for
+    projector.kind blocks."""
     items: str | None = None
     """With item-mean: table of item vectors, by item id for interactions, else by the texts of the contexts."""
     width: int = 64
@@ -78,5 +81,5 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values without a meaning."""
-        if not 0 < self.width < 2**31 or not 0 <= self.seed < 2**32:
-            raise UsageError("--width must be positive, and --seed a whole number from 0 to below 2^32")
+        if min(self.width, self.blocks) < 1 or self.width >= 2**31 or not 0 <= self.seed < 2**32:
+            raise UsageError("--width and --blocks must be positive, and --seed a whole number from 0 to below 2^32")

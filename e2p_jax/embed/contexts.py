@@ -29,16 +29,18 @@ def first_contexts(path: str) -> dict[str, tuple[str, ...]]:
 
 
 def vectors_of_contexts(
-    data: str, encode: Callable[[Sequence[tuple[str, ...]]], np.ndarray]
+    data: str, encode: Callable[[Sequence[tuple[str, ...]]], np.ndarray], blocks: int = 1
 ) -> tuple[Sequence[str], np.ndarray]:
-    """What an encoder of texts makes: ids of all users, and vectors [U, E] float32, NaN for users without a context.
+    """What an encoder of texts makes: ids of all users, and vectors [U, K*E] float32, NaN for users without a context.
 
     Args:
       encode: N contexts of one text or more -> [N, E] float32.
+      blocks: K. Text number t of a context goes to block t mod K; where there are fewer texts, they come again.
     """
     contexts = first_contexts(data)
     texts = [context for context in contexts.values() if context]
-    made = encode(texts) if texts else np.zeros((0, 1), np.float32)
+    parts = [context[block % len(context) :: blocks] for context in texts for block in range(blocks)]
+    made = encode(parts).reshape(len(texts), -1) if texts else np.zeros((0, 1), np.float32)
     vectors = np.full((len(contexts), made.shape[1]), np.nan, np.float32)
     vectors[[bool(context) for context in contexts.values()]] = made
     return list(contexts), vectors

@@ -29,12 +29,14 @@ _TOKENS = 1 << 12  # about, in a batch
 _LONGEST = 2048  # tokens of a context that are read
 
 
-def embed(data: str, backbone: str, layer: int, ignored_keys: Collection[str]) -> tuple[Sequence[str], np.ndarray]:
+def embed(
+    data: str, backbone: str, layer: int, ignored_keys: Collection[str], blocks: int
+) -> tuple[Sequence[str], np.ndarray]:
     """Ids of all users, and vectors of their contexts; see `backbone_vectors`."""
     directory = weights.resolve(backbone, None)
     for line in say_ignored(directory, ignored_keys):
         say(f"warning: {line}")
-    return vectors_of_contexts(data, lambda texts: backbone_vectors(texts, directory, layer, ignored_keys))
+    return vectors_of_contexts(data, lambda texts: backbone_vectors(texts, directory, layer, ignored_keys), blocks)
 
 
 def backbone_vectors(

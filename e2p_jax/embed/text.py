@@ -10,9 +10,9 @@ from e2p_jax.embed.contexts import vectors_of_contexts
 from e2p_jax.errors import UserError
 
 
-def embed(data: str, encoder: str) -> tuple[Sequence[str], np.ndarray]:
+def embed(data: str, encoder: str, blocks: int) -> tuple[Sequence[str], np.ndarray]:
     """Ids of all users, and vectors of their contexts; see `text_vectors`."""
-    return vectors_of_contexts(data, lambda contexts: text_vectors(contexts, encoder))
+    return vectors_of_contexts(data, lambda contexts: text_vectors(contexts, encoder), blocks)
 
 
 def text_vectors(contexts: Sequence[tuple[str, ...]], encoder: str, batch: int = 64) -> np.ndarray:

@@ -40,12 +40,13 @@ def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: 
     Raises:
       UserError: E is no multiple of K.
     """
-    if rows % settings.num_tokens:
+    k = settings.num_tokens
+    if rows % k:
         raise UserError(
-            f"projector.kind blocks: user vectors of {rows} numbers are not projector.num_tokens = "
-            f"{settings.num_tokens} vectors side by side; make the table with `e2p embed --blocks {settings.num_tokens}`"
+            f"projector.kind blocks: user vectors of {rows} numbers are not projector.num_tokens = {k} vectors side by "
+            f"side; make the table with `e2p embed --blocks {k}`"
         )
-    return mlp.parameters(rows // settings.num_tokens, columns // settings.num_tokens, settings, normal, zeros)
+    return mlp.parameters(rows // k, columns // k, settings, normal, zeros)
 
 
 def project(projector: Any, x: Any, dropout_key: Any) -> Any:

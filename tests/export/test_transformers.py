@@ -28,7 +28,7 @@ from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run, open_run
 
-WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear"), ("before_reply", 2, "mlp"), ("in_chat", 1, "mlp")]
+WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear"), ("before_reply", 2, "blocks"), ("in_chat", 1, "mlp")]
 PROMPTS = ["hi!", "what do you like to eat?", "where do you live, and do you have any pets?"]
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from e2p_jax.prefix import linear, mlp
+from e2p_jax.errors import UserError
+from e2p_jax.prefix import blocks, linear, mlp
+from e2p_jax.prefix.numpy_projector import project
 from e2p_jax.prefix.projector import Projector, Statistic
 from e2p_jax.vectors.population import Population
 
@@ -17,7 +19,8 @@ from e2p_jax.vectors.population import Population
 def make(
     kind: Any = "mlp", *, e: int = 6, d: int = 5, k: int = 1, dropout: float = 0.0, null: float = 0.0, seed: int = 0
 ) -> Projector:
-    own = mlp.Settings(hidden_size=4 * e, dropout=dropout) if kind == "mlp" else linear.Settings()
+    kinds = {"mlp": mlp.Settings, "blocks": blocks.Settings}
+    own = kinds[kind](hidden_size=4 * e, dropout=dropout) if kind in kinds else linear.Settings()
     settings = dataclasses.replace(own, num_tokens=k, max_scale=0.0)
     return Projector(settings, embedding_width=e, model_width=d, null_user_rate=null, rngs=nnx.Rngs(seed))
 
@@ -46,6 +49,22 @@ def test_formula_and_shapes(kind: str, k: int, lead: tuple[int, ...]) -> None:
     assert soft.shape == (*lead, k, 5)
     assert soft.dtype == jnp.float32
     np.testing.assert_allclose(soft, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_is_projected_as_a_vector_by_itself() -> None:
+    """By `mlp` with the same parameters, in JAX and NumPy; and a vector that does not fall into K blocks is refused."""
+    several, single = make("blocks", e=6, k=3), make(e=2)
+    single.up, single.up_bias, single.down = several.up, several.up_bias, several.down
+    single.skip, single.bias = several.skip, several.bias
+    vectors = normal(4, 6, seed=3)
+    soft = several(jnp.asarray(vectors))
+    assert soft.shape == (4, 3, 5)
+    np.testing.assert_allclose(soft, single(jnp.asarray(vectors.reshape(4, 3, 2)))[:, :, 0], rtol=1e-5, atol=1e-6)
+    p = {name: np.asarray(value) for name, value in nnx.to_pure_dict(nnx.state(several)).items()}
+    ours = project(dataclasses.asdict(several.settings), p, vectors, np.dtype("float32"))
+    np.testing.assert_allclose(ours, soft, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match=r"user vectors of 7 numbers are not projector.num_tokens = 3 .*--blocks 3"):
+        make("blocks", e=7, k=3)
 
 
 def test_no_vector_gives_a_token_beyond_the_bound() -> None:
