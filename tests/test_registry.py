@@ -112,8 +112,8 @@ def test_one_of_each_is_added_without_editing_the_package(
     capsys.readouterr()
     assert main(["evaluate", run]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"e2p: {run}/config.json: projector.kind is 'bounded'; choose from mlp, linear, blocks; the run was made with the "
-        "plugin e2p_riddles: install it"
+        f"e2p: {run}/config.json: projector.kind is 'bounded'; choose from mlp, linear, blocks; the run was made with "
+        "the plugin e2p_riddles: install it"
     )
 
 
