@@ -248,10 +248,51 @@ class Program:
         called = instruction.attribute("calls")
         if opcode not in ("fusion", "fusion-start") or called is None:
             return instruction.hbm_bytes * (not opcode.endswith("-start")) + sum(o.hbm_bytes for o in operands)
+        read = sum(min(self._read(called, number), operand.hbm_bytes) for number, operand in enumerate(operands))
+        return read + self._written(called, instruction.hbm_bytes)
+
+    def _written(self, called: str, whole: int) -> int:
+        """Bytes that a fusion writes: of an update in place, the update."""
         inside = self.computations[called]
-        parameters = {int(i.attributes.split(",")[0]): i for i in inside.values() if i.opcode == "parameter"}
-        written = _written(inside, instruction.hbm_bytes)
-        return written + sum(min(_read(inside, parameters[n]), o.hbm_bytes) for n, o in enumerate(operands))
+        root = _root(inside)
+        parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        total = 0
+        for part in parts:
+            while part.opcode == "bitcast":
+                part = inside[part.operands[0]]
+            if part.opcode == "dynamic-update-slice":
+                total += inside[part.operands[1]].nbytes
+            elif part.opcode == "fusion" and (deeper := part.attribute("calls")):
+                total += self._written(deeper, part.nbytes)
+            else:
+                total += part.nbytes
+        return min(total, whole)
+
+    def _only_renames(self, instruction: Instruction) -> bool:
+        """Whether, inside of a fusion, it gives all of its operand in another form, which alone reads nothing."""
+        called = instruction.attribute("calls") if instruction.opcode == "fusion" else None
+        if called is None:
+            return instruction.opcode in ("bitcast", "copy")
+        return len(self.computations[called]) == 2 and self._only_renames(_root(self.computations[called]))
+
+    def _read(self, called: str, number: int) -> int:
+        """Bytes of a parameter that a fusion reads: of slices, the slices; of what it updates in place, nothing."""
+        inside = self.computations[called]
+        parameter = next(i for i in inside.values() if i.opcode == "parameter" and _value(i) == number)
+        names, total = {parameter.name}, 0  # what it is called, reshaped or in other tiles
+        for user in inside.values():
+            for place, name in enumerate(user.operands):
+                if name not in names:
+                    continue
+                if self._only_renames(user):
+                    names.add(user.name)
+                elif user.opcode == "fusion" and (deeper := user.attribute("calls")):
+                    total += self._read(deeper, place)
+                elif place == 0 and user.opcode in ("dynamic-slice", "slice", "gather"):
+                    total += user.nbytes
+                elif place or user.opcode != "dynamic-update-slice":
+                    return parameter.nbytes
+        return min(total, parameter.nbytes)
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -280,35 +321,6 @@ def _root(computation: Mapping[str, Instruction]) -> Instruction:
 def _value(constant: Instruction) -> int:
     """Of an integer constant; anything else is a ValueError."""
     return int(constant.attributes.split(",")[0])
-
-
-def _written(inside: Mapping[str, Instruction], whole: int) -> int:
-    """Bytes that a fusion writes: of an update in place, the update."""
-    root = _root(inside)
-    parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    total = 0
-    for part in parts:
-        while part.opcode == "bitcast":
-            part = inside[part.operands[0]]
-        total += inside[part.operands[1]].nbytes if part.opcode == "dynamic-update-slice" else part.nbytes
-    return min(total, whole)
-
-
-def _read(inside: Mapping[str, Instruction], parameter: Instruction) -> int:
-    """Bytes of a parameter that a fusion reads: of slices, the slices; of what it updates in place, nothing."""
-    total = 0
-    for user in inside.values():
-        if parameter.name not in user.operands:
-            continue
-        if user.opcode == "bitcast":
-            total += _read(inside, user)
-        elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
-            total += user.nbytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            continue
-        else:
-            return parameter.nbytes
-    return total
 
 
 def _kernel(call: Instruction) -> str | None:

@@ -117,6 +117,29 @@ def test_a_layer_that_is_fetched_ahead_counts_as_a_layer() -> None:
     assert Program(text).hbm_bytes == 2 * 4 * 64 + 4  # read and written, and its number
 
 
+def test_a_layer_that_is_cut_out_inside_of_a_fusion_counts_as_a_layer() -> None:
+    """As XLA writes it for a TPU: the product's fusion holds another one, which cuts the layer out of all, and that
+    may hold a third, which only says that the stack lies in other tiles.
+    """
+    text = (
+        "%tiles (o: f32[5,64]) -> f32[5,64] {\n  %o = f32[5,64]{1,0} parameter(0)\n"
+        "  ROOT %c = f32[5,64]{1,0} copy(%o)\n}\n"
+        "%slice (p: f32[5,64], i: s32[]) -> f32[64] {\n  %p = f32[5,64]{1,0} parameter(0)\n"
+        "  %i = s32[] parameter(1)\n  %z = s32[] constant(0)\n"
+        "  %t = f32[5,64]{1,0} fusion(%p), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles\n"
+        "  %d = f32[1,64]{1,0} dynamic-slice(%t, %i, %z), dynamic_slice_sizes={1,64}\n"
+        "  ROOT %b = f32[64]{0} bitcast(%d)\n}\n"
+        "%product (x: f32[64], q: f32[5,64], j: s32[]) -> f32[64] {\n  %x = f32[64]{0} parameter(0)\n"
+        "  %q = f32[5,64]{1,0} parameter(1)\n  %j = s32[] parameter(2)\n"
+        "  %cut = f32[64]{0} fusion(%q, %j), kind=kLoop, calls=%slice\n"
+        "  ROOT %m = f32[64]{0} multiply(%x, %cut)\n}\n"
+        "ENTRY %main (x: f32[64], w: f32[5,64], n: s32[]) -> f32[64] {\n  %x = f32[64]{0} parameter(0)\n"
+        "  %w = f32[5,64]{1,0} parameter(1)\n  %n = s32[] parameter(2)\n"
+        "  ROOT %out = f32[64]{0} fusion(%x, %w, %n), kind=kOutput, calls=%product\n}\n"
+    )
+    assert Program(text).hbm_bytes == 3 * 4 * 64 + 4
+
+
 def test_attention_of_cudnn_counts_as_one_causal_segment_a_row() -> None:
     call = '(bf16[2,4,64,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k), custom_call_target="__cudnn$fmhaSoftmax"'
     text = (
