@@ -1,4 +1,6 @@
-"""Families against transformers in float32, on tiny random models, operation by operation: nothing is compiled whole.
+"""Families against transformers in float32, on tiny random models.
+
+Operation by operation, as dense families share theirs; what has layers of its own is compiled whole, which costs less.
 
 One run of each family goes through what differs between families: names and shapes of tensors, the forward pass with
 vectors at the input, the gradient there, and decoding with a cache.
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from helpers import assert_close, hf_config, hf_logits, hf_model, load_backbone, random_tokens, whole_rows
 from safetensors.numpy import load_file
 
@@ -58,19 +61,23 @@ def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) ->
     tokens, positions, segments = whole_rows(random_tokens(1, LENGTH, seed=8))
     with torch.no_grad():
         embedded = theirs.get_input_embeddings()(torch.tensor(np.array(tokens), dtype=torch.long)).numpy()
-    # Linear attention is many small operations: its scans cost less compiled whole.
-    with jax.disable_jit(not ours.config.linear_layers):
+    special = bool(ours.config.num_experts or ours.config.linear_layers)
+    with jax.disable_jit(not special):
         assert_close(ours.embed(tokens), embedded)
         embedded[0, list(SLOTS)] = np.random.default_rng(9).normal(size=(len(SLOTS), embedded.shape[-1]))
         x = jnp.asarray(embedded)
 
-        def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            hidden, _ = ours(x, positions, segments)
-            out = ours.before_head(hidden[:, :-1]), ours.output_embedding, tokens[:, 1:]
-            nll = cross_entropy(*out, ours.config.logit_cap, ours.output_bias, at_once=1 << 25)
-            return jnp.sum(nll), ours.logits(hidden)
+        @nnx.jit
+        def score(ours: Decoder, x: jax.Array) -> Any:
+            def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+                hidden, _ = ours(x, positions, segments)
+                out = ours.before_head(hidden[:, :-1]), ours.output_embedding, tokens[:, 1:]
+                nll = cross_entropy(*out, ours.config.logit_cap, ours.output_bias, at_once=1 << 25)
+                return jnp.sum(nll), ours.logits(hidden)
 
-        (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(x)
+            return jax.value_and_grad(loss, has_aux=True)(x)
+
+        (_, scores), gradient = score(ours, x)
         given = torch.tensor(embedded, requires_grad=True)
         expected = theirs(inputs_embeds=given, use_cache=False).logits
         assert_close(scores, expected.detach())
@@ -85,7 +92,7 @@ def test_a_family_is_what_transformers_makes_of_it(tmp_path: Path, name: str) ->
     for tensor_name, tensor in named_tensors(ours, held):  # byte for byte, as `e2p convert` gives them back
         np.testing.assert_array_equal(tensor, held.pop(tensor_name))
     assert all(rest.removeprefix("model.").startswith(OTHER_MODELS) for rest in held)
-    if ours.config.num_experts or ours.config.linear_layers:
+    if special:
         return  # another expert here and there, a norm of next to nothing: tests/backbone/test_quantize.py
     with jax.disable_jit():
         hidden, _ = quantize_layers(ours, "int8")(x, positions, segments)
@@ -115,14 +122,21 @@ def likeliest(model: torch.nn.Module, x: torch.Tensor) -> list[int]:
     return chosen
 
 
+@nnx.jit
+def one_step(decoder: Decoder, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    """Logits and the cache after more input embeddings."""
+    hidden, cache = decoder(x, positions, jnp.ones(positions.shape, jnp.int32), cache)
+    return decoder.logits(hidden), cache
+
+
 def decode(decoder: Decoder, x: jax.Array) -> tuple[list[int], jax.Array]:
     """The likeliest tokens after [1, T, D] input embeddings, one by one, and the logits of those embeddings."""
     cache, chosen, scores = decoder.empty_cache(1, x.shape[1] + NEW), [], []
     for step in range(NEW):
         length = x.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32)[None] + (LENGTH + step - length)
-        hidden, cache = decoder(x, positions, jnp.ones((1, length), jnp.int32), cache)
-        scores.append(decoder.logits(hidden))
+        logits, cache = one_step(decoder, x, positions, cache)
+        scores.append(logits)
         chosen.append(int(jnp.argmax(scores[-1][0, -1])))
         x = decoder.embed(jnp.asarray([chosen[-1:]], jnp.int32))
     return chosen, scores[0]
