@@ -43,8 +43,10 @@ def project(
         if most := settings.get("max_scale", 0.0):
             calibrated = np.mean(np.square(parameters["token_mean"]) + np.square(parameters["token_std"]))
             bound = np.float32(most / settings["init_scale"]) * np.sqrt(calibrated)
-            square = np.mean(np.square(soft), axis=-1, keepdims=True)
-            soft = soft * np.minimum(np.float32(1), bound / np.sqrt(np.maximum(square, np.float32(1e-20))))
+            size = np.maximum(np.abs(soft).max(axis=-1, keepdims=True), np.float32(1e-20))
+            unit = soft / size
+            root = np.sqrt(np.maximum(np.mean(np.square(unit), axis=-1, keepdims=True), np.float32(1e-20)))
+            soft = np.where(size * root > bound, unit * (bound / root), soft)
         soft = soft.astype(dtype)
     if len(bad := np.flatnonzero(~np.isfinite(soft.astype(np.float32)).all(axis=(1, 2)))):
         raise UserError(f"vector {bad[0]}: the soft tokens are not finite in {dtype.name}; repair the vector")

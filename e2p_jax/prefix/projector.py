@@ -11,7 +11,7 @@ from flax import nnx
 from e2p_jax.config import ProjectorConfig
 from e2p_jax.registry import PROJECTORS
 
-TINY = 1e-20  # in place of the square of nothing, whose root has no slope
+TINY = 1e-20  # in place of nothing, which does not divide and whose root has no slope
 
 Make = Callable[..., jax.Array]  # (*shape) -> float32
 
@@ -116,8 +116,11 @@ class Projector(nnx.Module):
         soft = self.row("token_mean", y) + self.row("token_std", y) * y
         if not self.settings.max_scale:
             return soft
-        square = jnp.mean(jnp.square(soft), axis=-1, keepdims=True)
-        return soft * jnp.minimum(1.0, self.bound * jax.lax.rsqrt(jnp.maximum(square, TINY)))
+        # By the largest first: float32 holds no squares from 2e19 on. A token that is not finite stays so.
+        size = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(soft), axis=-1, keepdims=True), TINY))
+        unit = soft / size
+        root = jnp.sqrt(jnp.maximum(jnp.mean(jnp.square(unit), axis=-1, keepdims=True), TINY))
+        return jnp.where(size * root > self.bound, unit * (self.bound / root), soft)
 
     @property
     def bound(self) -> jax.Array:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_engines import load_prompt_embeds
+from test_transformers import load
 
 from e2p_jax.datasets import synthetic
 from e2p_jax.errors import UserError
 from e2p_jax.export.client import EngineClient
 from e2p_jax.export.prefix_reader import PrefixTable
 from e2p_jax.export.prefix_table import export_prefixes
+from e2p_jax.export.transformers import export_transformers
 from e2p_jax.prefix.numpy_projector import project
 from e2p_jax.registry import PROJECTORS, Choice
 
@@ -79,6 +82,26 @@ def test_a_bound_on_soft_tokens_holds_in_numpy(make_run: Callable, tmp_path: Pat
     assert (before[0] < bound).all() and np.array_equal(held[0], free[0]) and (before[1] > bound).all()
     np.testing.assert_allclose(after[1], bound, rtol=1e-6)
     np.testing.assert_allclose(held[1] / after[1][:, None], free[1] / before[1][:, None], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_tokens", "kind"), [(1, "mlp"), (3, "linear")])
+def test_no_finite_vector_is_too_long_for_the_bound(make_run: Callable, tmp_path: Path, num_tokens: int, kind: str):
+    """Not where the squares of soft tokens are beyond float32: in JAX, NumPy and torch alike."""
+    run = make_run("before_bos", num_tokens, kind)
+    export_prefixes(run, tmp_path / "table", "float32")
+    export_transformers(run, tmp_path / "out", include_backbone=True)
+    vectors = np.stack([synthetic.vector(user) for user in range(4)]) * np.float32([[1], [1e3], [1e25], [0]])
+    vectors[3, 0] = 1e38 * min(1, run.model.params["projector"]["input_std"][0])
+    wanted = np.asarray(run.model.merged.projector(vectors))
+    rms = np.sqrt(np.mean(np.square(wanted[1:]), axis=-1))
+    assert rms == pytest.approx(float(run.model.merged.projector.bound), rel=1e-5)
+    assert not np.array_equal(wanted[1], wanted[3])
+    model, _ = load(tmp_path / "out")
+    for made in (
+        PrefixTable(tmp_path / "table").project(vectors),
+        model.projector(torch.tensor(vectors)).detach().numpy(),
+    ):
+        np.testing.assert_allclose(made, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
 
 
 def test_what_cannot_be_projected_is_named(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -61,8 +61,10 @@ class E2PProjector(nn.Module):
         soft = self.token_mean + self.token_std * y
         if not self.max_rms:
             return soft
-        square = soft.square().mean(dim=-1, keepdim=True)
-        return soft * (self.max_rms * square.clamp(min=1e-20).rsqrt()).clamp(max=1)
+        size = soft.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20).detach()
+        unit = soft / size  # whose squares float32 holds
+        root = unit.square().mean(dim=-1, keepdim=True).clamp(min=1e-20).sqrt()
+        return torch.where(size * root > self.max_rms, unit * (self.max_rms / root), soft)
 
 
 class E2PForCausalLM(PreTrainedModel, GenerationMixin):
