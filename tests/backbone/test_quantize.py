@@ -82,13 +82,12 @@ def rounded(decoder: Decoder, kind: Kind) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
-    [("llama", "int8"), ("phi3", "int4"), ("gpt2", "nf4"), ("deepseek_v3", "nf4"), ("qwen3_5_text", "int8")],
+    ("family", "kind"), [("phi3", "int4"), ("gpt2", "nf4"), ("deepseek_v3", "nf4"), ("qwen3_5_text", "int8")]
 )
 def test_a_quantised_decoder_is_one_with_rounded_weights(tmp_path: Path, family: str, kind: Kind) -> None:
-    """Fused and transposed tensors, layers of several kinds, latents; on one device and four, whole, with a cache."""
-    hf_model(hf_config(family)).save_pretrained(tmp_path / "hf")
-    one, four = read(tmp_path / "hf", kind), read(tmp_path / "hf", kind, fsdp=2, tensor=2)
+    """Fused and transposed tensors, layers of several kinds, latents; whole on four devices, with a cache on one."""
+    hf_model(hf_config(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 2})).save_pretrained(tmp_path)
+    one, four = read(tmp_path, kind), read(tmp_path, kind, fsdp=2, tensor=2)
     for path, value in parameters(four).items():
         np.testing.assert_array_equal(value, parameters(one)[path])
     codes = parameters(four)[f"layers/q_{kind}"]
@@ -96,24 +95,24 @@ def test_a_quantised_decoder_is_one_with_rounded_weights(tmp_path: Path, family:
     assert codes.addressable_shards[0].data.shape == (layers, rows // 2, columns // 2)
     assert not parameters(one).keys() & set(matrices(one.config))
 
-    inputs = whole_rows(TOKENS)
-    exact, expected = load_backbone(tmp_path / "hf"), rounded(load_backbone(tmp_path / "hf"), kind)
+    inputs, exact, expected = whole_rows(TOKENS), load_backbone(tmp_path), rounded(load_backbone(tmp_path), kind)
+    for path in matrices(exact.config):
+        full, coarse = (np.asarray(parameters(decoder)[path]) for decoder in (exact, expected))
+        assert np.abs(coarse - full).max() > 1e-3 * np.abs(full).max()
     reference = logits(expected, *inputs)
-    assert np.abs(np.asarray(reference - logits(exact, *inputs))).max() > 1e-3 * np.abs(np.asarray(reference)).max()
-    assert_close(logits(one, *inputs), reference, 1e-5)
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2)):
         assert_close(logits(four, *inputs), reference, 1e-5)
 
     @nnx.jit
     def cached(decoder: Decoder) -> jax.Array:
         cache, out = decoder.empty_cache(4, 20), []
-        for start, end in [(0, 12), (12, 13), (13, 20)]:
+        for start, end in [(0, 12), (12, 13)]:
             tokens, positions, segments = (x[:, start:end] for x in inputs)
             hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache)
             out.append(decoder.logits(hidden))
         return jnp.concatenate(out, axis=1)
 
-    assert_close(cached(one), reference, 1e-5)
+    assert_close(cached(one), reference[:, :13], 1e-5)
 
 
 def test_a_row_of_int8_is_scaled_when_it_is_summed() -> None:
