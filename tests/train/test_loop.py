@@ -80,9 +80,23 @@ def config(tiny_backbone: Path, corpus: tuple[Path, Path]) -> Config:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_backbone: Path, corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list:
-    """The metrics of the small config as it is."""
-    return numbers(train(small_config(tiny_backbone, corpus), tmp_path_factory.mktemp("reference") / "run"))
+def before(tiny_backbone: Path) -> dict[str, str]:
+    """The backbone's files before anything was trained in front of it."""
+    return file_hashes(tiny_backbone)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_backbone: Path, corpus: tuple[Path, Path], before: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of the small config as it is; to be read, or copied."""
+    return train(small_config(tiny_backbone, corpus), tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture(scope="module")
+def reference(trained: Path) -> list:
+    """Its metrics."""
+    return numbers(trained)
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
@@ -94,17 +108,15 @@ def file_hashes(directory: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
-def test_backbone_is_untouched_and_absent_from_checkpoints(config: Config, tiny_backbone: Path, tmp_path: Path):
-    before = file_hashes(tiny_backbone)
-    run = train(config, tmp_path / "run")
+def test_backbone_is_untouched_and_absent_from_checkpoints(before: dict[str, str], trained: Path, tiny_backbone: Path):
     assert file_hashes(tiny_backbone) == before
-    opened = open_run(run, "last")
+    opened = open_run(trained, "last")
     stored = safetensors.numpy.load_file(tiny_backbone / "model.safetensors")
     np.testing.assert_array_equal(
         np.asarray(opened.model.params["backbone"]["embedding"]), stored["model.embed_tokens.weight"]
     )
-    names = [p.name for p in Path(run / "checkpoints").rglob("*")]
-    metadata = (run / "checkpoints" / "6" / "state" / "_METADATA").read_text()
+    names = [p.name for p in Path(trained / "checkpoints").rglob("*")]
+    metadata = (trained / "checkpoints" / "6" / "state" / "_METADATA").read_text()
     assert "projector/skip" in metadata
     assert "backbone" not in metadata and not any("backbone" in name for name in names)
 
@@ -117,9 +129,8 @@ def test_training_lowers_the_loss(config: Config, tmp_path: Path):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1.0
 
 
-def test_resumed_run_equals_unbroken_one(config: Config, tmp_path: Path):
+def test_resumed_run_equals_unbroken_one(config: Config, trained: Path, tmp_path: Path):
     """Kill -9 in mid-run, rerun the same command: the same metrics, bit for bit."""
-    unbroken = train(config, tmp_path / "unbroken")
     run = tmp_path / "killed"
     script = (
         "import dataclasses, sys; from pathlib import Path; from e2p_jax.config import from_json;"
@@ -136,15 +147,15 @@ def test_resumed_run_equals_unbroken_one(config: Config, tmp_path: Path):
         process.send_signal(signal.SIGKILL)
     assert not (run / "checkpoints" / "6").is_dir(), "the run was finished before it was killed"
     train(config, run)
-    assert numbers(run) == numbers(unbroken)
-    a, b = open_run(run, "last"), open_run(unbroken, "last")
+    assert numbers(run) == numbers(trained)
+    a, b = open_run(run, "last"), open_run(trained, "last")
     np.testing.assert_array_equal(
         np.asarray(a.model.params["projector"]["skip"]), np.asarray(b.model.params["projector"]["skip"])
     )
 
 
-def test_rerun_with_other_settings_is_refused(config: Config, tmp_path: Path):
-    train(config, tmp_path / "run")
+def test_rerun_with_other_settings_is_refused(config: Config, trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "run")
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=5e-4))
     with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 there, 0\.0005 here"):
         train(other, tmp_path / "run")
@@ -154,7 +165,7 @@ def test_rerun_with_other_settings_is_refused(config: Config, tmp_path: Path):
     assert numbers(tmp_path / "run") == lines  # how a run is looked at may change, and nothing is trained anew
 
 
-def test_best_checkpoint_is_picked_by_users_who_are_not_reported(config: Config, tmp_path: Path):
+def test_best_checkpoint_is_picked_by_users_who_are_not_reported(config: Config, reference: list):
     """One in twenty of the training users, two at least, leave the training data and pick the best checkpoint."""
     inputs = read_inputs(config)
     data = read_data(inputs)
@@ -165,8 +176,7 @@ def test_best_checkpoint_is_picked_by_users_who_are_not_reported(config: Config,
     seen_again = dataclasses.replace(config.data, eval_splits=("validation", "train"))
     inputs = dataclasses.replace(inputs, config=dataclasses.replace(config, data=seen_again))
     assert "dev" not in read_data(inputs).held_out  # nobody is left whom no reported split has
-    lines = numbers(train(config, tmp_path / "run"))
-    assert all("eval/dev/nll" in line for line in lines if "eval/validation/nll" in line)
+    assert all("eval/dev/nll" in line for line in reference if "eval/validation/nll" in line)
 
 
 @pytest.mark.parametrize("trainable", ["backbone/**", "lora/**"])
@@ -224,7 +234,7 @@ def test_bad_records_are_refused_or_skipped_and_reported(config: Config, tmp_pat
     assert len(data.train.examples) == len(read_data(read_inputs(config)).train.examples)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(tensor=2), MeshConfig(fsdp=2, tensor=2)])
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(fsdp=2, tensor=2)])
 def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig, reference: list):
     sharded = numbers(train(dataclasses.replace(config, mesh=mesh), tmp_path / "sharded"))
     for a, b in zip(reference, sharded, strict=True):
@@ -261,62 +271,134 @@ def test_every_split_is_evaluated_with_one_trace_each(config: Config, tmp_path: 
     assert len(evaluated) == 2 and all(line["eval/short/nll"] != line["eval/validation/nll"] for line in evaluated)
 
 
-def test_evaluation_equals_what_training_reported(config: Config, tmp_path: Path):
-    run = train(config, tmp_path / "run")
-    opened = open_run(run, "last")
+def test_evaluation_equals_what_training_reported(config: Config, trained: Path):
+    opened = open_run(trained, "last")
     from e2p_jax.datasets.prepared import load_records
 
     records = load_records(config.data.path, "validation")
     result = evaluate(opened, records, "validation", ["e2p", "none"])
-    last = numbers(run)[-1]
+    last = numbers(trained)[-1]
     assert result.scores["e2p"].per_target == pytest.approx(last["eval/validation/nll"], rel=1e-5)
     assert result.scores["none"].per_target != result.scores["e2p"].per_target
+
+
+def batches(config: Config) -> dict[str, np.ndarray]:
+    """Everything that a run trains and is evaluated on, by split and field."""
+    data = read_data(read_inputs(config))
+    datasets = {"train": data.train} | {name: dataset for name, (dataset, _) in data.held_out.items()}
+    return {
+        f"{name}/{field}": array
+        for name, dataset in datasets.items()
+        for field, array in dataset.batch(range(len(dataset.rows))).items()
+    }
+
+
+def parameters(config: Config) -> dict[str, np.ndarray]:
+    """The model's before the first step, by path."""
+    model = build_model(read_inputs(config), Population.standard(64))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+
+
+@pytest.fixture(scope="module")
+def start(tiny_backbone: Path, corpus: tuple[Path, Path]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Batches and parameters of the small config as it is."""
+    config = small_config(tiny_backbone, corpus)
+    return batches(config), parameters(config)
+
+
+def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+@pytest.fixture(scope="module")
+def others(corpus: tuple[Path, Path], tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other records, vectors, a template and weights."""
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "fewer.jsonl").write_text("".join(corpus[0].read_text().splitlines(keepends=True)[:-6]))
+    vectors = np.stack([synthetic.vector(user + 1) for user in USERS])
+    save_table(folder / "table", [f"user-{user}" for user in USERS], vectors, name="shifted", version="1")
+    (folder / "short.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    shutil.copytree(tiny_backbone, folder / "backbone")
+    tensors = safetensors.numpy.load_file(folder / "backbone" / "model.safetensors")
+    tensors["model.norm.weight"] = 2 * tensors["model.norm.weight"]
+    safetensors.numpy.save_file(tensors, folder / "backbone" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prefix": {"placement": "before_bos"}},
+        {"prefix": {"placement": "in_chat"}},
+        {"prefix": {"placement": "before_reply"}},
+        {"projector": {"num_tokens": 2}},
+        {"data": {"path": "fewer.jsonl"}},
+        {"data": {"embeddings": "table"}},
+        {"data": {"chat_template": "short.jinja"}},
+        {"data": {"seq_len": 256}},
+        {"data": {"condition": "none"}},
+        {"data": {"targets": "all"}},
+        {"data": {"train_split": "validation"}},
+        {"data": {"dev_split": "other"}},
+        {"data": {"eval_splits": ("train",)}},
+    ],
+    ids=str,
+)
+def test_every_field_of_the_data_changes_the_batches(
+    config: Config, others: Path, monkeypatch: pytest.MonkeyPatch, change: dict, start: tuple
+):
+    monkeypatch.chdir(others)
+    assert same(batches(config), start[0]) and not same(batches(config.change(**change)), start[0])
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"projector": {"kind": "linear"}},
-        {"projector": {"num_tokens": 2}},
-        {"projector": {"dropout": 0.5}},
+        {"projector": {"hidden_size": 8}},
         {"projector": {"init_scale": 3.0}},
+        {"adapter": {"kind": "lora"}, "train": {"trainable": ("projector/**", "lora/**")}},
+        {"backbone": {"path": "backbone"}},
+        {"backbone": {"dtype": "bfloat16"}},
+        {"backbone": {"weights": "random"}},
+        {"backbone": {"quantization": "nf4"}},
+        {"train": {"seed": 1}},
+    ],
+    ids=str,
+)
+def test_every_field_of_the_model_changes_its_parameters(
+    config: Config, others: Path, monkeypatch: pytest.MonkeyPatch, change: dict, start: tuple
+):
+    monkeypatch.chdir(others)
+    assert not same(parameters(config.change(**change)), start[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"projector": {"dropout": 0.5}},
         {"projector": {"max_scale": 1.0}},
         {"projector": {"noise": 0.5}},
-        {"projector": {"hidden_size": 8}},
-        {"prefix": {"placement": "before_bos"}},
-        {"prefix": {"placement": "in_chat"}},
-        {"prefix": {"placement": "before_reply"}},
-        {"backbone": {"dtype": "bfloat16"}},
-        {"data": {"seq_len": 256}},
-        {"data": {"condition": "none"}},
-        {"data": {"targets": "all"}},
-        {"data": {"train_split": "validation"}},
         {"train": {"learning_rate": 1e-4}},
-        {"train": {"final_learning_rate": 0.9}},
-        {"train": {"warmup_steps": 1}},
-        {"train": {"weight_decay": 50.0}},
         {"train": {"beta2": 0.5}},
         {"train": {"clip_norm": 1e-3}},
         {"train": {"null_user_rate": 0.5}},
-        {"train": {"seed": 1}},
         {"train": {"rows": 8}},
         {"train": {"log_every": 2}},
         {"train": {"eval_every": 2}},
         {"train": {"accumulation": 2}},  # each micro-batch draws its own dropout
-        {"train": {"steps": 7}},
         {"train": {"trainable": ("projector/**", "backbone/final_norm")}},
-        {"backbone": {"weights": "random"}},
-        {"backbone": {"quantization": "nf4"}},
-        {"adapter": {"kind": "lora"}, "train": {"trainable": ("projector/**", "lora/**")}},
-        {"data": {"dev_split": "other"}},
     ],
     ids=str,
 )
-def test_every_field_changes_the_result(config: Config, tmp_path: Path, change: dict, reference: list):
-    changed = config
-    for section, fields in change.items():
-        changed = dataclasses.replace(changed, **{section: dataclasses.replace(getattr(changed, section), **fields)})
-    assert numbers(train(changed, tmp_path / "run")) != reference
+def test_every_field_of_the_steps_changes_the_result(config: Config, tmp_path: Path, change: dict, reference: list):
+    """What a learning rate and weight decay are made of is in tests/train/test_optimizer.py."""
+    assert numbers(train(config.change(**change), tmp_path / "run")) != reference
 
 
 def test_a_quantised_backbone_stays_frozen(config: Config, tmp_path: Path):
@@ -324,36 +406,6 @@ def test_a_quantised_backbone_stays_frozen(config: Config, tmp_path: Path):
     backbone = dataclasses.replace(config.backbone, quantization="int8")
     with pytest.raises(UserError, match=r"train\.trainable names weights of the backbone, and backbone\.quantization"):
         train(dataclasses.replace(config, train=settings, backbone=backbone), tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    "field", ["data.path", "data.embeddings", "data.eval_splits", "data.chat_template", "backbone.path"]
-)
-def test_every_source_changes_the_result(
-    config: Config, corpus: tuple[Path, Path], tiny_backbone: Path, tmp_path: Path, field: str, reference: list
-):
-    path, _ = corpus
-    (tmp_path / "fewer.jsonl").write_text("".join(path.read_text().splitlines(keepends=True)[:-6]))
-    vectors = np.stack([synthetic.vector(user + 1) for user in USERS])
-    save_table(tmp_path / "table", [f"user-{user}" for user in USERS], vectors, name="shifted", version="1")
-    (tmp_path / "short.jinja").write_text(
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
-        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-    )
-    shutil.copytree(tiny_backbone, tmp_path / "backbone")
-    settings = json.loads((tmp_path / "backbone" / "config.json").read_text())
-    settings["rms_norm_eps"] = 0.1
-    (tmp_path / "backbone" / "config.json").write_text(json.dumps(settings))
-    others = {
-        "data.path": str(tmp_path / "fewer.jsonl"),
-        "data.embeddings": str(tmp_path / "table"),
-        "data.eval_splits": ("train",),
-        "data.chat_template": str(tmp_path / "short.jinja"),
-        "backbone.path": str(tmp_path / "backbone"),
-    }
-    section, name = field.split(".")
-    changed = dataclasses.replace(getattr(config, section), **{name: others[field]})
-    assert numbers(train(dataclasses.replace(config, **{section: changed}), tmp_path / "run")) != reference
 
 
 def test_accumulation_is_invisible_without_dropout(config: Config, tmp_path: Path):
