@@ -1,6 +1,8 @@
 """Small models and batches that the tests of the backbone, the prefix and the train step share."""
 
+import dataclasses
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,21 +10,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 import torch
 import transformers
 from flax import nnx
 from jax.sharding import Mesh
 
+from e2p_jax.backbone import weights
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.backbone.layout import PLAIN, Execution
 from e2p_jax.backbone.weights import abstract, load
-from e2p_jax.config import MeshConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, PrefixConfig, TrainConfig
+from e2p_jax.datasets import synthetic
 from e2p_jax.parallel.mesh import AXES, make_mesh, param_sharding
 from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import Batch, PrefixModel
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.train.run import Run
+from e2p_jax.train.setup import build_model, read_inputs
 from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import save_table
 
 # Head width 16, so that llama3's three frequency bands all occur; a prime vocabulary, so that its axis is told
 # apart from every other in compiled code.
@@ -265,3 +273,46 @@ def fill(directory: Path, left: int) -> None:
     """Leaves so many bytes free on the disk that a directory is on."""
     free = os.statvfs(directory)
     (directory / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
+
+
+def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int, kind: str) -> Run:
+    """Three users; the projector is moved off its first values."""
+    save_table(
+        folder / "table",
+        ["user-1", "user-2", "user-3"],
+        np.stack([synthetic.vector(user) for user in (1, 2, 3)]),
+        name="t",
+        version="1",
+    )
+    config = Config(
+        backbone=BackboneConfig(path=str(backbone)),
+        data=DataConfig(path="none", embeddings=str(folder / "table"), seq_len=256),
+        prefix=PrefixConfig(placement),
+        projector=mlp.Settings(kind=kind, num_tokens=num_tokens, hidden_size=16),
+        train=TrainConfig(rows=4),
+    )
+    inputs = read_inputs(config)
+    assert inputs.table is not None
+    model = build_model(inputs, Population.of(inputs.table.vectors))
+    rng = np.random.default_rng(0)
+    moved = {
+        name: value if name.endswith(("mean", "std")) else value + 0.3 * rng.normal(size=value.shape).astype(np.float32)
+        for name, value in jax.device_get(model.params["projector"]).items()
+    }
+    moved = {name: jax.device_put(moved[name], old.sharding) for name, old in model.params["projector"].items()}
+    model = dataclasses.replace(model, params={**model.params, "projector": moved})
+    return Run(folder, 0, inputs, model)
+
+
+def make_backbone(out: Path, family: str, changes: dict[str, Any]) -> Path:
+    """A random model of the family with the embedded backbone's tokenizer."""
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
+    hf_model(hf_config(family, **sizes, **changes)).save_pretrained(out)
+    for name in weights.COMPANIONS:
+        if name not in ("config.json", "generation_config.json") and (weights.EMBEDDED / name).is_file():
+            shutil.copyfile(weights.EMBEDDED / name, out / name)
+    if family == "gpt2":  # as OpenAI's was published, without its head
+        path = out / "model.safetensors"
+        tensors = {k.removeprefix("transformer."): v for k, v in safetensors.numpy.load_file(path).items()}
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    return out

@@ -17,6 +17,7 @@ from e2p_jax.products import einsum
 
 Kind = Literal["xla", "splash", "cudnn", "mosaic"]
 Choice = Literal["auto", "xla", "splash", "cudnn", "mosaic"]
+TRUNK = -1  # in a cache, the number of a segment that every one behind it goes on from, each for itself
 _PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "mosaic": "gpu"}
 # XLA writes a kernel's results right into the stack that the backward pass reads, by a second run of it.
 COMPILER_OPTIONS = {"mosaic": {"xla_gpu_enable_dynamic_slice_fusion": False}}
@@ -97,22 +98,23 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segmen
 
 
 def visibility(
-    query_segments: jax.Array, key_segments: jax.Array, query_index: jax.Array, key_index: jax.Array
+    query_segments: jax.Array, key_segments: jax.Array, query_positions: jax.Array, key_positions: jax.Array
 ) -> jax.Array:
-    """Says which keys a query may see: those of its own segment, at or before its own place.
+    """Says which keys a query may see: those of its own segment and of the trunk, at or before its own position.
 
     Args:
       query_segments: [B, T] int32; 0 is padding.
-      key_segments: [B, S] int32.
-      query_index: [T] int32, the queries' places in the row.
-      key_index: [S] int32.
+      key_segments: [B, S] int32; `TRUNK` is what all segments of the row go on from.
+      query_positions: [B, T] int32, the queries' places in their segments, a trunk counted in.
+      key_positions: [B, S] int32.
 
     Returns:
       [B, T, S] int32: 0 where hidden, else 1 + the distance back, which a window compares with its width.
     """
-    distance = query_index[:, None] - key_index[None, :]  # [T, S]
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    return jnp.where(same & (distance >= 0)[None], distance[None] + 1, 0)
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    keys = key_segments[:, None, :]
+    seen = (query_segments[:, :, None] == keys) | (keys == TRUNK)
+    return jnp.where(seen & (distance >= 0), distance + 1, 0)
 
 
 def within(visible: jax.Array, window: jax.Array | int) -> jax.Array:

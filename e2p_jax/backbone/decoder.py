@@ -18,7 +18,7 @@ from flax import nnx
 
 from e2p_jax.backbone import latent
 from e2p_jax.backbone.adapter import Adapters
-from e2p_jax.backbone.attention import attention, visibility, whole_rows
+from e2p_jax.backbone.attention import TRUNK, attention, visibility, whole_rows
 from e2p_jax.backbone.blocks import SAVED, soft_cap
 from e2p_jax.backbone.delta import delta_attention, segment_runs
 from e2p_jax.backbone.layout import (
@@ -45,6 +45,7 @@ class Cache(NamedTuple):
 
     kept: dict[str, jax.Array]  # each of `layout.cache_shapes`, [L, B, ...] over the layers that keep it
     segments: jax.Array  # [B, S] int32, 0 where empty
+    positions: jax.Array  # [B, S] int32
     filled: jax.Array  # [] int32, positions written
 
 
@@ -173,7 +174,8 @@ class Decoder(nnx.Module):
             for name, shape in cache_shapes(self.config, length).items()
         }
         kept |= {name: shard_heads(kept[name]) for name in ("k", "v") if name in kept}
-        return Cache(kept, jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
+        empty = jnp.zeros((batch, length), jnp.int32)
+        return Cache(kept, empty, empty, jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -190,7 +192,8 @@ class Decoder(nnx.Module):
           x: [B, T, D] input embeddings.
           positions: [B, T] int32, place inside the own segment (the rotary angle, or which learned vector).
           segment_ids: [B, T] int32; attention stays inside a segment.
-          cache: of the positions so far; the T new ones are appended to it.
+          cache: of the positions so far; the T new ones are appended to it. `branched` makes them what all segments
+            of the T new ones go on from.
           adapters: stacked parameters beside the layers' matrices.
           most_segments: S, those that a row has at most; None is as many as positions. A kernel may allot for each.
 
@@ -201,17 +204,15 @@ class Decoder(nnx.Module):
         chex.assert_shape([positions, segment_ids], (batch, length))
         c = self.config
         if cache is None:
-            filled, segments = jnp.zeros((), jnp.int32), segment_ids
+            filled, segments, places = jnp.zeros((), jnp.int32), segment_ids, positions
             attend = whole_rows(self.execution.attention, segment_ids, c, most_segments or length)
-            before = segment_ids[:, 0]
         else:
             filled = cache.filled
-            before = jax.lax.dynamic_index_in_dim(cache.segments, jnp.maximum(filled - 1, 0), axis=1, keepdims=False)
             segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, filled))
-            index, key_index = jnp.arange(length) + filled, jnp.arange(segments.shape[1])
+            places = jax.lax.dynamic_update_slice(cache.positions, positions, (0, filled))
             attend = functools.partial(
                 attention,
-                visible=visibility(segment_ids, segments, index, key_index),
+                visible=visibility(segment_ids, segments, positions, places),
                 scale=c.attention_scale,
                 cap=c.attention_cap,
             )
@@ -222,7 +223,7 @@ class Decoder(nnx.Module):
         growth = query_growth(c, positions)
         # One rope for all layers is a constant of the scan; of several, each layer takes its own.
         stacked = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes) if len(ropes) > 1 else None
-        numbers = segment_runs(segment_ids, before)
+        numbers = segment_runs(segment_ids)
 
         # Of one token a row, less is sent than of the weights.
         spread = shard_rows if cache is None or length > 1 else shard_decoded
@@ -316,7 +317,12 @@ class Decoder(nnx.Module):
         x, kept = carry
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
         x = norm(x, last, "final_norm", c)
-        return x, None if kept is None else Cache(kept, segments, filled + length)
+        return x, None if kept is None else Cache(kept, segments, places, filled + length)
+
+
+def branched(cache: Cache) -> Cache:
+    """The cache of rows of one segment each as the trunk of those that follow, which do not see one another."""
+    return cache._replace(segments=jnp.where(cache.segments > 0, TRUNK, 0))
 
 
 def of_layers(stacked: Mapping[str, Any], config: DecoderConfig, first: int, end: int) -> dict[str, Any]:

@@ -36,18 +36,17 @@ def delta_attention(
       h: [B, T, D].
       params: of the layer.
       runs: [B, T] int32 from `segment_runs`: a state is of one run, and so is what a convolution sees.
-      kept: of the positions before, which run 0 goes on from; None where there are none.
+      kept: of the positions before, which every run goes on from; None where there are none.
 
     Returns:
       [B, T, D], and what is kept of the last position's run.
     """
     c, (batch, length, _) = config, h.shape
     seen, new = {}, {}
+    inside = place_in_run(runs)
     for name in "qkv":
-        x = linear(h, params, f"linear_{name}")
-        last = jnp.zeros((batch, c.linear_taps - 1, x.shape[-1]), x.dtype)
-        last = last if kept is None else kept[f"linear_{name}_last"]
-        seen[name], new[f"linear_{name}_last"] = _convolve(x, params[f"linear_{name}_taps"], runs, last)
+        x, last = linear(h, params, f"linear_{name}"), None if kept is None else kept[f"linear_{name}_last"]
+        seen[name], new[f"linear_{name}_last"] = _convolve(x, params[f"linear_{name}_taps"], inside, last)
     q, k, v = (ACTIVATIONS[c.activation](seen[name]).astype(h.dtype).astype(jnp.float32) for name in "qkv")
     groups, repeats = c.linear_key_heads, c.linear_value_heads // c.linear_key_heads
     q, k = (x.reshape(batch, length, groups, c.linear_key_dim) for x in (q, k))
@@ -63,8 +62,7 @@ def delta_attention(
     decay = -jnp.exp(of_heads("linear_log_rate")) * jax.nn.softplus(
         by_head("linear_decay") + of_heads("linear_step_bias")
     )
-    state = jnp.zeros((batch, groups, repeats, c.linear_key_dim, c.linear_value_dim), jnp.float32)
-    state = state if kept is None else kept["linear_state"]
+    state = None if kept is None else kept["linear_state"]
     said, new["linear_state"] = gated_delta(_unit(q) * c.linear_key_dim**-0.5, _unit(k), v, written, decay, runs, state)
     said = said.astype(h.dtype).reshape(batch, length, c.linear_value_heads, c.linear_value_dim)
     said = norm(said, params, "linear_out_norm", dataclasses.replace(c, norm="rms"))
@@ -73,29 +71,39 @@ def delta_attention(
     return linear(said.reshape(batch, length, -1), params, "linear_o"), new
 
 
-def segment_runs(segment_ids: jax.Array, before: jax.Array) -> jax.Array:
-    """Counts segments in each row, [B, T] int32: 0 is that of the position before, `before` [B], where it goes on."""
-    previous = jnp.concatenate([before[:, None], segment_ids[:, :-1]], axis=1)
-    return jnp.cumsum((segment_ids != previous).astype(jnp.int32), axis=1)
+def segment_runs(segment_ids: jax.Array) -> jax.Array:
+    """Counts segments in each row from 0, [B, T] int32."""
+    return jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1, dtype=jnp.int32)
 
 
-def _convolve(x: jax.Array, taps: jax.Array, runs: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each channel's sum over its own last positions within the run, [B, T, C] float32; and the last of these, as
-    `last` is [B, taps - 1, C], zeros where the run has fewer.
+def place_in_run(runs: jax.Array) -> jax.Array:
+    """[B, T] int32: how many positions of its run stand before each."""
+    index = jnp.arange(runs.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.diff(runs, axis=1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def _convolve(x: jax.Array, taps: jax.Array, inside: jax.Array, last: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Each channel's sum over its own last positions within the run and, beyond its beginning, over those of `last`,
+    [B, T, C] float32; and the last of these, as `last` is.
 
     Args:
+      x: [B, T, C].
       taps: [C, 1, taps], the own position's last.
+      inside: [B, T] of `place_in_run`.
+      last: [B, taps - 1, C], or None for zeros.
     """
-    back, length = last.shape[1], x.shape[1]
-    before = jnp.concatenate([last.astype(x.dtype), x], axis=1)
-    numbers = jnp.pad(runs, ((0, 0), (back, 0)))
-    total = jnp.zeros(x.shape, jnp.float32)
-    for tap in range(back + 1):
-        inside = numbers[:, tap : tap + length] == runs
-        seen = jnp.where(inside[..., None], before[:, tap : tap + length], 0)
-        total += seen.astype(jnp.float32) * taps[None, :, 0, tap].astype(jnp.float32)[None]
-    ours = numbers[:, length:] == runs[:, -1:]
-    return total, jnp.where(ours[..., None], before[:, length:], 0)
+    back = taps.shape[-1] - 1
+    seen = []  # what stands so many places before each position, farthest first
+    for far in range(back, -1, -1):
+        before = jnp.zeros((), x.dtype)
+        if last is not None and far:
+            before = jnp.take_along_axis(last.astype(x.dtype), jnp.clip(inside + back - far, 0, back - 1)[..., None], 1)
+        shifted = jnp.pad(x, ((0, 0), (far, 0), (0, 0)))[:, : x.shape[1]]
+        seen.append(jnp.where((inside >= far)[..., None], shifted, before))
+    weights = taps[None, :, 0].astype(jnp.float32)[None]
+    total = sum((each.astype(jnp.float32) * weights[..., tap] for tap, each in enumerate(seen)), jnp.zeros(()))
+    return total, jnp.stack([each[:, -1] for each in seen[1:]], axis=1)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -104,7 +112,13 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def gated_delta(
-    q: jax.Array, k: jax.Array, v: jax.Array, written: jax.Array, decay: jax.Array, runs: jax.Array, state: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    written: jax.Array,
+    decay: jax.Array,
+    runs: jax.Array,
+    start: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The rule of the head of this module; all in float32.
 
@@ -114,8 +128,8 @@ def gated_delta(
       v: [B, T, G, R, V].
       written: [B, T, G, R], b: between 0 and 1.
       decay: [B, T, G, R], g: at most 0.
-      runs: [B, T] int32, ascending; each begins with an empty state, but run 0 with `state`.
-      state: [B, G, R, K, V].
+      runs: [B, T] int32, ascending from 0; each begins with the state `start`.
+      start: [B, G, R, K, V], or None for an empty one.
 
     Returns:
       [B, T, G, R, V], and the state after the last position.
@@ -136,7 +150,10 @@ def gated_delta(
     v = jnp.moveaxis(chunks(v), 2, 4)  # [N, B, G, R, W, V]
     written, decay = (jnp.moveaxis(chunks(x), 2, 4) for x in (written, decay))  # [N, B, G, R, W]
     total = jnp.cumsum(decay, axis=-1)
-    kept = jnp.where(goes_on, jnp.exp(total), 0.0)  # of the state before the chunk
+    begins = (jnp.diff(runs, axis=-1, prepend=before[..., None]) != 0)[:, :, None, None]
+    # Sums only fall: that before the last run's first position is the least.
+    left = jnp.exp(total - jax.lax.cummin(jnp.where(begins, total - decay, 0.0), axis=total.ndim - 1))
+    kept = jnp.where(goes_on, left, 0.0)  # of the state before the chunk
     to_end = jnp.where(lasts, jnp.exp(total[..., -1:] - total), 0.0)  # of what is written in it
 
     place = jnp.arange(width)
@@ -150,18 +167,32 @@ def gated_delta(
     strict = jnp.where(place[:, None] > place[None], 1.0, 0.0)[None, None, None, None]
     solved = _inverse(alike(k) * written[..., None] * strict)
     values = einsum("nbgrij,nbgrjv->nbgriv", solved, v * written[..., None])
-    reads = einsum("nbgrij,nbgrjk->nbgrik", solved, k[:, :, :, None] * (written * kept)[..., None])
-    seen, asks = alike(q), q[:, :, :, None] * kept[..., None]
-    keys = k[:, :, :, None] * to_end[..., None]
 
-    def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        values, reads, asks, seen, keys, left = chunk
+    def of_state(left: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the chunk's values and outputs read of a state of which so much is left, [N, B, G, R, W, K] each."""
+        reads = einsum("nbgrij,nbgrjk->nbgrik", solved, k[:, :, :, None] * (written * left)[..., None])
+        return reads, q[:, :, :, None] * left[..., None]
+
+    (reads, asks), seen = of_state(kept), alike(q)
+    keys = k[:, :, :, None] * to_end[..., None]
+    own = jnp.zeros((*v.shape[1:4], k.shape[-1], v.shape[-1])) if start is None else start
+    fresh = None  # what runs that begin in the chunk have of `start`
+    if start is not None and length > 1:
+        share = jnp.where(goes_on, 0.0, left)
+        fresh_reads, fresh_asks = of_state(share)
+        values -= einsum("nbgrik,bgrkv->nbgriv", fresh_reads, start)
+        fresh = einsum("nbgrik,bgrkv->nbgriv", fresh_asks, start), share[..., -1]
+
+    def step(state: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
+        values, reads, asks, seen, keys, left, fresh = chunk
         new = values - einsum("bgrik,bgrkv->bgriv", reads, state)
         said = einsum("bgrik,bgrkv->bgriv", asks, state) + einsum("bgrij,bgrjv->bgriv", seen, new)
         state = state * left[..., None, None] + einsum("bgrik,bgriv->bgrkv", keys, new)
+        if fresh is not None:
+            said, state = said + fresh[0], state + own * fresh[1][..., None, None]
         return state, said
 
-    state, said = jax.lax.scan(step, state, (values, reads, asks, seen, keys, kept[..., -1]))
+    state, said = jax.lax.scan(step, own, (values, reads, asks, seen, keys, kept[..., -1], fresh))
     said = jnp.moveaxis(said, (0, 4), (1, 2)).reshape(batch, length + spare, *said.shape[2:4], said.shape[-1])
     return said[:, :length], state
 

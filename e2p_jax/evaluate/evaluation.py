@@ -217,7 +217,7 @@ def _measure(
     replies: dict[str, tuple[str, ...]] = dict.fromkeys(conditions, ())
     if "ranking" in settings.measures:
         asked = with_candidates(chosen, settings.candidates)
-        for condition, nll in candidate_nll(run, scorer, asked, conditions).items():
+        for condition, nll in candidate_nll(run, asked, conditions).items():
             more[condition] |= rank_statistics(ranks(nll))
     for condition in conditions:
         if "users" in settings.measures and FRONTS[condition].vector == "own":

@@ -155,13 +155,13 @@ _start_once = jax.jit(_start, static_argnames=(*_STATIC, "new_tokens"))
 _advance_once = jax.jit(_advance, static_argnames=_STATIC, donate_argnames="state")
 
 
-def padded_length(longest: int) -> int:
+def padded_length(longest: int, shortest: int = SHORTEST_PROMPT) -> int:
     """Two lengths an octave (64, 128, 192, 256, 384, 512, 768, ...), so that few are ever compiled.
 
     Slots come on top: a prompt with a soft token must not fall into the next length for it.
     """
-    step = max(SHORTEST_PROMPT, 1 << max(0, (longest - 1).bit_length() - 2))
-    return -(-longest // step) * step
+    step = max(shortest, 1 << max(0, (longest - 1).bit_length() - 2))
+    return -(-max(longest, 1) // step) * step
 
 
 def _left_padded(

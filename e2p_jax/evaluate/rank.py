@@ -1,7 +1,7 @@
 """Ranking the true reply among candidates, and the true user among others.
 
-By likelihood: all candidates of all records are examples like any other, packed into rows of one shape and scored by
-one compiled step. And the same candidates without a language model. A tie counts against the true one by half.
+By likelihood, the conversation in front of the candidates read once. And the same candidates without a language model.
+A tie counts against the true one by half.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.evaluate.branches import branch_nll
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
-from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import UserTable
 
 
@@ -87,9 +87,7 @@ def candidate_examples(versions: Mapping[Condition, Record], encoder: Encoder) -
     return out
 
 
-def candidate_nll(
-    run: Run, scorer: Scorer, records: Sequence[Record], conditions: Sequence[Condition]
-) -> dict[Condition, np.ndarray]:
+def candidate_nll(run: Run, records: Sequence[Record], conditions: Sequence[Condition]) -> dict[Condition, np.ndarray]:
     """[N, C] NLL per token of every candidate, the true one first; NaN where a record has fewer than another.
 
     Args:
@@ -101,17 +99,12 @@ def candidate_nll(
         candidate_examples({condition: versions[condition][row] for condition in conditions}, encoder)
         for row in range(len(records))
     ]
-    counts = [len(record.candidates) for record in records]
-    groups = {}
-    for condition in conditions:
-        vectors = run.vectors(records, condition)
-        repeated = Vectors(vectors.source, np.repeat(vectors.rows, counts))
-        groups[condition] = ([e for each in examples for e in each[condition]], repeated)
     out = {}
-    for condition, nll in scorer.nll(groups).items():
-        tokens = [int(example.is_target.sum()) for example in groups[condition][0]]
-        out[condition] = np.full((len(counts), max(counts)), np.nan)
-        out[condition][np.arange(max(counts))[None] < np.array(counts)[:, None]] = nll / np.array(tokens)
+    for condition in conditions:
+        groups = [each[condition] for each in examples]
+        out[condition] = np.full((len(groups), max(map(len, groups))), np.nan)
+        for row, nll in enumerate(branch_nll(run, groups, run.vectors(records, condition))):
+            out[condition][row, : len(nll)] = nll / [example.is_target.sum() for example in groups[row]]
     return out
 
 

@@ -81,9 +81,11 @@ class PrefixModel(nnx.Module):
         x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
         most = batch["user_embeddings"].shape[1]
         hidden, _ = self.hidden(x, batch["positions"], batch["segment_ids"], most_segments=most)
-        hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
+        hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
+        return self.nll(hidden, batch["target_ids"]) * batch["target_weights"]
+
+    def nll(self, hidden: jax.Array, ids: jax.Array) -> jax.Array:
+        """Nats of the tokens [B, M] that follow where the backbone has the states [B, M, D], [B, M] float32."""
         out = self.backbone
         hidden, head, cap = out.before_head(hidden), out.output_embedding, out.config.logit_cap
-        at_once = out.execution.logits_at_once
-        nll = cross_entropy(hidden, head, batch["target_ids"], cap, out.output_bias, at_once=at_once)
-        return nll * batch["target_weights"]
+        return cross_entropy(hidden, head, ids, cap, out.output_bias, at_once=out.execution.logits_at_once)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from e2p_jax.config import Condition
+from e2p_jax.data.columns import Texts
 from e2p_jax.data.conditions import FRONTS, draws, spelled_out, user_vectors
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
@@ -141,13 +142,17 @@ def example_nll(
         sums = np.asarray(jax.device_get(evaluate(batch)))
         for row, numbers in enumerate(members):
             nll[list(numbers)] = sums[row, : len(numbers)]
+    refuse_not_finite(nll, dataset.examples.users)
+    return nll
+
+
+def refuse_not_finite(nll: np.ndarray, users: Sequence[str] | Texts) -> None:
+    """Raises a UserError that names the users of whose N conversations the NLL is not finite."""
     if len(wrong := np.flatnonzero(~np.isfinite(nll))):
         raise UserError(
             f"the NLL of {len(wrong)} of {len(nll)} conversations is not finite, those of "
-            f"{some(dataset.examples.users[int(n)] for n in wrong)}; look at their vectors and texts, or take an "
-            "earlier checkpoint"
+            f"{some(users[int(n)] for n in wrong)}; look at their vectors and texts, or take an earlier checkpoint"
         )
-    return nll
 
 
 def some(users: Iterable[str]) -> str:

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e2p_jax.backbone.attention import attention, visibility
+from e2p_jax.backbone.attention import TRUNK, attention, visibility
 
-SEGMENTS = st.lists(st.integers(0, 3), min_size=12, max_size=12)
+SEGMENTS = st.lists(st.integers(TRUNK, 3), min_size=12, max_size=12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -18,11 +18,11 @@ SEGMENTS = st.lists(st.integers(0, 3), min_size=12, max_size=12)
 def test_visibility_spelled_out(segments: list[int], first: int) -> None:
     """Queries are the row's positions from `first` on, as when a cache holds the earlier ones."""
     row = jnp.asarray([segments], jnp.int32)
-    places = jnp.arange(len(segments))
-    visible = np.asarray(visibility(row[:, first:], row, places[first:], places))
+    places = jnp.arange(len(segments))[None]
+    visible = np.asarray(visibility(row[:, first:], row, places[:, first:], places))
     for q in range(first, len(segments)):
         for k in range(len(segments)):
-            seen = k <= q and segments[k] == segments[q]
+            seen = k <= q and segments[k] in (segments[q], TRUNK)
             assert visible[0, q - first, k] == (q - k + 1 if seen else 0)
 
 
@@ -36,7 +36,7 @@ def test_against_pytorch(groups: int, window: int) -> None:
     """Rows of two segments with padding, groups of 6, 3 and 1 queries a key."""
     q, k, v = random(2, 10, 6, 8, seed=1), random(2, 10, groups, 8, seed=2), random(2, 10, groups, 8, seed=3)
     segments = np.array([[1] * 6 + [2] * 4, [1] * 3 + [2] * 5 + [0] * 2], np.int32)
-    places = jnp.arange(10)
+    places = jnp.arange(10)[None]
     visible = visibility(jnp.asarray(segments), jnp.asarray(segments), places, places)
     ours = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), visible, window)
 
@@ -53,7 +53,7 @@ def test_against_pytorch(groups: int, window: int) -> None:
 def test_gradients_against_pytorch() -> None:
     q, k, v = random(1, 6, 4, 8, seed=1), random(1, 6, 2, 8, seed=2), random(1, 6, 2, 8, seed=3)
     out = random(1, 6, 4, 8, seed=4)
-    ones, places = jnp.ones((1, 6), jnp.int32), jnp.arange(6)
+    ones, places = jnp.ones((1, 6), jnp.int32), jnp.arange(6)[None]
     visible = visibility(ones, ones, places, places)
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def test_bfloat16_scores_are_summed_in_float32() -> None:
 def test_padding_is_finite() -> None:
     """A row without a single segment, and a query that only sees itself: no NaN forward or backward."""
     q = jnp.asarray(random(1, 4, 2, 8, seed=1))
-    segments, places = jnp.zeros((1, 4), jnp.int32), jnp.arange(4)
+    segments, places = jnp.zeros((1, 4), jnp.int32), jnp.arange(4)[None]
     nothing = jnp.zeros((1, 4, 4), jnp.int32)
     for visible in (visibility(segments, segments, places, places), nothing):
         value, grad = jax.value_and_grad(lambda q, visible=visible: jnp.sum(attention(q, q, q, visible, 0)))(q)

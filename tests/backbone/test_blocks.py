@@ -35,7 +35,7 @@ def inputs(groups: int) -> list[jax.Array]:
 
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: Any, **options: Any) -> jax.Array:
-    index = jnp.arange(q.shape[1])
+    index = jnp.arange(q.shape[1])[None]
     return attention(q, k, v, visibility(segments, segments, index, index), window, **options)
 
 
@@ -75,7 +75,7 @@ def test_a_sink_takes_its_share_of_the_weights(mesh: dict[str, int] | None) -> N
     sinks = jnp.asarray([-1.0, 0.0, 2.0, 5.0])
     segments = jnp.asarray(ROWS, jnp.int32)
     out = jnp.where((segments > 0)[..., None, None], out, 0.0)
-    index = jnp.arange(LENGTH)
+    index = jnp.arange(LENGTH)[None]
     seen = within(visibility(segments, segments, index, index), 100)
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
@@ -119,7 +119,7 @@ def test_no_visible_block_is_skipped(lengths: list[list[int]], window: int, orde
     for row, members in enumerate(lengths):
         ids = [n + 1 for n, length in enumerate(members) for _ in range(length)][:12]
         rows[row, : len(ids)] = ids if ordered else ids[::-1]
-    segments, index = jnp.asarray(rows), jnp.arange(12)
+    segments, index = jnp.asarray(rows), jnp.arange(12)[None]
     visible = np.asarray(visibility(segments, segments, index, index))
     seen = (visible > 0) & ((visible <= window) | (window == 0))
     blocks = seen.reshape(-1, 3, 4, 3, 4).any(axis=(0, 2, 4))

@@ -43,7 +43,7 @@ def rows(batch: int = 2, length: int = 256, heads: int = 4, groups: int = 2) -> 
 def test_splash_is_attention(mesh: dict[str, int] | None) -> None:
     """Values and gradients, for every window that occurs; four devices' heads do not divide two keys and stay whole."""
     q, k, v, out, segments = rows()
-    index = jnp.arange(q.shape[1])
+    index = jnp.arange(q.shape[1])[None]
     visible = visibility(segments, segments, index, index)
 
     attend = on_each_device(
@@ -95,7 +95,7 @@ class _CuDNN:
                 return jnp.ravel(x)[first : first + count * size].reshape(1, count, *x.shape[2:])
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array, count: int = count) -> jax.Array:
-                one, index = jnp.ones((1, count), jnp.int32), jnp.arange(count)
+                one, index = jnp.ones((1, count), jnp.int32), jnp.arange(count)[None]
                 visible = visibility(one, one, index, index)
                 return attention(q, k, v, visible, options["sliding_window_length"] or 0, scale=options["scale"])
 
@@ -116,7 +116,7 @@ def test_cudnn_is_told_where_segments_lie(window: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "cudnn_primitives", lambda: (_CuDNN(False), _CuDNN(True), common))
     q, k, v, out, segments = rows(batch=3, length=128)
     segments = segments.at[0].set(1).at[1, :100].set(2)  # one whole, one of two pieces, one of four
-    index = jnp.arange(q.shape[1])
+    index = jnp.arange(q.shape[1])[None]
     visible = visibility(segments, segments, index, index)
     layout = packed_layout(segments, 3)
     assert layout.shape == (3, 9)

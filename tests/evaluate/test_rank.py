@@ -56,7 +56,7 @@ def test_candidates_are_scored_as_replies_one_by_one(run: Run, scorer: Scorer):
     records = ranking.with_candidates([synthetic.record(user) for user in USERS], 5)
     assert all(len(r.candidates) == 5 and r.candidates[0] == r.messages[-1]["content"] for r in records)
     assert all(len(set(r.candidates)) == 5 for r in records)
-    found = ranking.candidate_nll(run, scorer, records, ["e2p", "none"])
+    found = ranking.candidate_nll(run, records, ["e2p", "none"])
     encoder = run.inputs.encoder
     for number, condition in [(0, "e2p"), (3, "none")]:
         record = records[number]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_export_families import USERS, asked, encode, load, untrained_run
+from helpers import untrained_run
+from test_export_families import USERS, asked, encode, load
 
 from e2p_jax.evaluate.generate import vectors_for
 from e2p_jax.export.import_back import import_transformers

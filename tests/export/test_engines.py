@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_export_families import make_backbone, untrained_run
+from helpers import make_backbone, untrained_run
 
 from e2p_jax.cli import main
 from e2p_jax.datasets.records import Record

@@ -3,31 +3,22 @@
 import dataclasses
 import itertools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 import transformers
-from helpers import LLAMA3, hf_config, hf_model
+from helpers import LLAMA3, make_backbone, untrained_run
 
-from e2p_jax.backbone import weights
-from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, TrainConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.evaluate.generate import Sampling, generate, vectors_for
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
-from e2p_jax.prefix import mlp
 from e2p_jax.train.run import Run, open_run
-from e2p_jax.train.setup import build_model, read_inputs
-from e2p_jax.vectors.population import Population
-from e2p_jax.vectors.table import save_table
 
 PLACES = itertools.product(["before_reply", "before_bos", "after_bos", "in_chat"], [1, 3])
 WAYS = [(*place, kind) for place, kind in zip(PLACES, itertools.cycle(["mlp", "linear", "linear", "mlp"]))]
@@ -64,43 +55,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     run = untrained_run(folder, backbone, placement, num_tokens, kind)
     export_transformers(run, folder / "out", include_backbone=True)
     return Exported(family, run, folder / "out", *load(folder / "out"))
-
-
-def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int, kind: str) -> Run:
-    """Three users; the projector is moved off its first values."""
-    save_table(folder / "table", USERS, np.stack([synthetic.vector(user) for user in (1, 2, 3)]), name="t", version="1")
-    config = Config(
-        backbone=BackboneConfig(path=str(backbone)),
-        data=DataConfig(path="none", embeddings=str(folder / "table"), seq_len=256),
-        prefix=PrefixConfig(placement),
-        projector=mlp.Settings(kind=kind, num_tokens=num_tokens, hidden_size=16),
-        train=TrainConfig(rows=4),
-    )
-    inputs = read_inputs(config)
-    assert inputs.table is not None
-    model = build_model(inputs, Population.of(inputs.table.vectors))
-    rng = np.random.default_rng(0)
-    moved = {
-        name: value if name.endswith(("mean", "std")) else value + 0.3 * rng.normal(size=value.shape).astype(np.float32)
-        for name, value in jax.device_get(model.params["projector"]).items()
-    }
-    moved = {name: jax.device_put(moved[name], old.sharding) for name, old in model.params["projector"].items()}
-    model = dataclasses.replace(model, params={**model.params, "projector": moved})
-    return Run(folder, 0, inputs, model)
-
-
-def make_backbone(out: Path, family: str, changes: dict[str, Any]) -> Path:
-    """A random model of the family with the embedded backbone's tokenizer."""
-    sizes = {"vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
-    hf_model(hf_config(family, **sizes, **changes)).save_pretrained(out)
-    for name in weights.COMPANIONS:
-        if name not in ("config.json", "generation_config.json") and (weights.EMBEDDED / name).is_file():
-            shutil.copyfile(weights.EMBEDDED / name, out / name)
-    if family == "gpt2":  # as OpenAI's was published, without its head
-        path = out / "model.safetensors"
-        tensors = {k.removeprefix("transformer."): v for k, v in safetensors.numpy.load_file(path).items()}
-        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    return out
 
 
 def load(directory: Path) -> tuple[Any, Any]:

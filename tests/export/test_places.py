@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from test_export_families import untrained_run
+from helpers import untrained_run
 
 from e2p_jax.errors import UserError
 from e2p_jax.export.peft import export_peft
