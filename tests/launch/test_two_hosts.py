@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from e2p_jax.errors import RESTART
-from e2p_jax.parallel.meeting import LOST_SECONDS
 
-PROGRAM = """
+LOST_SECONDS = 6  # five times as soon as users' processes
+PROGRAM = f"""
 import sys, time
+from e2p_jax.parallel import meeting
 from e2p_jax.parallel.distributed import Processes, session
+meeting.LOST_SECONDS = {LOST_SECONDS}
 with session(Processes("10.99.0.1:5555", 2, int(sys.argv[1]), 120)):
     print("met", flush=True)
     time.sleep(300)
