@@ -31,7 +31,7 @@ WITHOUT = "not installed here; tests/launch/install.sh installs it"
 
 @pytest.fixture(scope="module")
 def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four runs in this process."""
+    """The same runs in this process."""
     out = tmp_path_factory.mktemp("reference")
     meshes.train_each(config, out)
     return out
@@ -127,28 +127,33 @@ def test_sbatch_starts_a_process_a_task_and_gives_errors_on(
     assert "restart" not in log.read_text()
 
 
-@pytest.mark.parametrize(("restarts", "ends"), [("1", ["75", "0"]), ("0", ["75"])])
-def test_sbatch_requeues_a_preempted_job(
-    slurm: None, environment: pytest.MonkeyPatch, tmp_path: Path, restarts: str, ends: list[str]
-) -> None:
+def test_sbatch_requeues_a_preempted_job(slurm: None, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By scontrol, as often as it was told to; Slurm would let the job wait for two minutes, this test does not."""
-    (tmp_path / "program").write_text(
-        f"code=$((SLURM_RESTART_COUNT ? 0 : 75)); echo $code >> {tmp_path}/ends.$SLURM_PROCID; exit $code\n"
-    )
     environment.setenv("E2P", "bash")
-    command = ["sbatch", "--parsable", "--ntasks", "2", "--output", tmp_path / "log", LAUNCH / "slurm.sbatch"]
-    arguments = ["--restarts", restarts, "--", tmp_path / "program"]
-    done = subprocess.run([*command, *arguments], cwd=LAUNCH.parent, capture_output=True, text=True, check=True)
-    job, deadline = done.stdout.strip(), time.monotonic() + TIMEOUT
-    while "JobState=COMPLETED" not in (state := _show(job)) and "JobState=FAILED" not in state:
-        assert time.monotonic() < deadline, state
-        if "Reason=BeginTime" in state:
-            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False, capture_output=True)
-        time.sleep(0.5)
-    assert ("JobState=COMPLETED" in state) == (restarts == "1")
-    for process in range(2):
-        assert (tmp_path / f"ends.{process}").read_text().split() == ends
-    assert ("exit code 75; restart 1 of 1" in (tmp_path / "log").read_text()) == (restarts == "1")
+    expected, jobs = {"1": ["75", "0"], "0": ["75"]}, {}
+    for restarts in expected:  # at once
+        folder = tmp_path / restarts
+        folder.mkdir()
+        (folder / "program").write_text(
+            f"code=$((SLURM_RESTART_COUNT ? 0 : 75)); echo $code >> {folder}/ends.$SLURM_PROCID; exit $code\n"
+        )
+        command = ["sbatch", "--parsable", "--ntasks", "2", "--output", folder / "log", LAUNCH / "slurm.sbatch"]
+        arguments = ["--restarts", restarts, "--", folder / "program"]
+        done = subprocess.run([*command, *arguments], cwd=LAUNCH.parent, capture_output=True, text=True, check=True)
+        jobs[restarts] = done.stdout.strip()
+    deadline = time.monotonic() + TIMEOUT
+    for restarts, job in jobs.items():
+        while "JobState=COMPLETED" not in (state := _show(job)) and "JobState=FAILED" not in state:
+            assert time.monotonic() < deadline, state
+            if "Reason=BeginTime" in state:
+                update = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+                subprocess.run(update, check=False, capture_output=True)
+            time.sleep(0.5)
+        assert ("JobState=COMPLETED" in state) == (restarts == "1")
+        for process in range(2):
+            assert (tmp_path / restarts / f"ends.{process}").read_text().split() == expected[restarts]
+        log = (tmp_path / restarts / "log").read_text()
+        assert ("exit code 75; restart 1 of 1" in log) == (restarts == "1")
 
 
 def _show(job: str) -> str:
