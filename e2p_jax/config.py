@@ -22,7 +22,7 @@ from e2p_jax.registry import ADAPTERS, KINDS, PROJECTORS, load_plugins, one_of, 
 Condition = Literal[
     "none", "e2p", "text", "e2p+text", "static", "shuffled", "text+shuffled", "mean", "zero", "noise", "extreme"
 ]
-Measures = Literal["ranking", "users", "texts"]
+Measures = Literal["ranking", "users", "texts", "items"]
 Placement = Literal["after_bos", "before_bos", "in_chat", "before_reply"]
 Thinking = Literal["auto", "none", "empty", "full"]
 OnBadRecord = Literal["error", "skip"]
@@ -64,6 +64,10 @@ class DataConfig:
     and vectors by what they hold, wherever they lie."""
     embeddings: str | None = free(None)
     """Table of user vectors: a table directory, .npz, .parquet, or .npy with ids beside it."""
+    items: str | None = free(None)
+    """Table of item vectors by item id (a title's embedding, a collaborative factor, or both in one): the catalogue
+    that `items` of records name, whose items are tokens of an output vocabulary of their own. auto: the table that
+    stands beside `embeddings` by the same name with `-items` behind, if there is one."""
     missing_user: Literal["error", "null"] = result("error")
     """A user who is not in the table is an error, or the null user (needs `train.null_user_rate`)."""
     cache: str = free("auto")
@@ -101,6 +105,21 @@ class DataConfig:
     """What a chat template that asks for today's date is told (ISO 8601), so that no day changes the tokens."""
     context_prompt: str = result("{context}")
     """System message of the `text` condition; `{context}` becomes the record's context, one sentence a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemsConfig:
+    """The head over `data.items`, read where a record's last reply begins. `items/**` trains beside what
+    `train.trainable` names.
+    """
+
+    width: int = result(64, POSITIVE)
+    """Of an item's row, and of the query that it is multiplied with."""
+    negatives: int = result(16384, POSITIVE)
+    """A larger catalogue's softmax is over a user's items and so many others, drawn anew each step and weighed for it;
+    a smaller one's is whole."""
+    text_weight: float = result(0.0, NOT_NEGATIVE)
+    """Of the replies' own loss, nats per target, beside the items', nats per conversation; 0 trains items alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +220,7 @@ class EvaluateConfig:
     """What stands in front of the conversation, one column each."""
     measures: tuple[Measures, ...] = free(())
     """Beside likelihood. ranking: the true last reply among candidates; users: the true user among others; texts:
-    greedy last replies against the true ones."""
+    greedy last replies against the true ones; items: the true item among candidates and among all of `data.items`."""
     derangements: int = free(4, POSITIVE)
     """So many other users, or all there are, everybody meets under `shuffled` and `text+shuffled`, whose mean is shown;
     each costs what another condition costs."""
@@ -221,6 +240,7 @@ class Config:
 
     backbone: BackboneConfig = BackboneConfig()
     data: DataConfig = DataConfig()
+    items: ItemsConfig = ItemsConfig()
     prefix: PrefixConfig = PrefixConfig()
     projector: ProjectorConfig = ProjectorConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -279,15 +299,18 @@ class Config:
             place = Path(path).expanduser()
             return str(place.resolve()) if place.exists() and path not in ("embedded", "synthetic", "auto") else path
 
-        return self._with_paths(absolute)
+        items, beside = self.data.items, f"{self.data.embeddings}-items"
+        if items == "auto":
+            items = beside if Path(beside).expanduser().is_dir() else None
+        return self.change(data={"items": items})._with_paths(absolute)
 
     def portable(self) -> "Config":
         """The same config with local paths cut to their last part: what an export says of where things came from."""
         return self._with_paths(lambda path: Path(path).name if Path(path).is_absolute() else path)
 
     def _with_paths(self, change: Callable[[str], str]) -> "Config":
-        data = {"path": self.data.path, "embeddings": self.data.embeddings, "chat_template": self.data.chat_template}
-        data = {name: path and change(path) for name, path in data.items()}
+        paths = ("path", "embeddings", "items", "chat_template")
+        data = {name: path and change(path) for name in paths for path in [getattr(self.data, name)]}
         return self.change(backbone={"path": change(self.backbone.path)}, data=data)
 
     def to_json(self) -> str:

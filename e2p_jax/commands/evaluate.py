@@ -20,6 +20,7 @@ def evaluate(
     split: str | None = None,
     data: Path | None = None,
     embeddings: Embeddings = None,
+    items: str | None = None,
     checkpoint: Checkpoint = "best",
     per_example: Path | None = None,
     as_json: Json = False,
@@ -31,10 +32,11 @@ def evaluate(
       conditions: What stands in front: none, e2p, text, e2p+text, static (the mean vector, for a run trained on it);
         instead of the user's vector shuffled (another user's), mean, zero, noise, extreme (it, times 1000); instead of
         the user's text text+shuffled (another user's). Default: the run's config.
-      measures: Beside likelihood: ranking, users, texts. Default: the run's config.
+      measures: Beside likelihood: ranking, users, texts, items. Default: the run's config.
       derangements: So many other users everybody meets under shuffled and text+shuffled. Default: the run's config.
       split: Split of the run's dataset. Default: all of `data.eval_splits`.
       data: JSON Lines file to score in place of the run's dataset.
+      items: Table of item vectors in place of the run's; items that training did not know join its catalogue.
       per_example: Write one JSON line per record and condition to this file, in input order.
     """
     from e2p_jax.evaluate.evaluation import evaluate_splits
@@ -45,7 +47,7 @@ def evaluate(
     if derangements is not None and derangements < 1:
         raise UsageError("--derangements must be positive")
     with session(processes):
-        opened = open_run(run, checkpoint, embeddings)
+        opened = open_run(run, checkpoint, embeddings, items=items)
         config = opened.inputs.config
         if derangements is not None:
             config = config.change(evaluate={"derangements": derangements})

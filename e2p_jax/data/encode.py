@@ -19,6 +19,7 @@ from e2p_jax.data.template import choose_template, reason
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.json_files import read_object
+from e2p_jax.vectors.catalogue import Catalogue
 
 _HARMFUL = re.compile(r"[^\w\s]|_")
 _NAMES = ("role", "type", "id", "tool_call_id")
@@ -32,6 +33,13 @@ class Example(NamedTuple):
     slot_starts: tuple[int, ...]  # the first of each K slots: one with most placements, none where nothing is in front
     user_id: str
     source: str = ""  # of its record, for errors
+    items: np.ndarray = np.zeros(0, np.int32)  # [n] int32, distinct rows of the catalogue
+
+    @property
+    def answer(self) -> int:
+        """The position that predicts the last reply's first token; the last one where there is no reply yet."""
+        starts = np.flatnonzero(self.is_target & ~np.roll(self.is_target, 1))
+        return int(starts[-1]) - 1 if len(starts) else len(self.tokens) - 1
 
     def slot_places(self, num_tokens: int) -> np.ndarray:
         """[G, K] int64: where the K soft tokens of the user stand, G times."""
@@ -132,6 +140,7 @@ class Encoder:
     max_length: int  # T
     too_long: str
     vocab_size: int | None  # rows of the embedding; None: not known
+    catalogue: Catalogue | None = None  # whose items records may name
 
     @classmethod
     def from_config(
@@ -140,9 +149,11 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int | None = None,
         stops: Collection[int] = (),
+        catalogue: Catalogue | None = None,
     ) -> "Encoder":
         """
         Args:
+          catalogue: of `data.items`.
           vocab_size: rows of the backbone's embedding, where there is one.
           stops: ids that end a reply, as the backbone's directory says (`named_stops`).
 
@@ -192,6 +203,7 @@ class Encoder:
             config.data.seq_len,
             config.data.too_long,
             vocab_size,
+            catalogue,
         )
         encoder._check_rows(np.array(sorted(written)), name)
         return encoder
@@ -302,7 +314,11 @@ class Encoder:
             starts = np.array(self._slot_starts(talk, rendered, prompt=prompt))
         places, slots = np.repeat(starts, self.num_tokens), np.arange(len(starts)) * self.num_tokens
         tokens, is_target = np.insert(rendered.ids, places, self.pad_id), np.insert(is_target, places, False)
-        return Example(tokens, is_target, tuple((starts + slots).tolist()), record.user_id, record.source)
+        items = np.zeros(0, np.int32)
+        if self.catalogue is not None and record.items:
+            items = self.catalogue.rows(record.items)
+            items = items[items >= 0]
+        return Example(tokens, is_target, tuple((starts + slots).tolist()), record.user_id, record.source, items)
 
     def _slot_starts(self, talk: "Talk", rendered: Rendered, *, prompt: bool) -> list[int]:
         """Indices, in the tokens without slots, before which the soft tokens stand.

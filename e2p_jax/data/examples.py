@@ -21,6 +21,8 @@ _COLUMNS: dict[str, Any] = {
     "user_ends": np.int64,
     "source_text": np.uint8,
     "source_ends": np.int64,
+    "items": np.int32,
+    "item_ends": np.int64,
 }
 
 
@@ -38,6 +40,8 @@ class Examples(Sequence[Example]):
     user_ends: np.ndarray  # [N] int64
     source_text: np.ndarray
     source_ends: np.ndarray
+    items: np.ndarray  # [J] int32, rows of the catalogue, of all together
+    item_ends: np.ndarray  # [N] int64
 
     @classmethod
     def of(cls, examples: Iterable[Example], directory: Path | None = None) -> "Examples":
@@ -47,11 +51,11 @@ class Examples(Sequence[Example]):
           directory: for files without a name that hold them; in memory without one.
         """
         columns = {name: Column(dtype, directory) for name, dtype in _COLUMNS.items()}
-        ends = dict.fromkeys(("ends", "slot_ends", "user_ends", "source_ends"), 0)
+        ends = dict.fromkeys(("ends", "slot_ends", "user_ends", "source_ends", "item_ends"), 0)
         for example in examples:
             user, source = encode(example.user_id), encode(example.source)
             values: dict[str, Any] = {"tokens": example.tokens, "slot_starts": example.slot_starts}
-            values |= {"user_text": user, "source_text": source}
+            values |= {"user_text": user, "source_text": source, "items": example.items}
             for end, (name, value) in zip(ends, values.items(), strict=True):
                 columns[name].add(value)
                 ends[end] += len(value)
@@ -86,7 +90,8 @@ class Examples(Sequence[Example]):
         """One without its texts, which a row does not need."""
         first, last = span(self.ends, place)
         starts = self.slot_starts[slice(*span(self.slot_ends, place))].tolist()
-        return Example(self.tokens[first:last], self.is_target[first:last], tuple(starts), "")
+        items = self.items[slice(*span(self.item_ends, place))]
+        return Example(self.tokens[first:last], self.is_target[first:last], tuple(starts), "", "", items)
 
     @property
     def users(self) -> Texts:
@@ -102,6 +107,11 @@ class Examples(Sequence[Example]):
     def lengths(self) -> np.ndarray:
         """[N] int64: tokens of each."""
         return np.diff(self.ends, prepend=0)
+
+    @property
+    def item_counts(self) -> np.ndarray:
+        """[N] int64: items of each."""
+        return np.diff(self.item_ends, prepend=0)
 
 
 def map_column(directory: Path, name: str) -> np.ndarray:

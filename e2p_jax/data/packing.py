@@ -23,6 +23,7 @@ class Budget(NamedTuple):
     tokens: int  # T
     targets: int  # M
     segments: int  # S
+    items: int = 0  # N: of the conversation that has most; no budget of a row's
 
 
 def choose_budget(examples: Examples, seq_len: int) -> Budget:
@@ -34,7 +35,8 @@ def choose_budget(examples: Examples, seq_len: int) -> Budget:
     lengths, targets = examples.lengths, examples.target_counts
     want = 1.1 * seq_len * targets.sum() / lengths.sum()
     most = min(seq_len, -(-max(int(want), int(targets.max())) // 64) * 64)
-    return Budget(seq_len, most, max(1, int(seq_len // np.percentile(lengths, 5))))
+    items = int(examples.item_counts.max())
+    return Budget(seq_len, most, max(1, int(seq_len // np.percentile(lengths, 5))), items)
 
 
 def plan_rows(examples: Examples, budget: Budget) -> Ragged:
@@ -190,7 +192,8 @@ class _Stock:
 
 def empty_rows(count: int, budget: Budget, width: int) -> dict[str, np.ndarray]:
     """A batch of `count` rows of padding; the arrays of the batch contract."""
-    t, m, s = budget
+    t, m, s, n = budget
+    items = {"item_positions": np.zeros((count, s), np.int32), "item_ids": np.full((count, s, n), -1, np.int32)}
     return {
         "tokens": np.zeros((count, t), np.int32),
         "positions": np.zeros((count, t), np.int32),
@@ -200,6 +203,7 @@ def empty_rows(count: int, budget: Budget, width: int) -> dict[str, np.ndarray]:
         "target_positions": np.zeros((count, m), np.int32),
         "target_ids": np.zeros((count, m), np.int32),
         "target_weights": np.zeros((count, m), np.float32),
+        **(items if n else {}),
     }
 
 
@@ -230,4 +234,7 @@ def fill_row(
         batch["target_positions"][row, target:last] = start + places - 1
         batch["target_ids"][row, target:last] = example.tokens[places]
         batch["target_weights"][row, target:last] = 1.0
+        if "item_ids" in batch:
+            batch["item_positions"][row, segment] = start + example.answer
+            batch["item_ids"][row, segment, : len(example.items)] = example.items
         start, target = end, last

@@ -54,7 +54,9 @@ class PackedDataset:
         size = max(_BLOCK // (4 * self.vectors.width), 1)
         for first in range(0, len(self.vectors), size):
             digest.update(self.vectors.gather(slice(first, first + size)).data)
-        for array in (self.examples.tokens, self.examples.is_target, self.examples.ends, self.rows.values):
+        held = self.examples
+        items = (held.items, held.item_ends) if len(held.items) else ()
+        for array in (held.tokens, held.is_target, held.ends, self.rows.values, *items):
             digest.update(np.ascontiguousarray(array).data)
         return digest.digest()
 

@@ -34,7 +34,7 @@ from e2p_jax.files import explain_full_disk, replace_directory, user_cache
 from e2p_jax.json_files import digest, object_in
 from e2p_jax.parallel.distributed import is_first
 
-_LAYOUT = 4  # of a cache directory
+_LAYOUT = 5  # of a cache directory
 _META = "meta.json"
 
 
@@ -122,7 +122,7 @@ def _read(config: Config, encoder: Encoder, directory: Path) -> Training:
 
 def _key(config: Config, encoder: Encoder) -> str:
     """Names everything that the tokens depend on; that a setting has no say must be written here to be left out."""
-    without = {"embeddings", "missing_user", "cache", "chat_template"}  # the template itself is in
+    without = {"embeddings", "items", "missing_user", "cache", "chat_template"}  # the template itself is in
     data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in without}
     tokenizer = encoder.tokenizer
     settings = {
@@ -136,6 +136,7 @@ def _key(config: Config, encoder: Encoder) -> str:
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "pad": encoder.pad_id,
+        "items": encoder.catalogue and hashlib.sha256(encoder.catalogue.table.index.text.data).hexdigest(),
     }
     return digest(settings)[:32]
 

@@ -56,6 +56,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
                 "messages": tfds.features.Sequence({"role": text(), "content": text()}),
                 "candidates": tfds.features.Sequence(text()),
                 "references": tfds.features.Sequence(text()),
+                "items": tfds.features.Sequence(text()),
             }
         )
         return tfds.core.DatasetInfo(

@@ -142,7 +142,7 @@ def _open_prepared(place: Path) -> "tfds.core.DatasetBuilder":
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(place)
-    if set(builder.info.features) != set(FIELDS):
+    if set(builder.info.features) | {"items"} != set(FIELDS):  # earlier versions wrote none
         raise UserError(
             f"{place}: its examples have {sorted(builder.info.features)}, not {sorted(FIELDS)}; "
             "give a directory that `e2p prepare` wrote"
@@ -174,4 +174,5 @@ def _from_example(values: dict[str, Any], source: str) -> Record:
         candidates=texts(values["candidates"]),
         references=texts(values["references"]),
         source=source,
+        items=texts(values.get("items", ())),
     )

@@ -31,6 +31,7 @@ class Record:
     references: tuple[str, ...] = ()
     source: str = ""  # file and row, for errors
     tools: tuple[dict[str, Any], ...] = ()  # schemas of the functions that may be called
+    items: tuple[str, ...] = ()  # ids in `data.items` that the last reply stands for
 
     @property
     def reply_words(self) -> int:
@@ -172,7 +173,7 @@ def _lines(path: Path) -> Iterator[Line]:
 def _parse(values: Any, source: str) -> Record:
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}; write one object a line")
-    known = {"user_id", "context", "messages", "tools", "candidates", "references", "split"}
+    known = {"user_id", "context", "messages", "tools", "candidates", "references", "items", "split"}
     unknown, missing = sorted(values.keys() - known), sorted({"user_id", "messages"} - values.keys())
     if unknown or missing:
         faults = [
@@ -180,7 +181,7 @@ def _parse(values: Any, source: str) -> Record:
         ]
         raise UserError(
             f"{source}: {', '.join(faults)}; a record has user_id, messages (or prompt and response), "
-            "and may have context, tools, candidates, references, split"
+            "and may have context, tools, candidates, references, items, split"
         )
     user, messages = values["user_id"], values["messages"]
     # A number is written as its digits; anything else would never match the ids of a table.
@@ -192,7 +193,8 @@ def _parse(values: Any, source: str) -> Record:
         raise UserError(f"{source}: split must be a name, not {repr(values['split'])[:60]}")
     context, candidates, references = (_texts(values, key, source) for key in ("context", "candidates", "references"))
     messages = [_message(message, f"{source}: message {number}") for number, message in enumerate(messages)]
-    return Record(str(user), context, tuple(messages), candidates, references, source, _tools(values, source))
+    tools, items = _tools(values, source), _items(values, source)
+    return Record(str(user), context, tuple(messages), candidates, references, source, tools, items)
 
 
 def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
@@ -228,6 +230,13 @@ def _tools(values: dict[str, Any], source: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list) or not all(map(_is_tool, tools)):
         raise UserError(f"{source}: tools must be a list of {{type: function, function: {{name, ...}}}} objects")
     return tuple(tools)
+
+
+def _items(values: dict[str, Any], source: str) -> tuple[str, ...]:
+    items = values.get("items", [])
+    if not isinstance(items, list) or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in items):
+        raise UserError(f"{source}: items must be a list of item ids, texts or whole numbers")
+    return tuple(dict.fromkeys(map(str, items)))
 
 
 def _is_tool(tool: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
+from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions, part_id
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.embed.contexts import first_contexts
 from e2p_jax.errors import UserError
@@ -25,7 +25,8 @@ def factors(
 
     Returns:
       U user ids, [U, width] float32, the ids of the I items that a history has, and [I, width] float32: a user's
-      vector times an item's is the entry that the two come to.
+      vector times an item's is the entry that the two come to. Where histories are dealt into parts, there is each user
+      without each part, too, folded in: the items' factors stay what they are.
 
     Raises:
       UserError: `implicit` is not installed, or the width is beyond what so many users and items have.
@@ -41,12 +42,23 @@ def factors(
     if width >= min(shape):
         raise UserError(f"--width {width}: must be below {min(shape)}, the number of users and of items; lower it")
     matrix = scipy.sparse.csr_matrix((weights, (history.users, columns)), shape)
+    # The users as they are, and without each part of their history.
+    folds = np.zeros(len(history), np.int8) if history.folds is None else history.folds
+    parts = [] if history.folds is None else range(int(folds.max()) + 1)
+    less = [
+        scipy.sparse.csr_matrix((weights[kept], (history.users[kept], columns[kept])), shape)
+        for kept in (folds != part for part in parts)
+    ]
     factorise = {"als": _als, "svd": _svd}[encoder]
-    of_users, of_items = factorise(matrix, width, seed)
-    return interactions.user_ids, of_users, items.tolist(), of_items
+    of_users, of_items = factorise(matrix, less, width, seed)
+    names = [*interactions.user_ids, *(part_id(user, part) for part in parts for user in interactions.user_ids)]
+    return names, np.concatenate(of_users), items.tolist(), of_items
 
 
-def _als(matrix, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]  # SciPy has no types
+Factors = tuple[list[np.ndarray], np.ndarray]  # of the users of every matrix, and of the items
+
+
+def _als(matrix, less, width: int, seed: int) -> Factors:  # type: ignore[no-untyped-def]  # SciPy has no types
     try:
         from implicit.cpu.als import AlternatingLeastSquares
         from threadpoolctl import threadpool_limits
@@ -57,10 +69,11 @@ def _als(matrix, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # typ
         warnings.simplefilter("ignore")  # of the threads that it was just denied
         model = AlternatingLeastSquares(factors=width, random_state=seed, num_threads=1)
         model.fit(matrix, show_progress=False)
-    return np.asarray(model.user_factors, np.float32), np.asarray(model.item_factors, np.float32)
+        users = [model.user_factors, *(model.recalculate_user(np.arange(part.shape[0]), part) for part in less)]
+    return [np.asarray(each, np.float32) for each in users], np.asarray(model.item_factors, np.float32)
 
 
-def _svd(matrix, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
+def _svd(matrix, less, width: int, seed: int) -> Factors:  # type: ignore[no-untyped-def]
     from scipy.sparse.linalg import svds
 
     start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
@@ -69,7 +82,8 @@ def _svd(matrix, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # typ
     left, values, right = left[:, order], values[order], right[order].T
     largest = left[np.abs(left).argmax(axis=0), np.arange(width)]
     sign = np.sign(largest)  # a direction's sign is anybody's choice
-    return (left * sign * values).astype(np.float32), (right * sign).astype(np.float32)
+    users = [left * sign * values, *(part @ (right * sign) for part in less)]
+    return [each.astype(np.float32) for each in users], (right * sign).astype(np.float32)
 
 
 def item_means(data: str, items: str | None) -> tuple[Sequence[str], np.ndarray]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -11,11 +11,13 @@ from etils import epath
 
 from e2p_jax.config import Condition, Config, DataConfig, EvaluateConfig
 from e2p_jax.data.conditions import FRONTS
+from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import shown
 from e2p_jax.evaluate.generate import generate
+from e2p_jax.evaluate.items import Question
 from e2p_jax.evaluate.measures import (
     MEASURES,
     Difference,
@@ -45,7 +47,7 @@ from e2p_jax.terminal import say
 from e2p_jax.train.beyond import BREAKS, Beyond
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
-from e2p_jax.train.score import Scorer, Scores, pack_conditions
+from e2p_jax.train.score import Arm, Scorer, Scores, pack_conditions
 from e2p_jax.vectors.table import UserTable
 
 BASELINES = ("none", "shuffled")  # what differences are shown to
@@ -169,8 +171,34 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
         for condition, each in drawn.items()
     }
     scores = _measure(run, scorer, kept, scores, conditions)
-    samples = inputs.config.evaluate.bootstrap_samples
-    return Evaluation(split_name, kept, scores, dropped, samples, rank_without(inputs.config, inputs.table, kept))
+    recommenders = rank_without(inputs.config, inputs.table, kept)
+    if "items" in inputs.config.evaluate.measures:
+        scores, others = _rank_items(run, scorer, packed, kept, scores)
+        recommenders = {name: recommenders.get(name, {}) | found for name, found in others.items()} or recommenders
+    return Evaluation(split_name, kept, scores, dropped, inputs.config.evaluate.bootstrap_samples, recommenders)
+
+
+def _rank_items(
+    run: Run, scorer: Scorer, packed: Mapping[Arm, PackedDataset], records: Sequence[Record], scores: dict[str, Scores]
+) -> tuple[dict[str, Scores], dict[str, dict[str, np.ndarray]]]:
+    """Adds what the head over items ranks, every derangement apart, and says what the recommenders do."""
+    config = run.inputs.config
+    places = _asked(config.evaluate, records, lambda record: bool(record.items))
+    if run.inputs.catalogue is None or not len(places):
+        return scores, {}
+    question = Question(config.data.path, run.inputs.catalogue, [records[n] for n in places])
+    rows = scorer.item_rows()
+    drawn: dict[str, list[dict[str, np.ndarray]]] = {}
+    for (condition, _), dataset in packed.items():
+        found = question.statistics(scorer.item_queries(dataset)[places], rows)
+        drawn.setdefault(condition, []).append(_spread(found, places, len(records)))
+    more = {
+        name: {measure: np.stack([found[measure] for found in each]) for measure in each[0]}
+        for name, each in drawn.items()
+    }
+    recommenders = question.recommenders(run.inputs.table)
+    spread = {name: _spread(found, places, len(records)) for name, found in recommenders.items()}
+    return {n: dataclasses.replace(s, more=s.more | more.get(n, {})) for n, s in scores.items()}, spread
 
 
 def rank_without(
@@ -186,10 +214,16 @@ def rank_without(
     return {name: _spread(rank_statistics(rank), places, len(records)) for name, rank in found.items()}
 
 
-def _asked(settings: EvaluateConfig, records: Sequence[Record]) -> np.ndarray:
-    """Numbers of the records that `measures` take: those that end with a reply in text, `max_records` at most."""
-    ends = [record.messages[-1] for record in records]
-    last = np.array([n for n, end in enumerate(ends) if end["role"] == "assistant" and end["content"]], int)
+def _replied(record: Record) -> bool:
+    """Whether a record ends with a reply in text."""
+    return record.messages[-1]["role"] == "assistant" and bool(record.messages[-1]["content"])
+
+
+def _asked(
+    settings: EvaluateConfig, records: Sequence[Record], fits: Callable[[Record], bool] = _replied
+) -> np.ndarray:
+    """Numbers of the records that `measures` take: those that fit, `max_records` at most."""
+    last = np.array([n for n, record in enumerate(records) if fits(record)], int)
     if settings.max_records and len(last) > settings.max_records:
         last = last[np.linspace(0, len(last) - 1, settings.max_records).round().astype(int)]
     return last

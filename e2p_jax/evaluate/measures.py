@@ -59,6 +59,17 @@ MEASURES: dict[str, Measure] = {
     "hits@10": Measure("Hits@10 %", _percent, 1),
     "mrr": Measure("MRR", _ratio),
     "ndcg@10": Measure("NDCG@10", _ratio),
+    **{
+        f"{among}_{name}": Measure(f"{said} {label}", value, digits)
+        for among, said in (("item", "item"), ("all", "of all items"))
+        for name, label, value, digits in (
+            ("hits@1", "Hits@1 %", _percent, 1),
+            ("hits@5", "Hits@5 %", _percent, 1),
+            ("hits@10", "Hits@10 %", _percent, 1),
+            ("mrr", "MRR", _ratio, 3),
+            ("ndcg@10", "NDCG@10", _ratio, 3),
+        )
+    },
     "user_rank": Measure("rank of the user", _ratio, 2),
     "user_first": Measure("user first %", _percent, 1),
     "f1": Measure("word F1 %", _percent, 1),

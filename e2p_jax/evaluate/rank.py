@@ -138,8 +138,18 @@ def is_interactions(path: str) -> bool:
     return (Path(path).expanduser() / INTERACTIONS).is_file()
 
 
-def recommender_ranks(path: str, records: Sequence[Record], table: UserTable | None) -> dict[str, np.ndarray]:
-    """[N] rank of each record's true candidate, the first one, by name of the recommender.
+def known_interactions(path: str) -> Interactions | None:
+    """What a run has seen of the users; none where `data.path` is no log."""
+    return load_interactions(Path(path).expanduser()).of(*KNOWN) if is_interactions(path) else None
+
+
+def recommender_ranks(
+    path: str,
+    records: Sequence[Record],
+    table: UserTable | None,
+    asked: Sequence[Sequence[int] | np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """[N] rank of each record's true item, the first one, by name of the recommender.
 
     popularity: how many users have the item. item-kNN: cosines of the item's users to those of each of the user's
     items, summed (Sarwar et al., 2001). vectors: cosine of the user's vector to the mean vector of the item's users,
@@ -151,10 +161,12 @@ def recommender_ranks(path: str, records: Sequence[Record], table: UserTable | N
       path: a directory that `e2p prepare interactions` wrote.
       records: whose candidates are titles of its items.
       table: of the users' vectors.
+      asked: numbers of the items to be ranked for each record; its candidates', where none are given.
     """
     known = load_interactions(Path(path).expanduser()).of(*KNOWN)
-    number = {title: item for item, title in enumerate(known.titles)}
-    asked = [[number[title] for title in record.candidates] for record in records]
+    if asked is None:
+        number = {title: item for item, title in enumerate(known.titles)}
+        asked = [[number[title] for title in record.candidates] for record in records]
     users = [record.user_id for record in records]
     popularity = np.bincount(known.items, minlength=len(known.titles)).astype(float)
     scores = {"popularity": [popularity[items] for items in asked], "item-kNN": neighbour_scores(known, users, asked)}
@@ -167,7 +179,9 @@ def recommender_ranks(path: str, records: Sequence[Record], table: UserTable | N
     }
 
 
-def neighbour_scores(known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def neighbour_scores(
+    known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int] | np.ndarray]
+) -> list[np.ndarray]:
     """Item-kNN: for each user, the score of each of the items that are asked for."""
     import scipy.sparse
 
@@ -185,7 +199,7 @@ def neighbour_scores(known: Interactions, users: Sequence[str], asked: Sequence[
 
 
 def _of_vectors(
-    known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int]], table: UserTable
+    known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int] | np.ndarray], table: UserTable
 ) -> dict[str, list[np.ndarray]]:
     given = table.lookup(known.user_ids, known.user_ids).astype(np.float64)
     there = ~np.isnan(given[:, 0])

@@ -116,7 +116,8 @@ def _with_data(config: Config, data: str | None, embeddings: str | None) -> Conf
     named = config.data.embeddings
     found = named is not None and (named == "synthetic" or Path(named).exists())
     embeddings = embeddings or (named if found else None)
-    return config.change(data={"path": data or config.data.path, "embeddings": embeddings}).resolved()
+    given = {"path": data or config.data.path, "embeddings": embeddings, "items": None}  # the head stayed in the run
+    return config.change(data=given).resolved()
 
 
 def _with_paths(config: Config, settings: dict[str, Any], run: Path) -> Config:

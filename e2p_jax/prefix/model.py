@@ -1,6 +1,6 @@
 """The method: a frozen decoder with projected user vectors at its slots."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import chex
 import jax
@@ -9,12 +9,16 @@ from flax import nnx
 
 from e2p_jax.backbone.adapter import Adapter, by_matrix
 from e2p_jax.backbone.decoder import Cache, Decoder
+from e2p_jax.prefix.items import Items
 from e2p_jax.prefix.loss import cross_entropy
 from e2p_jax.prefix.projector import Projector
 
 
 class Batch(TypedDict):
-    """One batch: B rows of T tokens, S segments, M targets; E is the user vectors' width."""
+    """One batch: B rows of T tokens, S segments, M targets; E is the user vectors' width.
+
+    The last two are there where records name items of a catalogue.
+    """
 
     tokens: jax.Array  # [B, T] int32
     positions: jax.Array  # [B, T] int32
@@ -24,13 +28,26 @@ class Batch(TypedDict):
     target_positions: jax.Array  # [B, M] int32
     target_ids: jax.Array  # [B, M] int32
     target_weights: jax.Array  # [B, M] float32
+    item_positions: NotRequired[jax.Array]  # [B, S] int32: where the first token of the segment's reply is predicted
+    item_ids: NotRequired[jax.Array]  # [B, S, N] int32, distinct rows of the catalogue, -1 where there is none
 
 
 class PrefixModel(nnx.Module):
-    """Backbone, projector and perhaps adapters; parameter paths begin with `backbone/`, `projector/` and the kind."""
+    """Backbone, projector, perhaps adapters and a catalogue; parameter paths begin with `backbone/`, `projector/`, the
+    kind and `items/`.
+    """
 
-    def __init__(self, backbone: Decoder, projector: Projector, kind: str = "none", adapter: Adapter | None = None):
+    def __init__(
+        self,
+        backbone: Decoder,
+        projector: Projector,
+        kind: str = "none",
+        adapter: Adapter | None = None,
+        items: Items | None = None,
+    ):
         self.backbone, self.projector, self.kind = backbone, projector, kind
+        if items is not None:
+            self.items = items
         if adapter is not None:
             setattr(self, kind, adapter)
 
@@ -76,12 +93,42 @@ class PrefixModel(nnx.Module):
         Returns:
           [B, M] float32.
         """
+        return self._text_nll(self._states(batch, dropout_key), batch)
+
+    def item_nll(self, batch: Batch) -> jax.Array:
+        """Mean cross-entropy of every segment's items over the catalogue, in nats, 0 where it names none: [B, S]."""
+        return self.items.nll(self._answers(self._states(batch, None), batch), batch["item_ids"], None)
+
+    def item_queries(self, batch: Batch) -> jax.Array:
+        """[B, S, R] float32: what an item's row is multiplied with, to give its logit as the segment's answer."""
+        return self.items.queries(self._answers(self._states(batch, None), batch))
+
+    def losses(self, batch: Batch, dropout_key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+        """What is trained on, of one forward pass: `target_nll`, none where the text weighs nothing, and `item_nll`
+        over drawn items, none without a catalogue.
+        """
+        hidden, items = self._states(batch, dropout_key), getattr(self, "items", None)
+        if items is None:
+            return self._text_nll(hidden, batch), None
+        text = self._text_nll(hidden, batch) if items.settings.text_weight else None
+        # The projector splits the key in three.
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, 3)
+        return text, items.nll(self._answers(hidden, batch), batch["item_ids"], key)
+
+    def _states(self, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
+        """[B, T, D] after the last layer, before the final norm."""
         chex.assert_equal_shape([batch["tokens"], batch["positions"], batch["segment_ids"], batch["slots"]])
         chex.assert_equal_shape([batch["target_positions"], batch["target_ids"], batch["target_weights"]])
         x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
         most = batch["user_embeddings"].shape[1]
-        hidden, _ = self.hidden(x, batch["positions"], batch["segment_ids"], most_segments=most)
-        hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)
+        return self.hidden(x, batch["positions"], batch["segment_ids"], most_segments=most)[0]
+
+    def _answers(self, hidden: jax.Array, batch: Batch) -> jax.Array:
+        """[B, S, D]: what the first token of every segment's reply is predicted from."""
+        return self.backbone.before_head(jnp.take_along_axis(hidden, batch["item_positions"][..., None], axis=1))
+
+    def _text_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
+        hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
         return self.nll(hidden, batch["target_ids"]) * batch["target_weights"]
 
     def nll(self, hidden: jax.Array, ids: jax.Array) -> jax.Array:

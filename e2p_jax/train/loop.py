@@ -38,6 +38,7 @@ from e2p_jax.train.setup import (
     jit_train_step,
     read_inputs,
 )
+from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Population, training_population
 
@@ -53,6 +54,7 @@ class Data:
     warnings: list[str]  # about these
     dropped_messages: int
     skipped: str | None  # what was skipped as bad, if anything was
+    catalogue: Catalogue | None
 
 
 def read_data(inputs: Inputs) -> Data:
@@ -72,7 +74,14 @@ def read_data(inputs: Inputs) -> Data:
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
         held_out[name] = (packed[condition, 0], kept)
     without = _without(inputs, *held_out["dev"]) if read.dev and FRONTS[condition].vector else None
-    return Data(train, held_out, without, population, warnings, read.dropped_messages, read.skipped)
+    if inputs.catalogue is not None:
+        named = {"training": train, **{f"split {name}": dataset for name, (dataset, _) in held_out.items()}}
+        if absent := [name for name, dataset in named.items() if not dataset.budget.items]:
+            raise UserError(
+                f"{inputs.catalogue.table.source}: no record of {absent[0]} names an item of it; give records `items`, "
+                "or leave data.items out"
+            )
+    return Data(train, held_out, without, population, warnings, read.dropped_messages, read.skipped, inputs.catalogue)
 
 
 def _without(inputs: Inputs, dataset: PackedDataset, records: Sequence[Record]) -> PackedDataset:
@@ -131,6 +140,8 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
     """The model as it is after the last step."""
     settings, mesh = config.train, model.mesh
     held = {"data": data.train.digest().hex()}
+    if data.catalogue is not None:
+        held["items"] = data.catalogue.digest()
     if "dev" in data.held_out:
         held["dev"] = data.held_out["dev"][0].digest().hex()
     iterator = train_iterator(data.train, mesh, batch_rows=settings.rows, steps=settings.steps, seed=settings.seed)
@@ -142,7 +153,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             checkpoints.latest_step, abstract_state(model, settings), frozen["projector"]
         )
         frozen = {**frozen, "projector": statistics}
-        for name, what in ("data", "training data"), ("dev", "dev data"):
+        for name, what in ("data", "training data"), ("dev", "dev data"), ("items", "items"):
             # An imported run has not met its data yet, and earlier versions did not write down what dev held.
             if position.pop(name, held.get(name)) != held.get(name):
                 raise UserError(
@@ -160,7 +171,9 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
     if distributed.is_first():
         write_text(run / "config.json", config.to_json())  # the settings in force
 
-    eval_step = jit_eval_step(model, max_traces=len(data.held_out))  # splits differ in their targets per row
+    of_items = "items" in model.params  # the items' loss picks the best checkpoint
+    # Splits differ in their targets per row.
+    eval_step = jit_eval_step(model, max_traces=len(data.held_out), items="item_nll" if of_items else "")
     recorder = Recorder(
         run,
         steps=settings.steps,
@@ -210,7 +223,7 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
             if evaluated:
                 recorder.flush()
                 evaluate = functools.partial(eval_step, state.trainable, frozen)
-                scores = _evaluate(data, number, evaluate, mesh, settings.rows)
+                scores = _evaluate(data, number, evaluate, mesh, settings.rows, of_items)
                 by_split = {name: found.per_target for name, found in scores.items()}
                 nll = by_split.get("dev")  # without one, the last checkpoint is the best
                 beyond = None
@@ -233,13 +246,18 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
 
 
 def _evaluate(
-    data: Data, number: int, evaluate: Callable[[Batch], jax.Array], mesh: jax.sharding.Mesh, batch_rows: int
+    data: Data,
+    number: int,
+    evaluate: Callable[[Batch], jax.Array],
+    mesh: jax.sharding.Mesh,
+    batch_rows: int,
+    of_items: bool,
 ) -> dict[str, Scores]:
     """By split, after step `number`."""
     by_split = {}
     for name, (dataset, records) in data.held_out.items():
         try:
-            by_split[name] = score(dataset, records, evaluate, mesh, batch_rows)
+            by_split[name] = score(dataset, records, evaluate, mesh, batch_rows, of_items)
         except UserError as error:
             raise UserError(f"after step {number}, split {name}: {error}") from error
     return by_split

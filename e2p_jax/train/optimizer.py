@@ -31,7 +31,8 @@ def decays(path: str, axes: int) -> bool:
       ValueError: the table of roles does not say what it is.
     """
     if not path.startswith("backbone/"):
-        return axes > (1 if path.startswith("projector/") else 2)  # those of adapters are stacked over layers
+        is_plain = path.startswith(("projector/", "items/"))
+        return axes > (1 if is_plain else 2)  # those of adapters are stacked over layers
     name = path.rpartition("/")[2]
     roles = [role for role, patterns in _ROLES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if len(roles) != 1:

@@ -61,7 +61,7 @@ def refuse_trained_backbone(mask: PyTree) -> None:
     Raises:
       UserError: the run changed the backbone, or put adapters beside its matrices.
     """
-    if any(jax.tree.leaves(mask["backbone"])) or mask.keys() - {"backbone", "projector"}:
+    if any(jax.tree.leaves(mask["backbone"])) or mask.keys() - {"backbone", "projector", "items"}:
         raise UserError("this run trained the backbone itself; write it with --format backbone")
 
 

@@ -1,7 +1,7 @@
 """A run directory: claimed once, trained in by one command at a time, opened again to evaluate, generate or export.
 
 `config.json` (resolved), `backbone.json` and `chat_template.jinja` (see `identity.py`), `metrics.jsonl`,
-`tensorboard/`, `checkpoints/<step>/`, `report/`.
+`tensorboard/`, `checkpoints/<step>/`, `report/`, and `items.txt` where there is a catalogue.
 """
 
 import contextlib
@@ -24,15 +24,26 @@ from e2p_jax.files import in_bucket, run_directory, write_text
 from e2p_jax.locks import locked
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh
+from e2p_jax.terminal import say
 from e2p_jax.train import identity
 from e2p_jax.train.checkpoint import Checkpoints, newest_step
 from e2p_jax.train.partition import join, split
-from e2p_jax.train.setup import Inputs, Model, Parts, Shared, abstract_state, frozen_model, read_inputs
+from e2p_jax.train.setup import (
+    Inputs,
+    Model,
+    Parts,
+    Shared,
+    abstract_state,
+    frozen_model,
+    read_inputs,
+    with_later_items,
+)
 from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.source import Vectors
 
 PyTree = Any
 
+ITEMS = "items.txt"  # ids of the catalogue that was trained, a line each, in the order of its rows
 _RULES = {("train", "steps"): " (it may grow, and only when all steps are done and the last checkpoint is whole)"}
 
 
@@ -76,6 +87,8 @@ def claim_run(run: epath.Path, config: Config, inputs: Inputs, model: Model) -> 
             _check_claim(run, config, inputs, model)
         else:
             identity.write(run, config, inputs, model)
+            if inputs.catalogue is not None:
+                (run / ITEMS).write_bytes(inputs.catalogue.table.index.text.tobytes())
             write_text(path, config.to_json())  # last: it says that the rest is there
     distributed.wait_for_all("the run directory is claimed")
     if not path.exists():
@@ -148,6 +161,7 @@ def open_run(
     embeddings: str | None = None,
     backbone: Parts = "all",
     shared: Shared | None = None,
+    items: str | None = None,
 ) -> Run:
     """Loads the backbone that the run names and the parameters of a checkpoint, without the optimizer's moments.
 
@@ -157,6 +171,7 @@ def open_run(
       backbone: what of it is loaded: all, or, where only the projector is asked, the token embeddings or nothing. The
         model then has shapes in place of its other parameters. That it is the same backbone is checked all the same.
       shared: all of a backbone is taken from there, if it is the same one, or left there.
+      items: a table of item vectors to use in place of the run's own; what it has beside the run's items are new ones.
 
     Raises:
       UserError: not a run, a damaged one, no checkpoint, another backbone, or vectors of another width.
@@ -169,14 +184,32 @@ def open_run(
     names = identity.read(directory)
     if embeddings is not None:
         config = config.change(data={"embeddings": embeddings})
-    inputs = read_inputs(_on_this_machine(config))
+    if items is not None:
+        config = config.change(data={"items": items})
+    inputs = _in_order(directory, read_inputs(_on_this_machine(config)))
+    if inputs.catalogue is not None and backbone != "all":
+        say("the head over items stays in the run: what is written holds the soft tokens alone")
     identity.check_inputs(directory, names, begun, inputs)
     model = frozen_model(inputs, names["embedding_width"], backbone, shared)
     identity.check_weights(directory, names, model)
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
         part = "" if backbone == "all" else "projector/"
         step, model = restore_parameters(checkpoints, checkpoint, model, config.train, part)
-    return Run(directory, step, inputs, model)
+    return Run(directory, step, inputs, with_later_items(model, inputs.catalogue))
+
+
+def _in_order(directory: epath.Path, inputs: Inputs) -> Inputs:
+    """With the items in the order that the run's checkpoints have them in."""
+    if inputs.catalogue is None:
+        return inputs
+    path = directory / ITEMS
+    if not path.exists():
+        raise UserError(
+            f"{directory}: was trained without items, or {ITEMS} was lost; leave --items out, or restore it"
+        )
+    catalogue = inputs.catalogue.behind(path.read_text().removesuffix("\n").split("\n"), str(directory))
+    encoder = dataclasses.replace(inputs.encoder, catalogue=catalogue)
+    return dataclasses.replace(inputs, catalogue=catalogue, encoder=encoder)
 
 
 def restore_parameters(

@@ -168,10 +168,15 @@ def score(
     evaluate: Callable[[Batch], jax.Array],
     mesh: jax.sharding.Mesh,
     batch_rows: int,
+    of_items: bool = False,
 ) -> Scores:
-    """Scores of records that are the dataset's examples."""
+    """Scores of records that are the dataset's examples.
+
+    Args:
+      of_items: `evaluate` gives the cross-entropy of a segment's items, and a target is a record that names such.
+    """
     nll = example_nll(dataset, evaluate, mesh, batch_rows)
-    targets = dataset.examples.target_counts
+    targets = (dataset.examples.item_counts > 0).astype(np.int64) if of_items else dataset.examples.target_counts
     words = np.array([record.reply_words for record in records])
     return Scores(nll[None], targets, words, np.array([record.reply_bytes for record in records]))
 
@@ -184,11 +189,29 @@ class Scorer:
         step = jit_eval_step(run.model)
         self.mesh, self.encoder, self.batch_rows = run.model.mesh, run.inputs.encoder, run.inputs.config.train.rows
         self.evaluate: Callable[[Batch], jax.Array] = lambda batch: step(trainable, frozen, batch)
+        query = jit_eval_step(run.model, items="item_queries")
+        self._query: Callable[[Batch], jax.Array] = lambda batch: query(trainable, frozen, batch)
+        self._model = run.model
 
     def scores(self, dataset: PackedDataset, records: Sequence[Record]) -> Scores:
         """Scores of records that are the dataset's examples."""
         with jax.set_mesh(self.mesh):
             return score(dataset, records, self.evaluate, self.mesh, self.batch_rows)
+
+    def item_queries(self, dataset: PackedDataset) -> np.ndarray:
+        """[N, R] float32: of the examples, for the head over the catalogue."""
+        queries = np.zeros((len(dataset.examples), self._model.params["items"]["query"].shape[1]), np.float32)
+        with jax.set_mesh(self.mesh):
+            for batch, members in eval_batches(dataset, self.mesh, self.batch_rows):
+                of_rows = np.asarray(jax.device_get(self._query(batch)))
+                for row, numbers in enumerate(members):
+                    queries[list(numbers)] = of_rows[row, : len(numbers)]
+        return queries
+
+    def item_rows(self) -> np.ndarray:
+        """[I, R] float32: of the catalogue's items."""
+        with jax.set_mesh(self.mesh):
+            return np.asarray(self._model.merged.items.rows())
 
     def nll(self, groups: Mapping[Key, tuple[Sequence[Example], Vectors]]) -> dict[Key, np.ndarray]:
         """Examples and their vectors by group -> [N] nats by group."""

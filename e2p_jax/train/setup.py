@@ -28,11 +28,13 @@ from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh, param_sharding, replicated, row_sharding
+from e2p_jax.prefix.items import Items
 from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.optimizer import make_optimizer, schedule
 from e2p_jax.train.partition import path_name, split, trainable_mask
-from e2p_jax.train.step import TrainState, make_eval_step, make_train_step
+from e2p_jax.train.step import TrainState, make_eval_step, make_item_step, make_train_step
+from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.table import UserTable
 
@@ -48,6 +50,7 @@ class Inputs:
     decoder: DecoderConfig
     encoder: Encoder
     table: UserTable | None
+    catalogue: Catalogue | None
 
     def published(self) -> tuple[str, str | None]:
         """Path and revision that other programs load the backbone by."""
@@ -68,13 +71,15 @@ def read_inputs(config: Config) -> Inputs:
             f"data.seq_len={config.data.seq_len} is beyond the backbone's {decoder.max_positions} positions; lower it"
         )
     tokenizer = load_tokenizer(directory, decoder.vocab_size)
-    encoder = Encoder.from_config(config, tokenizer, decoder.vocab_size, named_stops(directory))
+    named = config.resolved().data.items
+    catalogue = Catalogue.open(named) if named else None
+    encoder = Encoder.from_config(config, tokenizer, decoder.vocab_size, named_stops(directory), catalogue)
     if distributed.is_first():
         said = say_ignored(directory, config.backbone.ignored_keys)
         for line in (*encoder.notes, *(f"warning: {warning}" for warning in (*said, *encoder.warnings))):
             print(line, file=sys.stderr)
     table = load_table(config.data.embeddings, config.data.missing_user) if config.data.embeddings else None
-    return Inputs(config, directory, decoder, encoder, table)
+    return Inputs(config, directory, decoder, encoder, table, catalogue)
 
 
 class Purpose(enum.IntEnum):
@@ -82,7 +87,8 @@ class Purpose(enum.IntEnum):
 
     PROJECTOR = 0
     ADAPTER = 1
-    STEPS = 2  # each folds in its number; the projector splits what comes of it
+    STEPS = 2  # each folds in its number; the projector splits what comes of it, the catalogue folds in 3
+    ITEMS = 3
 
     def key(self, seed: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(seed), self.value)
@@ -125,12 +131,18 @@ def logits_at_once(config: TrainConfig, memory: int) -> int:
 
 
 def abstract_model(
-    config: Config, decoder: DecoderConfig, embedding_width: int, mesh: Mesh, memory: int | None = None
+    config: Config,
+    decoder: DecoderConfig,
+    embedding_width: int,
+    mesh: Mesh,
+    memory: int | None = None,
+    items: tuple[int, int] | None = None,
 ) -> Model:
     """The model that `build_model` fills in: shapes, dtypes and shardings in place of parameters.
 
     Args:
       memory: bytes that programs get of a device; None asks the devices.
+      items: of a catalogue, how many, and the width of their vectors.
 
     Raises:
       UserError: `train.trainable` or `backbone.attention` does not fit.
@@ -145,8 +157,12 @@ def abstract_model(
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))
     adapted = config.adapter.kind != "none"
     adapter = nnx.eval_shape(lambda: _adapter(config, decoder)) if adapted else None
-    model = PrefixModel(backbone, projector, config.adapter.kind, adapter)
-    mask = trainable_mask(model, config.train.trainable)
+    head = items and nnx.eval_shape(lambda: _items(config, decoder, items))
+    model = PrefixModel(backbone, projector, config.adapter.kind, adapter, head)
+    named = config.train.trainable
+    if items and not any(pattern.startswith(("items/", "**")) for pattern in named):
+        named = (*named, "items/**")
+    mask = trainable_mask(model, named)
     if kind != "none" and any(jax.tree.leaves(mask["backbone"])):
         raise UserError(
             f"train.trainable names weights of the backbone, and backbone.quantization={kind} freezes them; set one of "
@@ -175,6 +191,17 @@ def _projector(config: Config, decoder: DecoderConfig, embedding_width: int) -> 
     )
 
 
+def _items(config: Config, decoder: DecoderConfig, shape: tuple[int, int]) -> Items:
+    items, given_width = shape
+    return Items(
+        config.items,
+        items=items,
+        given_width=given_width,
+        model_width=decoder.hidden_size,
+        rngs=nnx.Rngs(Purpose.ITEMS.key(config.train.seed)),
+    )
+
+
 def _adapter(config: Config, decoder: DecoderConfig) -> Adapter:
     return Adapter(decoder, config.adapter, rngs=nnx.Rngs(Purpose.ADAPTER.key(config.train.seed)))
 
@@ -197,17 +224,17 @@ def build_model(inputs: Inputs, population: Population, shared: Shared | None = 
       UserError: the backbone's weights cannot be read or `train.trainable` does not fit.
     """
     config, width = inputs.config, len(population.mean)
-    model = abstract_model(config, inputs.decoder, width, make_mesh(config.mesh))
+    model = abstract_model(config, inputs.decoder, width, make_mesh(config.mesh), items=_shape(inputs.catalogue))
     backbone, fingerprint = _backbone(inputs, model, lambda path: True, shared)
 
     def initialise(embedding: jax.Array, mean: jax.Array, std: jax.Array) -> PyTree:
         projector = _projector(config, inputs.decoder, width)
         projector.calibrate(mean, std, embedding, config.projector.init_scale * inputs.decoder.embedding_scale)
-        return nnx.to_pure_dict(nnx.state(projector))
+        return _pure(projector)
 
     with jax.set_mesh(model.mesh):
         projector = jax.jit(initialise, out_shardings=replicated(model.mesh))(backbone["embedding"], *population)
-    params = {"backbone": backbone, "projector": projector, **_adapters(inputs, model, lambda path: True)}
+    params = {"backbone": backbone, "projector": projector, **_others(inputs, model, lambda path: True)}
     params = jax.tree.map(lambda value, shape: value.astype(shape.dtype), params, model.params)
     return dataclasses.replace(model, params=params, fingerprint=fingerprint)
 
@@ -225,25 +252,61 @@ def frozen_model(inputs: Inputs, embedding_width: int, parts: Parts, shared: Sha
     Raises:
       UserError: the backbone's weights cannot be read or `train.trainable` does not fit.
     """
-    model = abstract_model(inputs.config, inputs.decoder, embedding_width, make_mesh(inputs.config.mesh))
+    mesh, items = make_mesh(inputs.config.mesh), _shape(inputs.catalogue)
+    model = abstract_model(inputs.config, inputs.decoder, embedding_width, mesh, items=items)
     trained = {path_name(path) for path, trains in jax.tree_util.tree_leaves_with_path(model.mask) if trains}
 
     def wanted(path: str) -> bool:
         return path not in trained and (parts == "all" or (parts == "embedding" and path == "backbone/embedding"))
 
     backbone, fingerprint = _backbone(inputs, model, wanted, shared)
-    params = model.params | {"backbone": backbone, **_adapters(inputs, model, wanted)}
+    params = model.params | {"backbone": backbone, **_others(inputs, model, wanted)}
     return dataclasses.replace(model, params=params, fingerprint=fingerprint)
 
 
-def _adapters(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> dict[str, PyTree]:
-    """Those that there are, by the first part of their paths."""
+def _shape(catalogue: Catalogue | None) -> tuple[int, int] | None:
+    """Items that training knew, and the width of their vectors."""
+    return None if catalogue is None else (catalogue.known, catalogue.table.width)
 
-    def initialise() -> PyTree:
-        return nnx.to_pure_dict(nnx.state(_adapter(inputs.config, inputs.decoder)))
 
-    kind = inputs.config.adapter.kind
-    return {kind: _initialised(initialise, model, kind, wanted)} if kind in model.params else {}
+def _others(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> dict[str, PyTree]:
+    """Adapters and catalogue, where there are such, by the first part of their paths."""
+    config, kind, out = inputs.config, inputs.config.adapter.kind, {}
+    if kind in model.params:
+        out[kind] = _initialised(lambda: _pure(_adapter(config, inputs.decoder)), model, kind, wanted)
+    if inputs.catalogue is not None and (shape := _shape(inputs.catalogue)):
+        head = _initialised(
+            lambda: _pure(_items(config, inputs.decoder, shape)),
+            model,
+            "items",
+            lambda path: path != "items/given" and wanted(path),
+        )
+        out["items"] = head | {"given": _place(inputs.catalogue.given()[: shape[0]], head["given"].sharding)}
+    return out
+
+
+def _pure(module: nnx.Module) -> PyTree:
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def with_later_items(model: Model, catalogue: Catalogue | None) -> Model:
+    """The model with the items that training did not know; their learned vectors are zero."""
+    if catalogue is None or catalogue.known == len(catalogue):
+        return model
+
+    def grown(learned: jax.Array) -> jax.Array:
+        return jnp.pad(learned, ((0, len(catalogue) - catalogue.known), (0, 0)))
+
+    head, given = model.params["items"], catalogue.given()
+    learned = (len(catalogue), head["learned"].shape[1])
+    places = {n: param_sharding(model.mesh, f"items/{n}", s) for n, s in (("learned", learned), ("given", given.shape))}
+    head = head | {"given": _place(given, places["given"])}
+    head["learned"] = jax.jit(grown, out_shardings=places["learned"])(head["learned"])
+    return dataclasses.replace(model, params={**model.params, "items": head})
 
 
 def _initialised(make: Callable[[], PyTree], model: Model, part: str, wanted: Callable[[str], bool]) -> PyTree:
@@ -302,7 +365,7 @@ def _load_backbone(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) 
     def initialise() -> PyTree:
         # Of the next seed, and no purpose of this one: what stays frozen of it is in no checkpoint, and made anew.
         rngs = nnx.Rngs(inputs.config.train.seed + 1)
-        return nnx.to_pure_dict(nnx.state(Decoder(inputs.decoder, dtype=dtype, rngs=rngs)))
+        return _pure(Decoder(inputs.decoder, dtype=dtype, rngs=rngs))
 
     return _initialised(initialise, model, "backbone", wanted), "random"
 
@@ -359,9 +422,14 @@ def jit_train_step(model: Model, config: TrainConfig) -> jax.stages.Wrapped:
     )
 
 
-def jit_eval_step(model: Model, max_traces: int | None = None) -> Callable[..., Any]:
-    """(trainable, frozen, batch) -> [B, S], the same on every device; more than `max_traces` traces are an error."""
-    step = make_eval_step(model.graph, model.mask)
+def jit_eval_step(model: Model, max_traces: int | None = None, items: str = "") -> Callable[..., Any]:
+    """(trainable, frozen, batch) -> [B, S], the same on every device; more than `max_traces` traces are an error.
+
+    Args:
+      items: what of the head over the catalogue is worked out in place of the text's NLL (`make_item_step`).
+    """
+    graph, mask = model.graph, model.mask
+    step = make_item_step(graph, mask, items) if items else make_eval_step(graph, mask)
     step = chex.assert_max_traces(step, n=max_traces) if max_traces else step
     places = (*_places(split(model.params, model.mask)), row_sharding(model.mesh))
     return jax.jit(step, in_shardings=places, out_shardings=replicated(model.mesh))

@@ -192,16 +192,17 @@ class Ids(Sequence[str]):
             yield from self[first : first + _BLOCK]
 
 
-def open_table(path: str, missing: Literal["error", "null"] = "error") -> UserTable:
+def open_table(path: str, missing: Literal["error", "null"] = "error", setting: str = "data.embeddings") -> UserTable:
     """Opens a table, or any importable file.
 
     Args:
+      setting: for errors, what named it.
       missing: what a user who is not in it gets: an error, or NaN, the null user's mark.
 
     Raises:
       UserError: unknown form, missing parts, wrong shapes.
     """
-    place = existing(path, "data.embeddings")
+    place = existing(path, setting)
     if place.is_dir():
         return _open_directory(place, missing)
     ids, vectors = read_file(place)

@@ -68,7 +68,10 @@ def forbid(*_: Any) -> None:
 def test_columns_give_back_the_examples() -> None:
     rng = np.random.default_rng(0)
     given = [
-        Example(rng.integers(0, 99, n), rng.random(n) < 0.5, tuple(range(n % 3)), f"us\xe9r {n}", "f:1" * n)
+        Example(
+            *(rng.integers(0, 99, n), rng.random(n) < 0.5, tuple(range(n % 3)), f"us\xe9r {n}", "f:1" * n),
+            items=np.arange(n % 4, dtype=np.int32),
+        )
         for n in rng.integers(1, 30, 20).tolist()
     ]
     examples = Examples.of(iter(given))
@@ -76,7 +79,9 @@ def test_columns_give_back_the_examples() -> None:
     for ours, theirs in zip([*examples, examples[-1], *examples[3:5]], [*given, given[-1], *given[3:5]], strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         np.testing.assert_array_equal(ours.is_target, theirs.is_target)
-        assert ours[2:] == theirs[2:]
+        assert ours[2:5] == theirs[2:5]
+        np.testing.assert_array_equal(ours.items, theirs.items)
+    assert examples.item_counts.tolist() == [len(e.items) for e in given]
     assert examples.lengths.tolist() == [len(e.tokens) for e in given]
     assert examples.target_counts.tolist() == [int(e.is_target.sum()) for e in given]
     with pytest.raises(IndexError):

@@ -307,6 +307,36 @@ def test_notes_count_users_without_records_ties_and_titles_alike(tmp_path, capsy
     assert "validation: 0% of the true and 20% of the wrong candidates are asked for in train" in said
 
 
+def test_each_part_of_a_history_is_asked_of_the_rest():
+    log = make_log(12, 40, 600, 3, timed=True)
+    options = Options(split="time", folds=3, train_targets=2)
+    table, _ = split(log, options)
+    plain = split(log, Options(split="time", train_targets=2))[0]
+    assert table.splits.tolist() == plain.splits.tolist() and plain.folds is None
+    made = list(records(table, options, "train"))
+    assert made[: len(table.of("train"))] == list(records(plain, options, "train"))
+    number = {title: item for item, title in zip(table.item_ids, table.titles, strict=True)}
+    for user, mine in groups(table).items():
+        history = [item for name, item, *_ in mine if name == "history"]
+        parts = [record for record in made if record.user_id.startswith(f"{user}#")]
+        assert [record.user_id for record in parts] == [f"{user}#{n}" for n in range(3)]
+        assert sorted(item for part in parts for item in part.items) == sorted(history)
+        assert max(len(part.items) for part in parts) - min(len(part.items) for part in parts) <= 1
+        for part in parts:
+            assert [number[title] for title in part.context] == [i for i in history if i not in part.items][-50:]
+            assert number[part.messages[1]["content"]] in part.items
+
+
+def test_several_titles_are_asked_for_in_a_window():
+    log = make_log(20, 40, 800, 1, timed=True)
+    one, three = (split(log, Options(split="time", held_out_targets=n))[0] for n in (1, 3))
+    for name in ("validation", "test"):
+        counts = np.bincount(three.of(name).users)
+        assert counts.max() == 3 and np.bincount(one.of(name).users).max() == 1
+        asked = list(records(three, Options(split="time", held_out_targets=3), name))
+        assert len(asked) == counts.sum() and all(len(record.items) == 1 for record in asked)
+
+
 def test_a_small_catalogue_gives_what_it_has():
     table, _ = split(make_log(4, 20, 60, 5, timed=True), Options(min_history=1))
     for record in records(table, Options(num_candidates=500), "test"):
@@ -387,7 +417,8 @@ def test_every_option_changes_the_result(own):
     }  # fmt: skip
     for name, value in changes.items():
         assert made(**{name: value}) != made(), name
-    assert made(split="time", held_out=0.2) != made(split="time")
+    for name, value in {"held_out": 0.2, "held_out_targets": 2, "folds": 2}.items():
+        assert made(split="time", **{name: value}) != made(split="time"), name
 
 
 def test_options_have_a_directory_of_their_own(own, tmp_path):

@@ -1,5 +1,6 @@
 """Tables of user vectors from each encoder: against torch, NumPy and published vectors; nothing held out leaks."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -192,6 +193,33 @@ def test_nothing_that_is_held_out_changes_a_byte(encoder: str, tmp_path: Path) -
             made[-1]["items"] = (tmp_path / f"{name} table-items" / "embeddings.npy").read_bytes()
     assert made[0] == made[1] == made[2]
     assert made[0]["embeddings.npy"] != made[3]["embeddings.npy"]
+
+
+@pytest.mark.parametrize("encoder", ["als", "svd"])
+def test_a_user_without_a_part_is_folded_in_without_it(encoder: str, tmp_path: Path) -> None:
+    """The items' factors stay; a part that is asked for has no say in the vector that is asked."""
+    plain = log()
+    folds = np.where(plain.splits == 0, np.arange(len(plain)) % 2, -1).astype(np.int8)
+    dealt = dataclasses.replace(plain, folds=folds)
+    tables = {}
+    for name, interactions in {"plain": plain, "dealt": dealt}.items():
+        make_table(save(interactions, tmp_path / name), encoder, tmp_path / f"{name} table", EncoderSettings(width=4))
+        tables[name] = load_table(str(tmp_path / f"{name} table"))
+    users = plain.user_ids
+    names = [*users, *(f"{user}#{part}" for part in range(2) for user in users)]
+    assert list(tables["dealt"].ids) == names
+    whole, first, second = np.split(tables["dealt"].vectors, 3)
+    np.testing.assert_array_equal(whole, tables["plain"].vectors)
+    items = load_table(str(tmp_path / "dealt table-items"))
+    # The two parts of a history, folded in, come to the whole where the encoder is linear.
+    if encoder == "svd":
+        np.testing.assert_allclose(first + second, whole, atol=1e-3)
+        weights = np.zeros((40, 30), np.float32)
+        place = [items.ids.index(plain.item_ids[item]) for item in plain.of("history").items]
+        kept = dealt.of("history")
+        weights[kept.users, place] = np.where(kept.folds == 1, 1 + np.log1p(kept.weights), 0)
+        np.testing.assert_allclose(first, weights @ items.vectors, atol=1e-3)
+    assert np.abs(first - whole).max(axis=1).min() > 1e-3
 
 
 @pytest.mark.parametrize("encoder", ["als", "svd"])

@@ -1,5 +1,6 @@
 """Recommenders without a language model, on a log small enough to work out by hand."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 
 from e2p_jax.datasets.interactions.log import SPLITS, Interactions, load_interactions, save_interactions
 from e2p_jax.datasets.records import Record
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.items import Question
 from e2p_jax.evaluate.rank import is_interactions, neighbour_scores, recommender_ranks
+from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.table import UserTable
 
 # ann and bob like rock, cat and dan like jazz; what is asked for is in no known interaction of its user.
@@ -69,3 +73,24 @@ def test_item_neighbours_by_hand(folder: Path):
     # To r1 (ann, bob), r2 (ann), pop (all): r3 is bob's alone, j2 cat's.
     expected = [0.5**0.5 + 1 / 2, 0.5**0.5 + 1 / 2 + 1, 1 / 2, 0]
     np.testing.assert_allclose(scores, expected)
+
+
+def test_items_are_ranked_by_hand(folder: Path):
+    """Rows times queries; what the user had is left out of all items, and an item without a row comes last."""
+    ids = [f"id-{title}" for title in TITLES if title != "nobody's"]
+    table = UserTable(ids, np.eye(7, dtype=np.float32), "items", "null")
+    asked = [dataclasses.replace(record, items=(f"id-{ASKED[record.user_id]}",)) for record in records()]
+    question = Question(str(folder), Catalogue(table, 7), asked)
+    queries = np.ones((2, 1), np.float32)
+    rows = np.array([[9], [8], [3], [5], [4], [2], [1]], np.float32)  # r1 r2 r3 j1 j2 j3 pop
+    found = question.statistics(queries, rows)
+    # ann is asked for r3 (3): of the candidates j2 (4) is above; of all she had r1, r2, pop, and j1, j2 are above.
+    # cat is asked for j3 (2): r2 (8) is above, nobody's below; of all r1, r2, r3 are, and she had the others.
+    np.testing.assert_allclose(found["item_mrr"][:, 0], [1 / 2, 1 / 2])
+    np.testing.assert_allclose(found["all_mrr"][:, 0], [1 / 3, 1 / 4])
+    others = question.recommenders(None)
+    assert set(others) == {"popularity", "item-kNN"} and set(others["popularity"]) == set(found)
+    # Among all, r3 is had by one, and so are j1's two; j2, j3 by one; nobody's by none: behind j1, a tie with two.
+    np.testing.assert_allclose(others["popularity"]["all_mrr"][0, 0], 1 / 3)
+    with pytest.raises(UserError, match="'id-r9' is no item of"):
+        Question(str(folder), Catalogue(table, 7), [dataclasses.replace(asked[0], items=("id-r9",))])

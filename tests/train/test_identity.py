@@ -301,5 +301,5 @@ def test_mutated_files_are_refused_or_say_what_they_are(
                 assert "\n" not in str(error), str(error)
                 outcome = "refused"
             outcomes[f"{kind}: {outcome}"] = outcomes.get(f"{kind}: {outcome}", 0) + 1
-    assert outcomes["names: refused"] > 200 and outcomes["config: said"] > 2, outcomes
+    assert outcomes["names: refused"] > 200 and outcomes["config: said"] > 0, outcomes
     assert outcomes["backbone: another identity"] > 0 and outcomes["safetensors: refused"] > 100, outcomes

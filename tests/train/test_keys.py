@@ -27,8 +27,8 @@ class Toy(nnx.Module):
     def __init__(self, projector: Projector):
         self.projector = projector
 
-    def target_nll(self, batch: Any, key: jax.Array) -> jax.Array:
-        return jnp.sum(self.projector(batch["user_embeddings"], key))
+    def losses(self, batch: Any, key: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.sum(self.projector(batch["user_embeddings"], key)), None
 
 
 def test_no_key_is_drawn_from_twice_or_has_others_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,8 @@ class Builder(RecordBuilder):
         self.notes = notes(interactions, options, len(log.user_ids))
         save_interactions(Path(self.data_dir), interactions)
         names = ("train", "validation", "test")
-        made = {name: records(interactions, options, name) for name in names if len(interactions.of(name))}
-        targets = {interactions.titles[item] for item in interactions.of("train").items}
+        learned = ("train", "history") if options.folds else ("train",)
+        asked = {"train": interactions.of(*learned)} | {name: interactions.of(name) for name in names[1:]}
+        made = {name: records(interactions, options, name) for name in names if len(asked[name])}
+        targets = {interactions.titles[item] for item in asked["train"].items}
         return {name: self._generate_examples(covered(rows, name, targets, self.notes)) for name, rows in made.items()}

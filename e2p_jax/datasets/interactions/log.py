@@ -1,7 +1,8 @@
 """Interactions with their splits: what a prepared dataset keeps beside its records.
 
 `items.parquet` (`item_id`, `title`; titles are distinct, so that a record's title names its item) and
-`interactions.parquet` (`user_id`, `item_id`, `weight`, `time` where there are times, `split`), in the order of each
+`interactions.parquet` (`user_id`, `item_id`, `weight`, `time` where there are times, `split`, `fold` where a history is
+dealt into parts), in the order of each
 user's consumption.
 """
 
@@ -36,6 +37,7 @@ class Interactions:
     weights: np.ndarray  # [N] float32
     times: np.ndarray | None  # [N] float64, seconds
     splits: np.ndarray  # [N] int8, into SPLITS
+    folds: np.ndarray | None = None  # [N] int8: part of its user's history, -1 for what is none
 
     def __len__(self) -> int:
         return len(self.users)
@@ -47,9 +49,14 @@ class Interactions:
         all that is known before validation.
         """
         rows = np.isin(self.splits, [SPLITS.index(name) for name in splits])
-        columns = {name: getattr(self, name) for name in ("users", "items", "weights", "times", "splits")}
+        columns = {name: getattr(self, name) for name in ("users", "items", "weights", "times", "splits", "folds")}
         chosen: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
         return dataclasses.replace(self, **chosen)
+
+
+def part_id(user: str, fold: int) -> str:
+    """The user without a part of the history."""
+    return f"{user}#{fold}"
 
 
 def save_interactions(directory: Path, interactions: Interactions) -> None:
@@ -63,6 +70,8 @@ def save_interactions(directory: Path, interactions: Interactions) -> None:
     }
     if interactions.times is not None:
         columns["time"] = pa.array(interactions.times)
+    if interactions.folds is not None:
+        columns["fold"] = pa.array(interactions.folds)
     pq.write_table(pa.table(items), directory / ITEMS)
     pq.write_table(pa.table(columns), directory / INTERACTIONS)
 
@@ -89,6 +98,7 @@ def load_interactions(directory: Path) -> Interactions:
             rows.column("weight").to_numpy().astype(np.float32),
             rows.column("time").to_numpy() if "time" in rows.column_names else None,
             np.array([SPLITS.index(name) for name in split_names], np.int8)[splits],
+            rows.column("fold").to_numpy() if "fold" in rows.column_names else None,
         )
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from e2p_jax.datasets.interactions.layouts import Log
-from e2p_jax.datasets.interactions.log import SPLITS, Interactions
+from e2p_jax.datasets.interactions.log import SPLITS, Interactions, part_id
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 
@@ -29,6 +29,11 @@ class Options:
     seed: int = 0
     train_targets: int = 5
     """Titles asked for in training, per user; they are no part of the user's history."""
+    held_out_targets: int = 1
+    """Of a time split: titles asked for in validation and in test, per user and window, each by a record of its own."""
+    folds: int = 0
+    """Into so many parts a user's history is dealt, by the seed; each part is asked for in training by one record, of
+    the user `USER#PART`, to whom `e2p embed` gives a vector and the record a context without that part. 0: none."""
     min_history: int = 3
     """Users with fewer items for their vector to stand for are left out."""
     min_weight: float = 0.0
@@ -48,6 +53,9 @@ class Options:
         checks = [
             (self.num_candidates >= 2, "num_candidates must be 2 or more"),
             (self.train_targets >= 1, "train_targets must be 1 or more"),
+            (self.held_out_targets >= 1, "held_out_targets must be 1 or more"),
+            (self.folds == 0 or 1 < self.folds < 100, "folds must be 0, or from 2 to 99"),
+            (self.folds == 0 or self.min_history >= 2, "folds needs a min_history of 2 or more"),
             (self.min_history >= 1, "min_history must be 1 or more"),
             (0 < self.held_out < 0.33, "held_out must be above 0 and below 0.33"),
             (self.context >= 1, "context must be 1 or more"),
@@ -122,7 +130,22 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
         "users with too short a history": len(np.unique(log.users)) - len(np.unique(users[kept])),
     }
     final = None if log.times is None else times[kept]
-    return _compact(log, users[kept], items[kept], total[pair[kept]], final, splits[kept]), counted
+    made = _compact(log, users[kept], items[kept], total[pair[kept]], final, splits[kept])
+    return dataclasses.replace(made, folds=_folds(made, options)), counted
+
+
+def _folds(interactions: Interactions, options: Options) -> np.ndarray | None:
+    """[N] int8: the part of its user's history that each is in, in size one more or less; -1 where it is no history."""
+    if not options.folds:
+        return None
+    if taken := [user for user in interactions.user_ids if "#" in user]:
+        raise UserError(f"interactions: user {taken[0]!r}: with folds no id may hold a #; rename that user")
+    folds = np.full(len(interactions), -1, np.int8)
+    rows = np.flatnonzero(interactions.splits == HISTORY)
+    order = np.lexsort((np.random.default_rng([options.seed, 1]).random(len(rows)), interactions.users[rows]))
+    place, _ = _ranks(interactions.users[rows])
+    folds[rows[order]] = place % options.folds
+    return folds
 
 
 def _ranks(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,11 +166,11 @@ def _leave_last_out(users: np.ndarray, times: np.ndarray, options: Options) -> n
 
 
 def _by_time(users: np.ndarray, times: np.ndarray, options: Options) -> np.ndarray:
-    """[n] int8: a user's first item in the last two windows, and the first `train_targets` in the one before."""
+    """[n] int8: a user's first items in the last two windows, and the first `train_targets` in the one before."""
     cuts = np.quantile(times, [1 - 3 * options.held_out, 1 - 2 * options.held_out, 1 - options.held_out])
     windows = np.searchsorted(cuts, times, side="right")  # 0 history, 1 train, 2 validation, 3 test
     place, _ = _ranks(users.astype(np.int64) * 4 + windows)
-    asked = np.array([len(users), options.train_targets, 1, 1])[windows]
+    asked = np.array([len(users), options.train_targets, *[options.held_out_targets] * 2])[windows]
     return np.where(place < asked, windows, UNUSED).astype(np.int8)
 
 
@@ -197,12 +220,41 @@ def records(interactions: Interactions, options: Options, split: str) -> Iterato
             ({"role": "user", "content": options.question}, {"role": "assistant", "content": title}),
             tuple(interactions.titles[candidate] for candidate in candidates),
             source=f"user {interactions.user_ids[user]!r}, item {interactions.item_ids[item]!r}",
+            items=(interactions.item_ids[item],),
         )
+    if split == "train" and interactions.folds is not None:
+        yield from _parts(interactions, options, starts)
 
 
-def _context(interactions: Interactions, mine: slice, length: int) -> tuple[str, ...]:
-    """Titles of a user's history: the last ones, or in a log without times the heaviest, from heavy to light."""
-    history = np.flatnonzero(interactions.splits[mine] == SPLITS.index("history"))
+def _parts(interactions: Interactions, options: Options, starts: np.ndarray) -> Iterator[Record]:
+    """Records that ask for a part of a history each; the title is that of its last item."""
+    assert interactions.folds is not None
+    for user, first, last in zip(interactions.user_ids, starts, starts[1:], strict=False):
+        mine = slice(first, last)
+        for fold in range(options.folds):
+            asked = interactions.items[mine][interactions.folds[mine] == fold]
+            if not len(asked):  # fewer items than parts
+                continue
+            yield Record(
+                part_id(user, fold),
+                _context(interactions, mine, options.context, fold),
+                (
+                    {"role": "user", "content": options.question},
+                    {"role": "assistant", "content": interactions.titles[asked[-1]]},
+                ),
+                source=f"user {user!r}, part {fold} of the history",
+                items=tuple(interactions.item_ids[item] for item in asked),
+            )
+
+
+def _context(interactions: Interactions, mine: slice, length: int, but: int = -1) -> tuple[str, ...]:
+    """Titles of a user's history but for one part: the last ones, or in a log without times the heaviest, from heavy to
+    light.
+    """
+    is_history = interactions.splits[mine] == SPLITS.index("history")
+    if interactions.folds is not None:
+        is_history &= interactions.folds[mine] != but
+    history = np.flatnonzero(is_history)
     items = interactions.items[mine][history]
     if interactions.times is None:
         items = items[np.argsort(-interactions.weights[mine][history], kind="stable")][:length]

@@ -1,0 +1,170 @@
+"""Training with a catalogue: what moves, what is kept, and where an item goes that came later."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import nnx
+from helpers import mesh_of, prefix_model, random_batch
+
+from e2p_jax.config import BackboneConfig, Config, DataConfig, ItemsConfig, MeshConfig, TrainConfig
+from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.records import read_jsonl
+from e2p_jax.errors import UserError
+from e2p_jax.prefix import mlp
+from e2p_jax.prefix.items import Items
+from e2p_jax.train.loop import read_data, train
+from e2p_jax.train.metrics import read_metrics
+from e2p_jax.train.optimizer import make_optimizer
+from e2p_jax.train.partition import trainable_mask
+from e2p_jax.train.run import open_run
+from e2p_jax.train.setup import Model, initial_state, read_inputs
+from e2p_jax.train.step import make_train_step
+from e2p_jax.vectors.table import save_table
+
+USERS, ITEMS = range(16), [f"film {n}" for n in range(12)]
+GIVEN = np.random.default_rng(0).normal(2.0, 3.0, (len(ITEMS) + 2, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("items")
+    lines = []
+    for user in USERS:
+        record = synthetic.record(user)
+        named = [ITEMS[user % 12], ITEMS[(5 * user + 1) % 12], "not in the table"]
+        split = "validation" if user < 4 else "train"
+        values = {"user_id": record.user_id, "messages": record.messages, "items": named, "split": split}
+        lines.append(json.dumps(values))
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    vectors = np.stack([synthetic.vector(user) for user in USERS])
+    save_table(folder / "users", [f"user-{user}" for user in USERS], vectors, name="users", version="1")
+    save_table(folder / "users-items", ITEMS, GIVEN[:-2], name="items", version="1")
+    return Config(
+        backbone=BackboneConfig(path=str(tiny_backbone)),
+        data=DataConfig(
+            path=str(folder / "records.jsonl"),
+            embeddings=str(folder / "users"),
+            items="auto",
+            dev_split="auto",
+            seq_len=128,
+        ),
+        items=ItemsConfig(width=8, text_weight=0.5),
+        projector=mlp.Settings(hidden_size=16),
+        mesh=MeshConfig(data=2, fsdp=2),
+        train=TrainConfig(steps=4, rows=4, warmup_steps=1, eval_every=2, checkpoint_every=2, log_every=1),
+    ).resolved()
+
+
+@pytest.fixture(scope="module")
+def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(train(config, tmp_path_factory.mktemp("trained") / "run"))
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+
+
+def head(run: Path, **how: str) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in open_run(run, "last", **how).model.params["items"].items()}
+
+
+def test_the_head_is_learned_and_kept_and_the_backbone_is_not(config: Config, run: Path) -> None:
+    held = head(run)
+    named = {item for record in read_jsonl(Path(config.data.path), "train") for item in record.items}
+    moved = {ITEMS[row] for row in np.flatnonzero(np.abs(held["learned"]).max(axis=1) > 0)}
+    assert named - {"not in the table"} <= moved
+    standard = (GIVEN[:-2] - GIVEN[:-2].mean(axis=0)) / GIVEN[:-2].std(axis=0)
+    np.testing.assert_allclose(held["given"], standard, rtol=1e-4, atol=1e-5)
+    state = (run / "checkpoints" / "4" / "state" / "_METADATA").read_text()
+    assert "items/learned" in state and "items/given" not in state and "backbone" not in state
+    assert (run / "items.txt").read_text() == "\n".join(ITEMS) + "\n"
+    stored = safetensors.numpy.load_file(Path(config.backbone.path) / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(open_run(run, "last").model.params["backbone"]["embedding"], stored)
+
+
+def test_a_mesh_of_one_device_gives_the_same_loss(config: Config, run: Path, tmp_path: Path) -> None:
+    alone = train(dataclasses.replace(config, mesh=MeshConfig(data=4)), tmp_path / "run")
+    np.testing.assert_allclose(losses(Path(alone)), losses(run), rtol=1e-4)
+    np.testing.assert_allclose(head(Path(alone))["learned"], head(run)["learned"], atol=1e-4)
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(config: Config, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "4")
+    train(config, copy)
+    for name, value in head(run).items():
+        np.testing.assert_array_equal(head(copy)[name], value)
+    other = GIVEN[:-2] + 1
+    save_table(tmp_path / "other", ITEMS, other, name="items", version="2")
+    shutil.rmtree(copy / "checkpoints" / "4")
+    with pytest.raises(UserError, match="its position is one in other items"):
+        train(config.change(data={"items": str(tmp_path / "other")}), copy)
+
+
+def test_a_later_item_has_the_row_that_its_vector_maps_to(run: Path, tmp_path: Path) -> None:
+    """The table may give the items in another order; the run's own keep what they learned."""
+    order = np.random.default_rng(1).permutation(len(GIVEN))
+    names = [*ITEMS, "new 1", "new 2"]
+    save_table(tmp_path / "more", [names[n] for n in order], GIVEN[order], name="items", version="2")
+    before, after = head(run), head(run, items=str(tmp_path / "more"))
+    np.testing.assert_array_equal(after["learned"][:12], before["learned"])
+    np.testing.assert_allclose(after["given"][:12], before["given"], atol=1e-5)
+    assert not after["learned"][12:].any()
+    mean, std = GIVEN[:-2].mean(axis=0), GIVEN[:-2].std(axis=0)
+    opened = open_run(run, "last", items=str(tmp_path / "more"))
+    late = [opened.inputs.catalogue.table.index.ids([row])[0] for row in (12, 13)]
+    rows = np.asarray(opened.model.merged.items.rows())[12:]
+    expected = (GIVEN[[names.index(name) for name in late]] - mean) / std @ before["map"]
+    np.testing.assert_allclose(rows, expected, rtol=1e-3, atol=1e-4)
+    save_table(tmp_path / "fewer", names[1:], GIVEN[1:], name="items", version="2")
+    with pytest.raises(UserError, match=r"'film 0' of .* has no vector"):
+        open_run(run, "last", items=str(tmp_path / "fewer"))
+
+
+def test_the_query_stands_where_the_reply_begins(config: Config) -> None:
+    inputs = read_inputs(config)
+    data = read_data(inputs)
+    batch = data.train.batch(list(range(len(data.train.rows))))
+    for row, numbers in enumerate(data.train.rows):
+        for segment, number in enumerate(numbers.tolist()):
+            place = batch["item_positions"][row, segment]
+            example = data.train.examples[number]
+            first = np.flatnonzero(batch["target_positions"][row] == place)
+            assert len(first) == 1  # it predicts a target,
+            assert batch["segment_ids"][row, place] == segment + 1
+            later = example.is_target[example.answer + 1 :]
+            assert later[0] and not example.is_target[example.answer]  # the first of a reply,
+            assert np.diff(np.flatnonzero(later), prepend=-1).max() == 1  # which is the last one
+            ids = batch["item_ids"][row, segment]
+            assert len(ids[ids >= 0]) == 2 and (ids[ids >= 0] == example.items).all()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_loss_is_the_mean_of_items_and_the_weighed_mean_of_text(accumulation: int) -> None:
+    """Over all conversations of the batch that name items, in whatever micro-batch they are."""
+    whole = prefix_model(num_hidden_layers=1)
+    settings = ItemsConfig(width=8, text_weight=0.5)
+    whole.items = Items(settings, items=12, given_width=4, model_width=32, rngs=nnx.Rngs(0))
+    batch = random_batch()
+    ids = np.full((4, 3, 2), -1, np.int32)
+    ids[0, 0], ids[1, 1], ids[2, 0, 0] = [1, 2], [3, 4], 7
+    batch |= {"item_ids": ids, "item_positions": np.array([[3, 15, 0]] * 4, np.int32)}
+    graph, state = nnx.split(whole)
+    mask = trainable_mask(whole, ("projector/**", "items/**"))
+    config = TrainConfig(warmup_steps=0, steps=10)
+    model = Model(mesh_of(), graph, nnx.to_pure_dict(state), mask, "random")
+    trained, frozen = initial_state(model, config)
+    step = make_train_step(graph, mask, make_optimizer(config, mask), optax.constant_schedule(1e-2), accumulation)
+    _, metrics = jax.jit(step)(trained, frozen, batch)
+    text, items = (np.asarray(f(batch)) for f in (jax.jit(whole.target_nll), jax.jit(whole.item_nll)))
+    assert (items > 0).sum() == 3
+    expected = items.sum() / 3 + 0.5 * text.sum() / batch["target_weights"].sum()
+    assert float(metrics.loss) == pytest.approx(expected, rel=1e-5)
