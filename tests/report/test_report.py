@@ -14,7 +14,7 @@ from etils import epath
 from e2p_jax.cli import main
 from e2p_jax.config import Condition
 from e2p_jax.evaluate.cost import Training, training_cost
-from e2p_jax.evaluate.evaluation import evaluate_splits, save
+from e2p_jax.evaluate.evaluation import Evaluation, evaluate_splits, save
 from e2p_jax.report import collect as collect_lib
 from e2p_jax.report import report as report_lib
 from e2p_jax.report.collect import Collected, _open, collect
@@ -31,9 +31,18 @@ def collected() -> list[Collected]:
 
 
 @pytest.fixture(scope="module")
-def report(learned_run: Path, tmp_path_factory: pytest.TempPathFactory, collected: list[Collected]) -> Path:
+def table(learned_run: Path) -> Evaluation:
+    """What the report is made of."""
     run = open_run(learned_run)
-    save(run, evaluate_splits(run, ["all"], CONDITIONS))
+    (table,) = evaluate_splits(run, ["all"], CONDITIONS)
+    save(run, [table])
+    return table
+
+
+@pytest.fixture(scope="module")
+def report(
+    learned_run: Path, table: Evaluation, tmp_path_factory: pytest.TempPathFactory, collected: list[Collected]
+) -> Path:
     out = tmp_path_factory.mktemp("reports") / "report"
 
     def collect_and_keep(paths: Any) -> Collected:
@@ -51,9 +60,8 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_numbers_are_those_of_the_run(report: Path, learned_run: Path):
+def test_numbers_are_those_of_the_run(report: Path, table: Evaluation, learned_run: Path):
     run = open_run(learned_run)
-    (table,) = evaluate_splits(run, ["all"], CONDITIONS)
     (evaluation,) = evaluate_splits(run, ["all"], ["none", "e2p"])  # without the text nothing is too long
     found = {(row["condition"], row["measure"]): row for row in rows(report / "conditions.csv")}
     assert float(found["e2p", "nll_per_target"]["value"]) == pytest.approx(table.scores["e2p"].per_target)
