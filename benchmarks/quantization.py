@@ -1,11 +1,15 @@
 """What `backbone.quantization` costs and saves: prints one line of JSON a backbone.
 
     python benchmarks/quantization.py --users 200
+    python benchmarks/quantization.py --topology h100:1     # or v5e:2x2; jax[cuda13] or jax[tpu], none of the devices
 
 First the embedded backbone: NLL of held-out generated users' replies, with their context in the prompt (`text`) and
 without. Then a random Llama (width 768, 12 layers): NLL of random tokens. Both in float32 on one CPU device, with the
 bytes of the layers' matrices; of the larger one also those of the projector's train step: its arguments, and its
 temporary memory, which holds one layer's matrices in full at a time.
+
+With a topology, what a step of decoding reads and writes there, by the compiled program (its MiB, and those set aside):
+one token of each row through a stack of layers that are two matrices each.
 """
 
 import json
@@ -64,13 +68,51 @@ def random_llama(kind: Any) -> dict[str, float]:
     }
 
 
-def main(users: int = 200) -> None:
+def decoding(kind: Any, topology: str, rows: int) -> dict[str, int]:
+    """Four layers of the MLP's width of Llama-3.1-8B."""
+    import jax
+    import jax.numpy as jnp
+
+    from e2p_jax.backbone.quantize import multiply, quantize
+    from e2p_jax.plan.hlo import Program
+    from e2p_jax.plan.topology import find_topology
+
+    here = jax.sharding.SingleDeviceSharding(find_topology(topology).devices[0])
+
+    def stored(name: str, *shape: int) -> dict[str, Any]:
+        whole = jax.ShapeDtypeStruct((4, *shape), jnp.bfloat16)
+        parts = {"": whole} if kind == "none" else jax.eval_shape(lambda w: quantize(w, kind), whole)
+        return {name + form: part.update(sharding=here) for form, part in parts.items()}
+
+    def step(x: Any, params: Any) -> Any:
+        def layer(x: Any, p: Any) -> Any:
+            return x + multiply(jax.nn.silu(multiply(x, p, "up")), p, "down"), None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    params = stored("up", 14336, 4096) | stored("down", 4096, 14336)
+    x = jax.ShapeDtypeStruct((rows, 1, 4096), jnp.bfloat16, sharding=here)
+    compiled = jax.jit(step).lower(x, params).compile()
+    nbytes = {
+        "stored": sum(part.size * part.dtype.itemsize for part in params.values()),
+        "traffic": Program(compiled.as_text()).hbm_bytes,
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
+    return {name: round(count / 2**20) for name, count in nbytes.items()}
+
+
+def main(users: int = 200, topology: str = "", rows: int = 16) -> None:
     """Measures all kinds.
 
     Args:
       users: Generated users whose replies the embedded backbone is scored on, 200 at most.
+      topology: Devices that a step of decoding is compiled for instead, as `e2p plan` takes them.
+      rows: Rows of that step.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if topology:
+        print(json.dumps({"topology": topology, **{kind: decoding(kind, topology, rows) for kind in KINDS}}))
+        return
     for name, measure in [("embedded", lambda kind: nll(kind, users)), ("random", random_llama)]:
         print(json.dumps({"backbone": name, **{kind: measure(kind) for kind in KINDS}}), flush=True)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
+from benchmarks.quantization import decoding
 from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, TrainConfig
 from e2p_jax.parallel.mesh import make_mesh
@@ -127,6 +128,13 @@ def test_soft_caps_and_windows_are_tokamaxs() -> None:
     program = compiled("h100:1", MeshConfig(1, 1, 1), decoder).program
     assert sum(program.kernels.values()) == 3 * LAYERS
     assert program.loops == 3 and not program.unknown_loops
+
+
+def test_decoding_from_quantised_weights_reads_fewer_bytes_than_from_bfloat16() -> None:
+    """Of int8 half: it is converted inside the product. The 4-bit kinds are written out a matrix at a time."""
+    traffic = {kind: decoding(kind, "h100:1", 16)["traffic"] for kind in ("none", "int8", "int4", "nf4")}
+    assert traffic["int8"] < 0.55 * traffic["none"]
+    assert max(traffic["int4"], traffic["nf4"]) < 0.8 * traffic["none"]
 
 
 def test_what_ampere_gets_is_plain_xla() -> None:

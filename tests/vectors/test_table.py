@@ -225,7 +225,7 @@ FAULTS = {
     "other byte order": (lambda p: _npz(p, ids=np.array(IDS), embeddings=VECTORS.astype(">f4")), "byte order"),
     "half a surrogate": (lambda p: _npz(p, ids=np.array([*IDS[:3], "\ud800"]), embeddings=VECTORS), "row 3: .*half a"),
     "long name": (lambda p: p / ("x" * 5000), r"data.embeddings: '.*x\.\.\.' cannot be opened \(File name too long\)"),
-    "NUL in the name": (lambda p: p / "a\0b", r"a\\x00b' cannot be opened \(embedded null byte\)"),
+    "NUL in the name": (lambda p: p / "a\0b", r"a\\x00b' cannot be opened \(.*embedded null"),
     "nobody's home": (lambda p: Path("~nobody-here/t"), r"~nobody-here/t' cannot be opened"),
     "one vector": (lambda p: _npy(p, VECTORS[0]), r"shape \(5,\) and dtype float32; save them as \[users, width\]"),
     "text": (lambda p: _npy(p, np.array([["a", "b"]] * 4)), "dtype <U1; save them as"),
