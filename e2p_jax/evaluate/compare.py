@@ -147,7 +147,7 @@ def _key(run: Run, splits: dict[str, list[Record]], conditions: list[Condition])
     asked = {
         "layout": _LAYOUT,
         "version": e2p_jax.__version__,
-        "conditions": conditions,
+        "conditions": sorted(conditions),
         "measured": [settings.measures, settings.candidates, settings.max_records],
         "derangements": settings.derangements if any(FRONTS[c].is_shuffled for c in conditions) else None,
         "records": {name: [repr(record) for record in records] for name, records in splits.items()},
