@@ -189,7 +189,7 @@ def test_help_documents_every_flag(command: str, capsys: pytest.CaptureFixture[s
     flags = re.split(r"^ +(?=--?[a-z])", capsys.readouterr().out, flags=re.MULTILINE)[1:]
     for flag in flags:  # the flag and its values, two spaces or a new line, what it means, its default
         meaning = re.split(r"  +|\n", flag, maxsplit=1)[1]
-        assert re.match(r"\s*\w", re.split(r"\((?:default|required|optional)", meaning)[0]), flag
+        assert re.match(r"(\s*\.\.\.\]+)?\s*\w", re.split(r"\((?:default|required|optional)", meaning)[0]), flag
     assert len(flags) > 1
 
 
