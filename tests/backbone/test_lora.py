@@ -50,11 +50,14 @@ def test_adapters_where_dense_layers_and_experts_are_mixed(tmp_path: Path) -> No
     latents = dict.fromkeys((*"qkvo", "q_latent", "latent", "k_shared"), 3)
     assert held == latents | dict.fromkeys(mlp, 1) | {f"shared_{name}": 2 for name in mlp}
     inputs, beside = whole_rows(random_tokens(1, 8)), by_matrix("lora", adapters)
-    with jax.disable_jit():
-        expected, _ = decoder(decoder.embed(inputs[0]), *inputs[1:], adapters=beside)
-        plain, _ = decoder(decoder.embed(inputs[0]), *inputs[1:])
-        nnx.update(decoder.layers, merge(nnx.to_pure_dict(nnx.state(decoder.layers)), beside))
-        assert_close(decoder(decoder.embed(inputs[0]), *inputs[1:])[0], expected)
+
+    @nnx.jit
+    def hidden(decoder, adapters):
+        return decoder(decoder.embed(inputs[0]), *inputs[1:], adapters=adapters)[0]
+
+    expected, plain = hidden(decoder, beside), hidden(decoder, None)
+    nnx.update(decoder.layers, merge(nnx.to_pure_dict(nnx.state(decoder.layers)), beside))
+    assert_close(hidden(decoder, None), expected)
     assert np.abs(np.asarray(plain - expected)).max() > 0.1
 
 
