@@ -17,8 +17,7 @@ from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import Processes, is_first, session
 from e2p_jax.train.loop import train_model
 
-MESHES = {
-    "data": MeshConfig(data=4),
+MESHES = {  # data=4 is in test_faults.py and test_host_counts.py
     "fsdp": MeshConfig(data=1, fsdp=4),
     "data-tensor": MeshConfig(data=2, tensor=2),
     "fsdp-tensor": MeshConfig(data=1, fsdp=2, tensor=2),
