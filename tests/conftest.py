@@ -36,9 +36,9 @@ FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-bac
 disable-component-update disable-sync""".split()  # noqa: SIM905 (as one would type them)
 # Files and folders whose tests train, export, start processes or go through every family: most of the time.
 SLOW = """backbone/test_convert backbone/test_family_parity backbone/test_gguf backbone/test_parity
-backbone/test_quantize datasets/test_prepare datasets/test_tfds_builders embed evaluate/test_compare
+backbone/test_quantize cli datasets/test_prepare datasets/test_tfds_builders embed evaluate/test_compare
 evaluate/test_drift evaluate/test_generate evaluate/test_rank evaluate/test_robustness export launch
-parallel/test_distributed plan/test_plan report test_benchmarks test_cli test_lint test_package
+parallel/test_distributed plan/test_plan report test_benchmarks test_lint test_package
 test_registry train/test_collectives train/test_identity train/test_loop train/test_open train/test_step
 train/test_unlucky""".split()  # noqa: SIM905 (as above)
 SHARED = Path(__file__).parent.parent.parent / "shared"
