@@ -69,6 +69,17 @@ def test_splash_is_attention(mesh: dict[str, int] | None) -> None:
     assert len(values) == 2  # the window of 40 hides something, that of 5000 nothing
 
 
+@functools.partial(jax.jit, static_argnames=("window", "scale"))
+def attend_or_pull(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, out: jax.Array | None, *, window: int, scale: float
+) -> tuple[jax.Array, ...]:
+    """What attention says, or given its gradient those of queries, keys and values."""
+    index = jnp.arange(q.shape[1])[None]
+    visible = visibility(segments, segments, index, index)
+    mixed, pull = jax.vjp(lambda q, k, v: attention(q, k, v, visible, window, scale=scale), q, k, v)
+    return (mixed,) if out is None else pull(out)
+
+
 class _CuDNN:
     """Stands in for cuDNN's attention of packed rows: what it says of itself that it does with pointers and lengths."""
 
@@ -90,18 +101,17 @@ class _CuDNN:
                 continue
             first, kv_first = int(q_starts.ravel()[number]), int(kv_starts.ravel()[number])
 
-            def part(x: jax.Array, first: int, count: int = count) -> jax.Array:
-                size = x.shape[2] * x.shape[3]
-                return jnp.ravel(x)[first : first + count * size].reshape(1, count, *x.shape[2:])
+            def part(x: jax.Array, first: int, count: int = count) -> np.ndarray:
+                rows = np.zeros((1, length, *x.shape[2:]), np.float32)  # behind its own zeros: one shape for all
+                rows[0, :count] = np.ravel(x)[first : first + count * rows[0, 0].size].reshape(rows[0, :count].shape)
+                return rows
 
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array, count: int = count) -> jax.Array:
-                one, index = jnp.ones((1, count), jnp.int32), jnp.arange(count)[None]
-                visible = visibility(one, one, index, index)
-                return attention(q, k, v, visible, options["sliding_window_length"] or 0, scale=options["scale"])
-
-            places, inputs = (first, kv_first, kv_first), (part(q, first), part(k, kv_first), part(v, kv_first))
-            mixed, pull = jax.vjp(attend, *inputs)
-            results = pull(part(out_grad, first)) if self.backward else (mixed,)
+            segment = np.where(np.arange(length) < count, 1, 2).astype(np.int32)[None]
+            inputs = part(q, first), part(k, kv_first), part(v, kv_first)
+            settings = {"window": options["sliding_window_length"] or 0, "scale": options["scale"]}
+            given_out = part(out_grad, first) if self.backward else None
+            places, results = (first, kv_first, kv_first), attend_or_pull(*inputs, segment, given_out, **settings)
+            results = [np.asarray(x)[0, :count] for x in results]
             for into, place, result in zip(out, places, results, strict=False):
                 into[place : place + result.size] = np.ravel(result)
         whole = [jnp.asarray(x.reshape(y.shape)) for x, y in zip(out, (q, k, v), strict=False)]
