@@ -30,7 +30,7 @@ from e2p_jax.train.run import Run, open_run
 from e2p_jax.train.score import Scores, fit_arms
 from e2p_jax.train.setup import Shared
 
-_LAYOUT = 3  # of a file of scores
+_LAYOUT = 4  # of a file of scores
 
 
 def train_all(

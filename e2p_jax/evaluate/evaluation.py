@@ -17,7 +17,7 @@ from e2p_jax.datasets.prepared import load_splits
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import shown
 from e2p_jax.evaluate.generate import generate
-from e2p_jax.evaluate.items import Question
+from e2p_jax.evaluate.items import ALL, Question, is_interactions
 from e2p_jax.evaluate.measures import (
     MEASURES,
     Difference,
@@ -31,15 +31,7 @@ from e2p_jax.evaluate.measures import (
     text_statistics,
     value_text,
 )
-from e2p_jax.evaluate.rank import (
-    candidate_nll,
-    is_interactions,
-    rank_statistics,
-    rank_users,
-    ranks,
-    recommender_ranks,
-    with_candidates,
-)
+from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
 from e2p_jax.files import write_text
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import is_first
@@ -117,9 +109,9 @@ class Evaluation:
         for measure, statistics in by_measure.items():
             entry: dict[str, Any] = interval(measure, statistics, users, self.bootstrap_samples)._asdict()
             for name, scores in self.scores.items():
-                ours = scores.statistics[measure]
-                apart = difference(measure, ours, statistics, users, self.bootstrap_samples)
-                entry[f"{name}_minus"] = dataclasses.asdict(apart)
+                if (ours := scores.statistics.get(measure)) is not None:
+                    apart = difference(measure, ours, statistics, users, self.bootstrap_samples)
+                    entry[f"{name}_minus"] = dataclasses.asdict(apart)
             out[measure] = entry
         return out
 
@@ -171,47 +163,56 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
         for condition, each in drawn.items()
     }
     scores = _measure(run, scorer, kept, scores, conditions)
-    recommenders = rank_without(inputs.config, inputs.table, kept)
     if "items" in inputs.config.evaluate.measures:
-        scores, others = _rank_items(run, scorer, packed, kept, scores)
-        recommenders = {name: recommenders.get(name, {}) | found for name, found in others.items()} or recommenders
-    return Evaluation(split_name, kept, scores, dropped, inputs.config.evaluate.bootstrap_samples, recommenders)
+        scores = _rank_items(run, scorer, packed, kept, scores)
+    samples = inputs.config.evaluate.bootstrap_samples
+    return Evaluation(split_name, kept, scores, dropped, samples, rank_without(inputs.config, inputs.table, kept))
 
 
 def _rank_items(
     run: Run, scorer: Scorer, packed: Mapping[Arm, PackedDataset], records: Sequence[Record], scores: dict[str, Scores]
-) -> tuple[dict[str, Scores], dict[str, dict[str, np.ndarray]]]:
-    """Adds what the head over items ranks, every derangement apart, and says what the recommenders do."""
-    config = run.inputs.config
-    places = _asked(config.evaluate, records, lambda record: bool(record.items))
-    if run.inputs.catalogue is None or not len(places):
-        return scores, {}
-    question = Question(config.data.path, run.inputs.catalogue, [records[n] for n in places])
-    rows = scorer.item_rows()
+) -> dict[str, Scores]:
+    """Adds what the head over items ranks, every derangement apart."""
+    config, catalogue = run.inputs.config, run.inputs.catalogue
+    places = _asked(config.evaluate, records, _names_items)
+    if catalogue is None or not len(places):
+        return scores
+    question = Question(config.data.path, [records[n] for n in places], catalogue)
+    rows, in_catalogue = scorer.item_rows(), catalogue.rows(question.ids)
     drawn: dict[str, list[dict[str, np.ndarray]]] = {}
     for (condition, _), dataset in packed.items():
-        found = question.statistics(scorer.item_queries(dataset)[places], rows)
+        found = question.of_head(scorer.item_queries(dataset)[places], rows, in_catalogue)
         drawn.setdefault(condition, []).append(_spread(found, places, len(records)))
     more = {
         name: {measure: np.stack([found[measure] for found in each]) for measure in each[0]}
         for name, each in drawn.items()
     }
-    recommenders = question.recommenders(run.inputs.table)
-    spread = {name: _spread(found, places, len(records)) for name, found in recommenders.items()}
-    return {n: dataclasses.replace(s, more=s.more | more.get(n, {})) for n, s in scores.items()}, spread
+    return {n: dataclasses.replace(s, more=s.more | more.get(n, {})) for n, s in scores.items()}
 
 
 def rank_without(
     config: Config, table: UserTable | None, records: Sequence[Record]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics of the recommenders, where candidates are ranked and the data is of interactions."""
-    if "ranking" not in config.evaluate.measures or not is_interactions(config.data.path):
+    """Statistics of the recommenders, where items are ranked and the data is of interactions."""
+    measures = config.evaluate.measures
+    if not {"ranking", "items"} & set(measures) or not is_interactions(config.data.path):
         return {}
-    places = _asked(config.evaluate, records)
-    if not len(places) or not all(records[n].candidates for n in places):
+    places = _asked(config.evaluate, records, _replied if "ranking" in measures else _names_items)
+    if not len(places):
         return {}
-    found = recommender_ranks(config.data.path, [records[n] for n in places], table)
-    return {name: _spread(rank_statistics(rank), places, len(records)) for name, rank in found.items()}
+    out = {}
+    for name, found in Question(config.data.path, [records[n] for n in places]).recommenders(table).items():
+        among_all = {measure: values for measure, values in found.items() if measure.startswith(ALL)}
+        candidates = {measure: values for measure, values in found.items() if measure not in among_all}
+        shown = candidates if "ranking" in measures else {}
+        if "items" in measures:  # the same, beside those of the head
+            shown |= {f"item_{measure}": values for measure, values in candidates.items()}
+        out[name] = _spread(shown | among_all, places, len(records))
+    return out
+
+
+def _names_items(record: Record) -> bool:
+    return bool(record.items)
 
 
 def _replied(record: Record) -> bool:
@@ -251,8 +252,11 @@ def _measure(
     replies: dict[str, tuple[str, ...]] = dict.fromkeys(conditions, ())
     if "ranking" in settings.measures:
         asked = with_candidates(chosen, settings.candidates)
+        path = run.inputs.config.data.path
+        question = Question(path, asked) if is_interactions(path) else None
         for condition, nll in candidate_nll(run, asked, conditions).items():
-            more[condition] |= rank_statistics(ranks(nll))
+            likely = [-row[~np.isnan(row)] for row in nll]
+            more[condition] |= question.measure("", likely) if question else rank_statistics(ranks(nll))
     for condition in conditions:
         if "users" in settings.measures and FRONTS[condition].vector == "own":
             rank = rank_users(run, scorer, chosen, condition, settings.candidates)

@@ -54,20 +54,19 @@ MEASURES: dict[str, Measure] = {
     "nll_per_target": Measure("NLL per target", _ratio, 4),
     "word_perplexity": Measure("PPL per word", lambda sums: np.exp(_ratio(sums)), 2),
     "bits_per_byte": Measure("bits per byte", lambda sums: _ratio(sums) / np.log(2), 4),
-    "hits@1": Measure("Hits@1 %", _percent, 1),
-    "hits@5": Measure("Hits@5 %", _percent, 1),
-    "hits@10": Measure("Hits@10 %", _percent, 1),
-    "mrr": Measure("MRR", _ratio),
-    "ndcg@10": Measure("NDCG@10", _ratio),
     **{
-        f"{among}_{name}": Measure(f"{said} {label}", value, digits)
-        for among, said in (("item", "item"), ("all", "of all items"))
+        among + name: Measure(said + label, value, digits)
+        for among, said in (("", ""), ("item_", "item "), ("all_", "of all items "))
         for name, label, value, digits in (
             ("hits@1", "Hits@1 %", _percent, 1),
             ("hits@5", "Hits@5 %", _percent, 1),
             ("hits@10", "Hits@10 %", _percent, 1),
             ("mrr", "MRR", _ratio, 3),
             ("ndcg@10", "NDCG@10", _ratio, 3),
+            ("coverage@10", "coverage@10 %", _percent, 1),
+            ("popularity@10", "popularity@10", _ratio, 2),
+            ("cold_hits@10", "cold Hits@10 %", _percent, 1),
+            ("cold_mrr", "cold MRR", _ratio, 3),
         )
     },
     "user_rank": Measure("rank of the user", _ratio, 2),

@@ -1,25 +1,21 @@
 """Ranking the true reply among candidates, and the true user among others.
 
-By likelihood, the conversation in front of the candidates read once. And the same candidates without a language model.
-A tie counts against the true one by half.
+By likelihood, the conversation in front of the candidates read once. A tie counts against the true one by half.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from e2p_jax.config import Condition
 from e2p_jax.data.conditions import spelled_out
 from e2p_jax.data.encode import Encoder, Example
-from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.branches import branch_nll
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
-from e2p_jax.vectors.table import UserTable
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
@@ -128,95 +124,3 @@ def rank_users(run: Run, scorer: Scorer, records: Sequence[Record], condition: C
     fitted = [run.inputs.encoder.fit(record, [condition]).examples[condition] for record in records]
     examples = [example for example in fitted for _ in range(count)]
     return ranks(scorer.nll({condition: (examples, vectors)})[condition].reshape(-1, count))
-
-
-KNOWN = ("history", "train")  # what a run has seen of a user when it is asked
-
-
-def is_interactions(path: str) -> bool:
-    """Tells whether `data.path` is what `e2p prepare interactions` wrote."""
-    return (Path(path).expanduser() / INTERACTIONS).is_file()
-
-
-def known_interactions(path: str) -> Interactions | None:
-    """What a run has seen of the users; none where `data.path` is no log."""
-    return load_interactions(Path(path).expanduser()).of(*KNOWN) if is_interactions(path) else None
-
-
-def recommender_ranks(
-    path: str,
-    records: Sequence[Record],
-    table: UserTable | None,
-    asked: Sequence[Sequence[int] | np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
-    """[N] rank of each record's true item, the first one, by name of the recommender.
-
-    popularity: how many users have the item. item-kNN: cosines of the item's users to those of each of the user's
-    items, summed (Sarwar et al., 2001). vectors: cosine of the user's vector to the mean vector of the item's users,
-    all less the mean of all. vectors (dot product): the user's vector times the item's factor, which keeps the norm,
-    and popularity with it; the factors are those that fit who has what best, by least squares. Both are absent without
-    a table.
-
-    Args:
-      path: a directory that `e2p prepare interactions` wrote.
-      records: whose candidates are titles of its items.
-      table: of the users' vectors.
-      asked: numbers of the items to be ranked for each record; its candidates', where none are given.
-    """
-    known = load_interactions(Path(path).expanduser()).of(*KNOWN)
-    if asked is None:
-        number = {title: item for item, title in enumerate(known.titles)}
-        asked = [[number[title] for title in record.candidates] for record in records]
-    users = [record.user_id for record in records]
-    popularity = np.bincount(known.items, minlength=len(known.titles)).astype(float)
-    scores = {"popularity": [popularity[items] for items in asked], "item-kNN": neighbour_scores(known, users, asked)}
-    if table is not None:
-        scores |= _of_vectors(known, users, asked, table)
-    widest = max(map(len, asked))
-    return {
-        name: ranks(np.stack([np.pad(-row, (0, widest - len(row)), constant_values=np.nan) for row in rows]))
-        for name, rows in scores.items()
-    }
-
-
-def neighbour_scores(
-    known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int] | np.ndarray]
-) -> list[np.ndarray]:
-    """Item-kNN: for each user, the score of each of the items that are asked for."""
-    import scipy.sparse
-
-    shape = (len(known.user_ids), len(known.titles))
-    ones = np.ones(len(known))
-    has = scipy.sparse.csr_matrix((ones, (known.users, known.items)), shape).sign()
-    norm = np.sqrt(np.maximum(has.sum(axis=0), 1)).A1
-    unit = (has @ scipy.sparse.diags(1 / norm)).tocsc()  # columns of length 1
-    row = {user: place for place, user in enumerate(known.user_ids)}
-    out = []
-    for user, items in zip(users, asked, strict=True):
-        mine = unit @ has[row[user]].T  # [users, 1]: the sum of the columns of the user's items
-        out.append((unit[:, items].T @ mine).toarray()[:, 0])
-    return out
-
-
-def _of_vectors(
-    known: Interactions, users: Sequence[str], asked: Sequence[Sequence[int] | np.ndarray], table: UserTable
-) -> dict[str, list[np.ndarray]]:
-    given = table.lookup(known.user_ids, known.user_ids).astype(np.float64)
-    there = ~np.isnan(given[:, 0])
-    row = {user: place for place, user in enumerate(known.user_ids)}
-
-    def scored(items: np.ndarray, vectors: np.ndarray) -> list[np.ndarray]:
-        return [items[candidates] @ vectors[row[user]] for user, candidates in zip(users, asked, strict=True)]
-
-    def sums(vectors: np.ndarray) -> np.ndarray:
-        """[items, E]: those of each item's users, added up."""
-        out = np.zeros((len(known.titles), vectors.shape[1]))
-        np.add.at(out, known.items, vectors[known.users])
-        return out
-
-    centred = np.where(there[:, None], given - given[there].mean(axis=0), 0.0)
-    means = sums(centred)
-    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    plain = np.where(there[:, None], given, 0.0)
-    factors = sums(plain) @ np.linalg.pinv(plain.T @ plain, hermitian=True)
-    return {"vectors": scored(means, centred), "vectors (dot product)": scored(factors, plain)}

@@ -124,8 +124,9 @@ def _write_csvs(out: Path, found: Collected) -> None:
     rows = []
     for source in found.sources:
         for split in source.splits:
-            for condition, row in split["conditions"].items():
-                for measure, entry in row["measures"].items():
+            rows_of = {name: row["measures"] for name, row in split["conditions"].items()} | split["recommenders"]
+            for condition, measures in rows_of.items():
+                for measure, entry in measures.items():
                     numbers = [entry.get(column, "") for column in COLUMNS]
                     differences = [entry.get(f"minus_{b}", {}).get(part, "") for b in BASELINES for part in parts]
                     rows.append([source.name, split["split"], condition, measure, *numbers, *differences])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
@@ -35,6 +36,8 @@ def table(learned_run: Path) -> Evaluation:
     """What the report is made of."""
     run = open_run(learned_run)
     (table,) = evaluate_splits(run, ["all"], CONDITIONS)
+    one = np.ones((len(table.records), 2))
+    table = dataclasses.replace(table, recommenders={"popularity": {"hits@10": one}})
     save(run, [table])
     return table
 
@@ -66,6 +69,7 @@ def test_numbers_are_those_of_the_run(report: Path, table: Evaluation, learned_r
     found = {(row["condition"], row["measure"]): row for row in rows(report / "conditions.csv")}
     assert float(found["e2p", "nll_per_target"]["value"]) == pytest.approx(table.scores["e2p"].per_target)
     assert float(found["e2p", "nll_per_target"]["minus_none_mean"]) < 0
+    assert float(found["popularity", "hits@10"]["value"]) == 100
     robust = {(row["disturbance"], float(row["level"])): float(row["nll"]) for row in rows(report / "robustness.csv")}
     assert robust["as trained", 0.0] == pytest.approx(evaluation.scores["e2p"].per_target, rel=1e-4)
     shares = {row["part"]: row for row in rows(report / "share.csv")}
