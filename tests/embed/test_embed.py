@@ -211,14 +211,18 @@ def test_a_user_without_a_part_is_folded_in_without_it(encoder: str, tmp_path: P
     whole, first, second = np.split(tables["dealt"].vectors, 3)
     np.testing.assert_array_equal(whole, tables["plain"].vectors)
     items = load_table(str(tmp_path / "dealt table-items"))
-    # The two parts of a history, folded in, come to the whole where the encoder is linear.
-    if encoder == "svd":
+    weights, kept = np.zeros((40, 30), np.float32), dealt.of("history")
+    place = [items.ids.index(plain.item_ids[item]) for item in kept.items]
+    weights[kept.users, place] = np.where(kept.folds == 1, 1 + np.log1p(kept.weights), 0)
+    if encoder == "svd":  # linear: the two parts of a history come to the whole
         np.testing.assert_allclose(first + second, whole, atol=1e-3)
-        weights = np.zeros((40, 30), np.float32)
-        place = [items.ids.index(plain.item_ids[item]) for item in plain.of("history").items]
-        kept = dealt.of("history")
-        weights[kept.users, place] = np.where(kept.folds == 1, 1 + np.log1p(kept.weights), 0)
         np.testing.assert_allclose(first, weights @ items.vectors, atol=1e-3)
+    else:  # the least squares of the items' factors and what is left of the history, and of nothing else
+        factors = items.vectors.astype(np.float64)
+        gram = factors.T @ factors + 0.01 * np.eye(4)  # implicit's regularization
+        for vector, own in zip(first, weights, strict=True):
+            more = factors.T @ (np.where(own > 0, own - 1, 0)[:, None] * factors)
+            np.testing.assert_allclose(vector, np.linalg.solve(gram + more, factors.T @ own), atol=1e-3)
     assert np.abs(first - whole).max(axis=1).min() > 1e-3
 
 
