@@ -133,7 +133,7 @@ def test_serving_examples(run: Run, server: str, capsys: pytest.CaptureFixture[s
         given = [run.inputs.config.data.embeddings if word == "TABLE" else word for word in arguments]
         assert main([str(word) for word in given]) == 0
     assert len(json.loads(Path("body.json").read_text())["input_embeds"][0]) == 32
-    lookup, request = python_blocks("serving.md")
+    lookup, request, _ = python_blocks("serving.md")
     seen: dict[str, Any] = {}
     exec(lookup, seen)
     assert seen["prefix"].shape == (2, 1, 32) and np.isfinite(seen["prefix"].astype(np.float32)).all()

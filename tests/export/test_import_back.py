@@ -175,18 +175,23 @@ def test_what_cannot_be_imported_is_refused(make_run: Callable, lively_backbone:
         import_transformers(exported, tmp_path / "run")
 
 
-def test_a_run_in_front_of_a_gguf_file(make_run: Callable, lively_backbone: Path, tmp_path: Path):
-    """Trained, opened again, exported with what the file holds, which it cannot be named by, and brought back."""
-    held = json.loads((lively_backbone / "tokenizer.json").read_text())["model"]
+def in_front_of_gguf(run: Run, backbone: Path, kind: GGMLQuantizationType, folder: Path) -> Run:
+    """Trains as that run was, in front of its backbone written as `folder/m.gguf`."""
+    held = json.loads((backbone / "tokenizer.json").read_text())["model"]
     vocabulary = {"model": "gpt2", "pre": "smollm", "tokens": sorted(held["vocab"], key=held["vocab"].get)}
     vocabulary |= {"token_type": [3] * 6 + [1] * (len(held["vocab"]) - 6), "eos_token_id": 5, "padding_token_id": 0}
     vocabulary |= {"merges": [" ".join(merge) for merge in held["merges"]], "bos_token_id": 1, "add_bos_token": False}
-    vocabulary["chat_template"] = (lively_backbone / "chat_template.jinja").read_text()
-    model = transformers.AutoModelForCausalLM.from_pretrained(lively_backbone, dtype="float32")
-    path = write_model(tmp_path / "m.gguf", model, GGMLQuantizationType.Q8_0, tokenizer=vocabulary)
-    config = make_run().inputs.config
+    vocabulary["chat_template"] = (backbone / "chat_template.jinja").read_text()
+    model = transformers.AutoModelForCausalLM.from_pretrained(backbone, dtype="float32")
+    path = write_model(folder / "m.gguf", model, kind, tokenizer=vocabulary)
+    config = run.inputs.config
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, path=str(path)))
-    run = open_run(train(config, tmp_path / "trained"), "last")
+    return open_run(train(config, folder / "trained"), "last")
+
+
+def test_a_run_in_front_of_a_gguf_file(make_run: Callable, lively_backbone: Path, tmp_path: Path):
+    """Trained, opened again, exported with what the file holds, which it cannot be named by, and brought back."""
+    run = in_front_of_gguf(make_run(), lively_backbone, GGMLQuantizationType.Q8_0, tmp_path)
     assert run.inputs.encoder.tokenizer.tokenize("it's 12") == ["it", "'s", "Ġ", "1", "2"]
     export_transformers(run, tmp_path / "exported", include_backbone=False)
     import_transformers(tmp_path / "exported", tmp_path / "run", **places(run))
