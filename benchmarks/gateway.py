@@ -63,6 +63,14 @@ def engine(pipe: Any) -> None:
     asyncio.run(listen())
 
 
+def serve(table: Path, engine: str, *flags: str, stderr: int | None = None) -> tuple[subprocess.Popen[str], str]:
+    """The gateway in a process of its own, and its address, once it listens."""
+    command = [sys.executable, "-m", "e2p_jax", "serve", str(table), "--engine", engine, "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
 async def ask(port: int, request: bytes, count: int, rate: float) -> list[float]:
     """Seconds that each of `count` requests took, over connections that are kept."""
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -113,23 +121,10 @@ def main(table: tyro.conf.Positional[Path], /, user: str, words: int = 8, rate: 
     process = multiprocessing.get_context("spawn").Process(target=engine, args=(there,), daemon=True)
     process.start()
     port = here.recv()
-    command = [
-        sys.executable,
-        "-m",
-        "e2p_jax",
-        "serve",
-        str(table),
-        "--port",
-        "0",
-        "--engine",
-        f"http://127.0.0.1:{port}",
-    ]
-    served = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert served.stdout is not None
-    gateway = int(served.stdout.readline().rsplit(":", 1)[1])
+    served, address = serve(table, f"http://127.0.0.1:{port}")
     ways = {
         "engine": (port, message("POST /v1/completions HTTP/1.1", json.dumps(bare).encode())),
-        "gateway": (gateway, message("POST /v1/chat/completions HTTP/1.1", chat)),
+        "gateway": (int(address.rsplit(":", 1)[1]), message("POST /v1/chat/completions HTTP/1.1", chat)),
     }
     took: dict[str, list[float]] = {name: [] for name in ways}
     try:

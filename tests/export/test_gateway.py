@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from benchmarks.gateway import serve
 from e2p_jax.cli import main
 from e2p_jax.errors import UserError
 from e2p_jax.export.client import EngineClient
@@ -381,22 +381,7 @@ def test_the_command_listens_on_loopback_unless_it_is_told(table: Path, capsys: 
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1, said
     for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
-        command = [
-            sys.executable,
-            "-m",
-            "e2p_jax",
-            "serve",
-            str(table),
-            "--engine",
-            "http://127.0.0.1:9",
-            "--port",
-            "0",
-        ]
-        process = subprocess.Popen(
-            [*command, "--host", host], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
+        process, address = serve(table, "http://127.0.0.1:9", "--host", host, stderr=subprocess.PIPE)
         assert address.startswith(f"http://{host}:")
         assert httpx.get(f"{address}/health", trust_env=False).status_code == 503
         process.send_signal(signal.SIGTERM)
