@@ -36,7 +36,7 @@ def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """What processes started by a test inherit."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent / 'lean'}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", xla_flags(devices=2))
     monkeypatch.setenv("E2P", f"{sys.executable} -m e2p_jax")
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "JAX_NUM", "JAX_PROC"))]:
