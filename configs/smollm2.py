@@ -7,9 +7,9 @@
     e2p embed --data data/mixed.jsonl --encoder sentence-transformers/all-MiniLM-L6-v2 --blocks 5 --out data/sentences
     e2p train smollm2
 
-DIR is as `configs/persona_chat.py` says; CORPUS may be left out: benchmarks/reconstruction.py says what it is. Python 3.12
-and jax 0.11 multiply bfloat16 by the CPU's own instructions, where it has them: about 400 tokens a second on two idle
-cores, so 40 minutes; jax 0.10 takes four times as long. What it gives: docs/results.md.
+DIR is as `configs/persona_chat.py` says; CORPUS may be left out: benchmarks/reconstruction.py says what it is. Jax 0.11
+(Python 3.12) multiplies bfloat16 by the CPU's own instructions, where it has them: about 400 tokens a second on two
+idle cores, so 40 minutes; jax 0.10 takes four times as long. What it gives: docs/results.md.
 """
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
