@@ -33,7 +33,7 @@ import tyro
 import work
 from peers import LeftOut, Peer, Stage
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, PrefixConfig, TrainConfig
 from e2p_jax.data.pipeline import to_devices
 from e2p_jax.prefix import mlp
 from e2p_jax.train import setup
@@ -130,6 +130,7 @@ def main(
         config = Config(
             backbone=BackboneConfig(path=name, remat=remat, attention=attention),
             data=DataConfig(seq_len=seq_len),
+            prefix=PrefixConfig(placement="before_bos"),  # as all others have it
             projector=mlp.Settings(dropout=0.0),
             train=TrainConfig(rows=rows),
         )
@@ -141,11 +142,12 @@ def main(
         for key in peers:
             try:
                 peer = PEERS[key](stage)
-            except LeftOut as reason:
-                left_out[key] = str(reason)
-                print(f"{key} is left out: {reason}")
+                losses[peer.name] = compare(peer, model, stage)
+                peer.step()
+            except (LeftOut, RuntimeError, NotImplementedError) as reason:  # torch's compiler, on this very device
+                left_out[key] = f"{type(reason).__name__}: {reason}"[:500]
+                print(f"{key} is left out: {left_out[key]}")
                 continue
-            losses[peer.name] = compare(peer, model, stage)
             contenders.append(measure.Contender(peer.name, peer.step, peer.targets))
 
     batch = packed.batch
