@@ -25,6 +25,9 @@ def plan_command(_: str, defaults: Config) -> Callable[..., None]:
         embedding_width: int = 768,
         targets: int | None = None,
         segments: int = 16,
+        items: int = 0,
+        item_width: int = 64,
+        items_named: int = 16,
         suggest: bool = True,
         as_json: Json = False,
         overrides: Overrides = defaults,
@@ -36,16 +39,20 @@ def plan_command(_: str, defaults: Config) -> Callable[..., None]:
         Args:
           topology: v5e:4x4, v5p:2x4x4, v6e:8x8, tpu7x:2x2x1, of two slices v5e:4x4:2; h100:8, h200:8, a100:8, b200:8,
             of two hosts h100:2x8; or cpu:N.
-          embedding_width: E, of the user vectors; this and the next two a run learns from its data.
+          embedding_width: E, of the user vectors; this and the next five a run learns from its data.
           targets: M, targets per row. Default: half of data.seq_len.
           segments: S, conversations per row.
+          items: I, of the catalogue of `data.items`; 0 is a run without one.
+          item_width: G, of the items' vectors.
+          items_named: N, items that a conversation names at most.
           suggest: Compile for more rows and other meshes too: about a minute for each.
         """
         from e2p_jax.plan.plan import RowShape
 
-        if min(embedding_width, segments, 1 if targets is None else targets) < 1:
-            raise UsageError("--embedding-width, --targets and --segments must be positive")
-        _plan(overrides, topology, RowShape(embedding_width, targets, segments), suggest, as_json)
+        if min(embedding_width, segments, item_width, items_named, 1 if targets is None else targets) < 1 or items < 0:
+            raise UsageError("--embedding-width, --targets, --segments and what --items says must be positive")
+        catalogue = ((items, item_width), items_named) if items else ()
+        _plan(overrides, topology, RowShape(embedding_width, targets, segments, *catalogue), suggest, as_json)
 
     return command
 
@@ -68,7 +75,7 @@ def _plan(config: Config, topology: str, shape: "RowShape", suggest: bool, as_js
     most = fewest = None
     if suggest:
         most = planning.largest_rows(plan, lambda rows: compile_for(config.change(train={"rows": rows})))
-        meshes = planning.other_meshes(config, decoder, place, shape.embedding_width)
+        meshes = planning.other_meshes(config, decoder, place, shape)
         plans = [compile_for(dataclasses.replace(config, mesh=mesh)) for mesh in meshes]
         fewest = min((p for p in plans if p.fits), key=lambda p: p.steps["train"].received, default=None)
     if as_json:

@@ -35,6 +35,8 @@ class RowShape:
     embedding_width: int  # E
     targets: int | None  # M; None is half of T
     segments: int  # S
+    items: tuple[int, int] | None = None  # of a catalogue, how many, and the width of their vectors
+    named: int = 0  # N, items that a conversation names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ def read_backbone(config: Config) -> DecoderConfig:
 def abstract_batch(config: Config, shape: RowShape, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a batch."""
     targets = config.data.seq_len // 2 if shape.targets is None else shape.targets
-    budget = Budget(config.data.seq_len, targets, shape.segments)
+    budget = Budget(config.data.seq_len, targets, shape.segments, shape.named)
     return batch_shapes(mesh, config.train.rows, budget, shape.embedding_width)
 
 
@@ -147,11 +149,12 @@ def make_plan(
     if config.train.rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"train.rows={config.train.rows} does not divide by mesh.data x mesh.fsdp; use a multiple")
     batch = abstract_batch(config, shape, mesh)
-    model = abstract_model(config, decoder, shape.embedding_width, mesh, topology.memory)
+    model = abstract_model(config, decoder, shape.embedding_width, mesh, topology.memory, shape.items)
     state, (_, frozen) = abstract_state(model, config.train), split(model.params, model.mask)
     steps: dict[str, tuple[Any, tuple]] = {"train": (jit_train_step(model, config.train), (state, frozen, batch))}
     if evaluation:
-        steps["evaluate"] = jit_eval_step(model), (state.trainable, frozen, batch)
+        measured = "item_nll" if shape.items else ""  # as `e2p train` has it
+        steps["evaluate"] = jit_eval_step(model, items=measured), (state.trainable, frozen, batch)
     with jax.set_mesh(mesh), jax.default_device(topology.devices[0]):  # of which tokamax asks what it can do
         costs = {name: _compile(step, arguments) for name, (step, arguments) in steps.items()}
     at_once = logits_at_once(config.train, topology.memory)
@@ -219,7 +222,7 @@ def largest_rows(plan: Plan, compile_rows: Callable[[int], Plan]) -> Plan | None
     return max((p for p in (best, other) if p.fits), key=lambda p: p.rows)
 
 
-def other_meshes(config: Config, decoder: DecoderConfig, topology: Topology, width: int) -> Iterator[MeshConfig]:
+def other_meshes(config: Config, decoder: DecoderConfig, topology: Topology, shape: RowShape) -> Iterator[MeshConfig]:
     """Meshes over the same devices whose arguments alone fit, and that the rows and heads divide by."""
     count = len(topology.devices)
     for tensor in (n for n in range(1, count + 1) if count % n == 0 and decoder.num_kv_heads % n == 0):
@@ -227,6 +230,7 @@ def other_meshes(config: Config, decoder: DecoderConfig, topology: Topology, wid
             sizes = MeshConfig(count // tensor // fsdp, fsdp, tensor)
             if config.train.rows % (sizes.data * sizes.fsdp):
                 continue
-            model = abstract_model(config, decoder, width, make_mesh(sizes, topology.devices), topology.memory)
+            mesh, width = make_mesh(sizes, topology.devices), shape.embedding_width
+            model = abstract_model(config, decoder, width, mesh, topology.memory, shape.items)
             if bytes_per_device((model.params, abstract_state(model, config.train))) < topology.chip.memory:
                 yield sizes

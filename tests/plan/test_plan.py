@@ -119,6 +119,19 @@ def test_command(
         assert line in out
 
 
+def test_a_catalogue_is_counted(config: Config, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is learned of every item, with its two moments, its given vector, and the items that a batch names."""
+    stored = tmp_path / "config.json"
+    stored.write_text(config.change(items={"width": 16}).to_json())
+    row = ["--embedding-width", str(WIDTH), "--targets", "64", "--segments", "3"]
+    catalogue = ["--items", "40000", "--item-width", "8", "--items-named", "5"]
+    code, out, _ = run([str(stored), "--topology", "cpu:4", *row, *catalogue, "--no-suggest", "--json"], capsys)
+    more = json.loads(out)["steps"]["train"]["arguments"] - plan.steps["train"].arguments
+    assert code == 0 and 0 <= more - 4 * 40000 * (3 * 16 + 8) / 4 < 16384  # over 4 devices; the rest is small
+    code, _, err = run([str(stored), "--topology", "cpu:4", "--items", "-1"], capsys)
+    assert code == 2 and "what --items says must be positive" in err
+
+
 def test_the_losses_chunk_is_that_of_the_devices_memory(config: Config, shapes: Path) -> None:
     """A 64th of it in float32; on a CPU, which says none, 2^25; or what the config says."""
     card = Topology("", [SimpleNamespace(platform="gpu")], Chip(80 * 2**30))
@@ -216,7 +229,7 @@ def test_other_meshes_hold_the_weights(config: Config, shapes: Path) -> None:
     def meshes(memory: int, rows: int = 8) -> set[tuple[int, ...]]:
         tight = dataclasses.replace(place, chip=Chip(memory))
         return {
-            dataclasses.astuple(m) for m in other_meshes(config.change(train={"rows": rows}), decoder, tight, WIDTH)
+            dataclasses.astuple(m) for m in other_meshes(config.change(train={"rows": rows}), decoder, tight, SHAPE)
         }
 
     every = {(4, 1, 1), (2, 2, 1), (1, 4, 1)}  # one key-value head: no tensor axis
