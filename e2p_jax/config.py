@@ -184,6 +184,14 @@ class TrainConfig:
     null_user_rate: float = result(0.0, SHARE)
     """Share of training conversations whose user vector gives way to the null user's, a learned vector that then
     stands for users who have none; 0 learns no null user."""
+    distill: float = result(0.0, SHARE)
+    """Share of the loss that a teacher has: the backbone itself, which reads the record's context as text, by
+    `data.context_prompt`. The other share is the true token's, and all of it where a record has no context."""
+    teacher_tokens: int = result(32, POSITIVE)
+    """k: of the teacher's distribution at each target, its likeliest tokens. What probability they leave is the true
+    token's."""
+    teacher_temperature: float = result(1.0, POSITIVE)
+    """That the teacher's logits are divided by; the student's are not."""
     clip_norm: float = result(1.0, POSITIVE)
     """Global norm of the trainable gradient."""
     seed: int = result(0, NOT_NEGATIVE)

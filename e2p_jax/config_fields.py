@@ -102,6 +102,18 @@ def checks(config: "Config") -> list[tuple[bool, str]]:
         ),
         (bool(config.train.trainable), "train.trainable is empty: nothing would be trained"),
         (
+            not config.train.distill or "text" not in config.data.condition,
+            "train.distill: with the context as text in data.condition there is nothing to learn from who reads it",
+        ),
+        (
+            not config.train.distill or config.data.targets == "assistant",
+            "train.distill needs data.targets=assistant: the context would be a target of its reader's",
+        ),
+        (
+            not config.train.distill or config.backbone.weights == "pretrained",
+            "train.distill needs a backbone to learn from; random weights teach nothing",
+        ),
+        (
             config.backbone.quantization == "none" or config.backbone.weights == "pretrained",
             "backbone.quantization is of pretrained weights; random ones are there to be trained",
         ),

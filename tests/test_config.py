@@ -140,6 +140,9 @@ REFUSED: list[tuple[Any, str]] = [
     (TrainConfig(checkpoint_every=0), "train.checkpoint_every must be positive"),
     (TrainConfig(log_every=0), "train.log_every must be positive"),
     (TrainConfig(trainable=()), "train.trainable is empty"),
+    (TrainConfig(distill=1.0), "train.distill must be in [0, 1)"),
+    (TrainConfig(teacher_tokens=0), "train.teacher_tokens must be positive"),
+    (TrainConfig(teacher_temperature=0.0), "train.teacher_temperature must be positive"),
     (MeshConfig(fsdp=0), "mesh.fsdp must be positive, or -1"),
     (MeshConfig(tensor=-2), "mesh.tensor must be positive, or -1"),
     (DataConfig(dev_split="validation"), "data.dev_split must be auto, or a split that is neither trained on"),
@@ -161,6 +164,16 @@ def test_config_that_cannot_run_is_refused(section: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         Config(**{name: section}).validate()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [("data", {"condition": "e2p+text"}), ("data", {"targets": "all"}), ("backbone", {"weights": "random"})],
+    ids=str,
+)
+def test_where_there_is_nothing_to_distil_it_is_refused(section: str, fields: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"^train\.distill"):
+        Config().change(train={"distill": 0.5}, **{section: fields}).validate()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 import e2p_jax
-from e2p_jax.config import Config, DataConfig
+from e2p_jax.config import Condition, Config, DataConfig
 from e2p_jax.data.columns import Ragged
 from e2p_jax.data.conditions import spelled_out
-from e2p_jax.data.encode import Encoder, Example
-from e2p_jax.data.examples import Examples, map_column
+from e2p_jax.data.encode import Encoder, Example, Fitted
+from e2p_jax.data.examples import Examples, Growing, map_column
 from e2p_jax.data.packing import Budget, choose_budget, plan_rows
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.bad_records import BadRecords
@@ -35,14 +35,15 @@ from e2p_jax.json_files import digest, object_in
 from e2p_jax.parallel.distributed import is_first
 
 _LAYOUT = 5  # of a cache directory
-_META = "meta.json"
+_META, _TAUGHT = "meta.json", "taught_"
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     """The records of a run."""
 
-    examples: Examples  # of the training records, under `data.condition`; on disk
+    examples: Examples  # N, of the training records, under `data.condition`; on disk
+    taught: Examples | None  # N, as the teacher of `train.distill` reads them; without targets where there is none
     budget: Budget
     rows: Ragged  # the plan: which examples share a row; on disk once it is cached
     dev: list[Record]
@@ -69,18 +70,19 @@ def read_training(config: Config, encoder: Encoder) -> Training:
         fault = str(error) if isinstance(error, ValueError) else "damaged"
     if fault and is_first():
         print(f"data.cache: {place} is made anew ({fault})", file=sys.stderr)
-    with _explained(folder):
+    with cache_at_fault(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     training = _read(config, encoder, folder)
     if _key(config, encoder) == place.name:  # else it was written to meanwhile: which of the two was read?
-        with _explained(folder):
+        with cache_at_fault(folder):
             _save(training, place)
     return training
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def cache_at_fault(folder: Path) -> Iterator[None]:
+    """Turns what hinders writing into an error that names the setting."""
     try:
         yield
     except (OSError, UserError) as error:  # the latter from `replace_directory`, in words that know no `none`
@@ -105,19 +107,27 @@ def _read(config: Config, encoder: Encoder, directory: Path) -> Training:
     bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share, "--data.on_bad_record")
     reported = load_splits(config.data.path, config.data.eval_splits, bad)
     learned, dev = load_training(config.data, reported, bad)
-    dropped = 0
-
-    def fitted() -> Iterator[Example]:
-        nonlocal dropped
-        for record in spelled_out(learned, condition):
-            fit = encoder.fit(record, [condition])
-            dropped += fit.dropped_messages
-            yield fit.examples[condition]
-
+    dropped, growing = 0, Growing(directory)
+    taught = Growing(directory) if config.train.distill else None
     with explain_full_disk(directory):
-        examples = Examples.of(fitted(), directory)
+        for record in spelled_out(learned, condition):
+            # Too long for the teacher's reading is too long for both, so that both have the same targets.
+            fit = encoder.fit(record, [condition, "text"] if taught else [condition])
+            dropped += fit.dropped_messages
+            growing.add(fit.examples[condition])
+            if taught:
+                taught.add(_taught(fit, condition))
+    examples = growing.examples()
     budget = choose_budget(examples, encoder.max_length)
-    return Training(examples, budget, plan_rows(examples, budget), dev, reported, dropped, bad.report())
+    rows, reading = plan_rows(examples, budget), None if taught is None else taught.examples()
+    return Training(examples, reading, budget, rows, dev, reported, dropped, bad.report())
+
+
+def _taught(fit: Fitted, condition: Condition) -> Example:
+    """The teacher's reading of a record; without targets where it has no context, or not the student's targets."""
+    ours, theirs = fit.examples[condition], fit.examples["text"]
+    same = np.array_equal(ours.tokens[ours.is_target], theirs.tokens[theirs.is_target])
+    return theirs if same and fit.record.context else theirs._replace(is_target=np.zeros_like(theirs.is_target))
 
 
 def _key(config: Config, encoder: Encoder) -> str:
@@ -137,6 +147,7 @@ def _key(config: Config, encoder: Encoder) -> str:
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "pad": encoder.pad_id,
         "items": encoder.catalogue and hashlib.sha256(encoder.catalogue.table.index.text.data).hexdigest(),
+        **({"taught": True} if config.train.distill else {}),
     }
     return digest(settings)[:32]
 
@@ -164,6 +175,8 @@ def _save(training: Training, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)  # a damaged one
     with replace_directory(place) as temporary:
         training.examples.save(temporary)
+        if training.taught is not None:
+            training.taught.save(temporary, _TAUGHT)
         np.save(temporary / "rows.npy", training.rows.values)
         np.save(temporary / "row_ends.npy", training.rows.ends)
         texts = {
@@ -174,12 +187,18 @@ def _save(training: Training, place: Path) -> None:
             "skipped": training.skipped,
         }
         (temporary / "records.json").write_text(json.dumps(texts), encoding="utf-8")
-        meta = {"layout": _LAYOUT, "files": {path.name: _digest(path) for path in sorted(temporary.iterdir())}}
-        (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        vouch(temporary)
 
 
-def _load(place: Path) -> Training:
-    """
+def vouch(directory: Path) -> None:
+    """Writes down the layout and the checksums of a directory's files."""
+    meta = {"layout": _LAYOUT, "files": {path.name: _digest(path) for path in sorted(directory.iterdir())}}
+    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def check(place: Path) -> None:
+    """Holds a directory against what `vouch` wrote.
+
     Raises:
       OSError, ValueError, KeyError, TypeError: it is not there, or not as it was written.
     """
@@ -188,9 +207,18 @@ def _load(place: Path) -> Training:
         raise ValueError("it has the layout of another version")
     if meta["files"] != {path.name: _digest(path) for path in place.iterdir() if path.name != _META}:
         raise ValueError("its files are not those that were written")
+
+
+def _load(place: Path) -> Training:
+    """
+    Raises:
+      OSError, ValueError, KeyError, TypeError: it is not there, or not as it was written.
+    """
+    check(place)
     texts = json.loads((place / "records.json").read_text(encoding="utf-8"))
     return Training(
         Examples.load(place),
+        Examples.load(place, _TAUGHT) if (place / f"{_TAUGHT}ends.npy").exists() else None,
         Budget(*texts["budget"]),
         Ragged(map_column(place, "rows"), map_column(place, "row_ends")),
         list(map(_record, texts["dev"])),
