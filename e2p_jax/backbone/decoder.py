@@ -291,7 +291,8 @@ class Decoder(nnx.Module):
             for run, own in zip(period.runs, inputs, strict=True):
                 # Kept, the products of all experts would stand there for every token.
                 policy = None if self.execution.remat or run.config.num_experts else KEPT
-                carry, _ = jax.lax.scan(jax.checkpoint(functools.partial(body, run), policy=policy), carry, own)
+                layer = jax.checkpoint(functools.partial(body, run), policy=policy)
+                carry, _ = jax.lax.scan(layer, carry, own, unroll=self.execution.unroll)
             return carry, None
 
         params, beside = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)), adapters or {}
@@ -313,7 +314,7 @@ class Decoder(nnx.Module):
             if period.times == 1:
                 carry, _ = once(period, carry, jax.tree.map(lambda array: array[0], inputs))
             else:
-                carry, _ = jax.lax.scan(functools.partial(once, period), carry, inputs)
+                carry, _ = jax.lax.scan(functools.partial(once, period), carry, inputs, unroll=self.execution.unroll)
         x, kept = carry
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
         x = norm(x, last, "final_norm", c)

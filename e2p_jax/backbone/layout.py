@@ -146,6 +146,9 @@ class Execution:
     there all tokens go to all of them."""
     logits_at_once: int = 1 << 25
     """Of the loss, float32, on one device: the targets are gone through in chunks of about so many."""
+    unroll: bool = False
+    """The layers are written out one after the other, not a loop: nothing is copied into and out of stacks over layers,
+    and it takes longer to compile."""
 
 
 PLAIN = Execution()

@@ -151,7 +151,9 @@ def abstract_model(
     dtype = weights.choose_dtype(config.backbone.dtype, device.platform)
     attention = choose(config.backbone.attention, device, decoder, dtype)
     at_once = logits_at_once(config.train, _memory(mesh) if memory is None else memory)
-    execution = Execution(config.backbone.remat, attention, logits_at_once=at_once)
+    # On a card, copies into and out of a loop's stacks are an eighth of a step. Gathered weights come and go in a loop.
+    unroll = device.platform == "gpu" and not config.backbone.remat and mesh.shape["fsdp"] * mesh.shape["tensor"] == 1
+    execution = Execution(config.backbone.remat, attention, logits_at_once=at_once, unroll=unroll)
     kind = config.backbone.quantization
     backbone = weights.abstract(decoder, dtype=dtype, execution=execution, quantization=kind)
     projector = nnx.eval_shape(lambda: _projector(config, decoder, embedding_width))

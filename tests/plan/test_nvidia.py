@@ -8,11 +8,13 @@ import functools
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.quantization import decoding
 from e2p_jax.backbone.families import DecoderConfig, parse_config
@@ -29,6 +31,17 @@ pytestmark = pytest.mark.skipif(
 )
 CONFIGS = Path(__file__).parents[2] / "configs" / "backbones" / "meta-llama"
 ROWS, LENGTH, LAYERS, WIDTH, VOCABULARY = 2, 640, 3, 2048, 128256
+
+
+@pytest.fixture(autouse=True)
+def uncached() -> Iterator[None]:
+    """What is compiled for a card that is not there cannot be loaded again."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()
 
 
 class Step(NamedTuple):
@@ -64,10 +77,10 @@ def llama(topology: str, *mesh: int) -> Step:
 
 
 def test_attention_runs_once_forward_and_once_backward() -> None:
-    """No loop is left but those of the layers, there and back, and of the loss."""
+    """No loop is left but that of the loss: layers are written out."""
     program = llama("h100:1", 1, 1, 1).program
     assert program.kernels == {"__cudnn$fmhaSoftmax": LAYERS, "__cudnn$fmhaSoftmaxBackward": LAYERS}
-    assert program.loops == 3 and not program.unknown_loops
+    assert program.loops == 1 and not program.unknown_loops
     sorts = {times for one, _, times in program.instructions() if one.opcode == "sort"}
     assert sorts == {1}  # where segments lie is worked out once, and not in every layer
 
@@ -91,17 +104,19 @@ def test_no_array_holds_the_logits_of_all_positions_or_the_scores_of_all_pairs()
             assert array.shape.count(LENGTH) < 2, one
 
 
-def test_frozen_weights_are_read_once_a_pass() -> None:
-    """The layers', by what is cut out of the stack of all; and no stack is ever copied."""
+def test_frozen_weights_are_cut_out_of_their_stack_once_a_pass_at_most() -> None:
+    """What is cut out for the forward pass may serve the backward pass, too; and no stack is ever copied."""
     program = llama("h100:1", 1, 1, 1).program
     stacks = {(LAYERS, 8192, WIDTH): 2, (LAYERS, WIDTH, 8192): 1, (LAYERS, WIDTH, WIDTH): 2, (LAYERS, 512, WIDTH): 2}
     reads: dict[tuple[int, ...], int] = {}
     for one, around, times in program.instructions():
-        if one.opcode == "dynamic-slice" and (shape := around[one.operands[0]].arrays[0].shape) in stacks:
+        if one.opcode == "slice" and (shape := around[one.operands[0]].arrays[0].shape) in stacks:
             reads[shape] = reads.get(shape, 0) + times
         made = one.opcode not in ("parameter", "get-tuple-element", "tuple", "while", "fusion-start", "bitcast")
         assert not (made and any(array.shape in stacks for array in one.arrays)), one
-    assert reads == {shape: 2 * LAYERS * count for shape, count in stacks.items()}
+    assert reads.keys() == stacks.keys()
+    for shape, count in stacks.items():
+        assert LAYERS * count <= reads[shape] <= 2 * LAYERS * count, shape
 
 
 def test_the_state_is_donated() -> None:
@@ -127,7 +142,7 @@ def test_soft_caps_and_windows_are_tokamaxs() -> None:
     decoder = dataclasses.replace(shape(), attention_cap=50.0, windows=(0, 64, 0))
     program = compiled("h100:1", MeshConfig(1, 1, 1), decoder).program
     assert sum(program.kernels.values()) == 3 * LAYERS
-    assert program.loops == 3 and not program.unknown_loops
+    assert program.loops == 1 and not program.unknown_loops
 
 
 def test_decoding_from_quantised_weights_reads_fewer_bytes_than_from_bfloat16() -> None:

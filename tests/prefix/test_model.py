@@ -112,19 +112,22 @@ def test_a_dialogue_is_the_sum_of_its_turns(model: PrefixModel) -> None:
     assert together.sum() == pytest.approx(apart.sum(), rel=1e-5)
 
 
-def test_remat_changes_nothing_but_memory_and_work() -> None:
+def test_remat_and_unrolling_change_nothing_but_memory_and_work() -> None:
     batch = random_batch(rows=1)
 
-    def value_and_grad(remat: bool) -> Any:
-        graph, state = nnx.split(prefix_model(execution=Execution(remat), num_hidden_layers=6))
+    def value_and_grad(execution: Execution) -> Any:
+        graph, state = nnx.split(prefix_model(execution=execution, num_hidden_layers=6))
         step = jax.jit(jax.value_and_grad(lambda s: jnp.sum(nnx.merge(graph, s).target_nll(batch))))
         compiled = step.lower(state).compile()
+        assert ('"n":"6"' in compiled.as_text()) != execution.unroll  # a loop of six rounds
         return *compiled(state), compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
 
-    loss, grads, memory, flops = value_and_grad(False)
-    loss_remat, grads_remat, memory_remat, flops_remat = value_and_grad(True)
+    loss, grads, memory, flops = value_and_grad(Execution())
+    loss_remat, grads_remat, memory_remat, flops_remat = value_and_grad(Execution(remat=True))
+    loss_unrolled, grads_unrolled, *_ = value_and_grad(Execution(unroll=True))
     assert memory_remat < memory / 1.5
     assert flops < 0.9 * flops_remat  # without it no product is computed twice
-    assert float(loss) == pytest.approx(float(loss_remat), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_remat), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
+    for other, others in ((loss_remat, grads_remat), (loss_unrolled, grads_unrolled)):
+        assert float(loss) == pytest.approx(float(other), rel=1e-6)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
