@@ -142,6 +142,9 @@ class ProjectorConfig:
     """K: soft tokens per user."""
     noise: float = result(0.0, NOT_NEGATIVE)
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
+    start: Literal["random", "words"] = result("random")
+    """Before training: random; or words, a linear guess at the words of the records' `context` (their embeddings, rare
+    ones above all), each soft token at its share of the texts. Where no user's vector stands in front it is random."""
     init_scale: float = result(1.0, POSITIVE)
     """Root mean square of the first soft tokens, in units of the backbone's token embeddings."""
     max_scale: float = result(4.0, NOT_NEGATIVE)

@@ -13,6 +13,8 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
+from e2p_jax.registry import PROJECTORS
+
 if TYPE_CHECKING:
     from e2p_jax.config import Config
 
@@ -99,6 +101,11 @@ def checks(config: "Config") -> list[tuple[bool, str]]:
         (
             not 0 < config.projector.max_scale < config.projector.init_scale,
             "projector.max_scale is below projector.init_scale: the first soft tokens would be beyond the bound",
+        ),
+        (
+            config.projector.start == "random" or hasattr(PROJECTORS[config.projector.kind].load(), "begin"),
+            f"projector.kind {config.projector.kind} cannot begin as a linear map (it has no `begin`): set "
+            "projector.start=random, or choose another kind",
         ),
         (bool(config.train.trainable), "train.trainable is empty: nothing would be trained"),
         (

@@ -28,6 +28,11 @@ def first_contexts(path: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def in_blocks(context: tuple[str, ...], blocks: int) -> list[tuple[str, ...]]:
+    """K parts of a context: text number t goes to part t mod K; where there are fewer texts, they come again."""
+    return [context[block % len(context) :: blocks] for block in range(blocks)]
+
+
 def vectors_of_contexts(
     data: str, encode: Callable[[Sequence[tuple[str, ...]]], np.ndarray], blocks: int = 1
 ) -> tuple[Sequence[str], np.ndarray]:
@@ -35,11 +40,11 @@ def vectors_of_contexts(
 
     Args:
       encode: N contexts of one text or more -> [N, E] float32.
-      blocks: K. Text number t of a context goes to block t mod K; where there are fewer texts, they come again.
+      blocks: K.
     """
     contexts = first_contexts(data)
     texts = [context for context in contexts.values() if context]
-    parts = [context[block % len(context) :: blocks] for context in texts for block in range(blocks)]
+    parts = [part for context in texts for part in in_blocks(context, blocks)]
     made = encode(parts).reshape(len(texts), -1) if texts else np.zeros((0, 1), np.float32)
     vectors = np.full((len(contexts), made.shape[1]), np.nan, np.float32)
     vectors[[bool(context) for context in contexts.values()]] = made

@@ -169,6 +169,11 @@ def gather(values: np.ndarray) -> np.ndarray:
     return values[None] if _peers is None else np.asarray(multihost_utils.process_allgather(values))
 
 
+def of_first(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values of process 0; all have come here, with arrays of the same shapes and dtypes."""
+    return values if _peers is None else jax.device_get(multihost_utils.broadcast_one_to_all(values))
+
+
 def check_same(what: str, digest: Callable[[], bytes]) -> None:
     """Holds the SHA-256 of what every process has read against that of process 0.
 

@@ -49,6 +49,9 @@ def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: 
     return mlp.parameters(rows // k, columns // k, settings, normal, zeros)
 
 
+begin = mlp.begin  # one map for all blocks
+
+
 def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
     each = mlp.project(projector, x.reshape(*x.shape[:-1], projector.num_tokens, -1), dropout_key)

@@ -38,6 +38,12 @@ def parameters(rows: int, columns: int, settings: Any, normal: Any, zeros: Any, 
     return {"skip": gain * rows**-0.5 * normal(rows, columns), "bias": zeros(columns)}
 
 
+def begin(parameters: Mapping[str, Any], fitted: Any) -> dict[str, Any]:
+    """The fresh parameters made into the map that `fitted` gives."""
+    skip, bias = fitted(*parameters["skip"].shape)
+    return {**parameters, "skip": skip, "bias": bias}
+
+
 def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
     from e2p_jax.products import einsum

@@ -51,6 +51,11 @@ def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: 
     }
 
 
+def begin(parameters: Mapping[str, Any], fitted: Any) -> dict[str, Any]:
+    """The fresh parameters made into the map that `fitted` gives, to which the hidden layer adds nothing yet."""
+    return linear.begin(parameters, fitted) | {"down": 0 * parameters["down"]}
+
+
 def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
     import jax

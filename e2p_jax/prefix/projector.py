@@ -41,6 +41,8 @@ class Kind(Protocol):
         """Standardised vectors [..., E] -> [..., K*D]; parameters and `settings` are attributes of the projector.
 
         A kind may also have `project_numpy(parameters by name, x [N, E])`, for users seen just now (`PrefixTable`).
+        One with `begin(parameters by name, fitted)` -> parameters may start from words: `fitted(E, K*D)` is the linear
+        map to begin as, W [E, K*D] and b [K*D], and `fitted(E/K, D)` one for all of K parts of a vector.
         """
 
 

@@ -21,7 +21,7 @@ from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import bytes_per_device, describe_mesh
 from e2p_jax.prefix.model import Batch
 from e2p_jax.train.beyond import Beyond
-from e2p_jax.train.checkpoint import Checkpoints
+from e2p_jax.train.checkpoint import Checkpoints, newest_step
 from e2p_jax.train.metrics import Recorder
 from e2p_jax.train.partition import describe, join, split
 from e2p_jax.train.profile import Profile
@@ -39,6 +39,7 @@ from e2p_jax.train.setup import (
     read_inputs,
 )
 from e2p_jax.train.teacher import teach
+from e2p_jax.train.words import begin_with_words
 from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Population, training_population
@@ -129,6 +130,8 @@ def train_model(config: Config, run: epath.PathLike, shared: Shared | None = Non
     data = read_data(inputs)
     distributed.check_same("training data", data.train.digest)
     model = build_model(inputs, data.population, shared)
+    if config.projector.start == "words" and FRONTS[config.data.condition].reads_table and newest_step(run) is None:
+        model = begin_with_words(model, inputs, data.train.examples.users)
     with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
         if data.train.taught is not None:

@@ -283,7 +283,7 @@ def _others(inputs: Inputs, model: Model, wanted: Callable[[str], bool]) -> dict
             "items",
             lambda path: path != "items/given" and wanted(path),
         )
-        out["items"] = head | {"given": _place(inputs.catalogue.given()[: shape[0]], head["given"].sharding)}
+        out["items"] = head | {"given": place(inputs.catalogue.given()[: shape[0]], head["given"].sharding)}
     return out
 
 
@@ -291,7 +291,7 @@ def _pure(module: nnx.Module) -> PyTree:
     return nnx.to_pure_dict(nnx.state(module))
 
 
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
@@ -306,7 +306,7 @@ def with_later_items(model: Model, catalogue: Catalogue | None) -> Model:
     head, given = model.params["items"], catalogue.given()
     learned = (len(catalogue), head["learned"].shape[1])
     places = {n: param_sharding(model.mesh, f"items/{n}", s) for n, s in (("learned", learned), ("given", given.shape))}
-    head = head | {"given": _place(given, places["given"])}
+    head = head | {"given": place(given, places["given"])}
     head["learned"] = jax.jit(grown, out_shardings=places["learned"])(head["learned"])
     return dataclasses.replace(model, params={**model.params, "items": head})
 

@@ -154,6 +154,22 @@ def test_resumed_run_equals_unbroken_one(config: Config, trained: Path, tmp_path
     )
 
 
+def test_a_start_from_words_is_worked_out_once(config: Config, tmp_path: Path, reference: list):
+    """What resumes reads no words: here they are gone by then."""
+    config = config.change(projector={"start": "words"})
+    run = train(config, tmp_path / "run")
+    lines = numbers(run)
+    assert lines != reference
+    shutil.rmtree(run / "checkpoints" / "6")
+    records = [json.loads(line) | {"context": []} for line in Path(config.data.path).read_text().splitlines()]
+    (tmp_path / "silent.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    silent = config.change(data={"path": str(tmp_path / "silent.jsonl")})
+    assert numbers(train(silent, run)) == lines
+    with pytest.raises(UserError, match=r"silent\.jsonl: no record .* has a context"):
+        train(silent, tmp_path / "other")
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
 def test_rerun_with_other_settings_is_refused(config: Config, trained: Path, tmp_path: Path):
     shutil.copytree(trained, tmp_path / "run")
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=5e-4))
