@@ -309,16 +309,19 @@ class Encoder:
         prompt: bool = False,
     ) -> Example:
         """The example of a conversation, its slots opened where the condition has a vector."""
-        starts = np.zeros(0, np.int64)
-        if FRONTS[condition].vector is not None:
-            starts = np.array(self._slot_starts(talk, rendered, prompt=prompt))
-        places, slots = np.repeat(starts, self.num_tokens), np.arange(len(starts)) * self.num_tokens
-        tokens, is_target = np.insert(rendered.ids, places, self.pad_id), np.insert(is_target, places, False)
+        has_slots = FRONTS[condition].vector is not None
+        starts = self._slot_starts(talk, rendered, prompt=prompt) if has_slots else []
+        starts = [start + number * self.num_tokens for number, start in enumerate(starts)]
+        is_text = np.ones(len(rendered.ids) + len(starts) * self.num_tokens, bool)
+        for start in starts:
+            is_text[start : start + self.num_tokens] = False
+        tokens, targets = np.full(len(is_text), self.pad_id, np.int32), np.zeros(len(is_text), bool)
+        tokens[is_text], targets[is_text] = rendered.ids, is_target
         items = np.zeros(0, np.int32)
         if self.catalogue is not None and record.items:
             items = self.catalogue.rows(record.items)
             items = items[items >= 0]
-        return Example(tokens, is_target, tuple((starts + slots).tolist()), record.user_id, record.source, items)
+        return Example(tokens, targets, tuple(starts), record.user_id, record.source, items)
 
     def _slot_starts(self, talk: "Talk", rendered: Rendered, *, prompt: bool) -> list[int]:
         """Indices, in the tokens without slots, before which the soft tokens stand.

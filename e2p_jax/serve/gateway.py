@@ -1,29 +1,26 @@
 """Stands between clients of the OpenAI chat API and an engine: puts each user's soft tokens into the prompt.
 
 A request names its user; the gateway writes the prompt as training did, looks the soft tokens up, asks the engine, and
-gives its answer back as that of a chat, streamed or whole. Needs Starlette, uvicorn and httpcore: the extra `[serve]`.
+gives its answer back as that of a chat, streamed or whole. Needs aiohttp: the extra `[serve]`.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import io
 import ipaddress
 import json
+import re
 import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
-import httpcore
-import uvicorn
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+import aiohttp
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from yarl import URL
 
 from e2p_jax.datasets.records import to_answer
 from e2p_jax.errors import UserError, shown
@@ -33,7 +30,7 @@ from e2p_jax.export.payloads import SAMPLING
 from e2p_jax.export.prefix_reader import AbsentUser, PrefixTable
 from e2p_jax.serve import chat_api
 from e2p_jax.serve.metrics import CONTENT_TYPE, Metrics
-from e2p_jax.serve.relay import FAILURES, Refused, Relay, passed_back, read_object
+from e2p_jax.serve.relay import FAILURES, Gone, Refused, Relay, passed_back, read_object
 from e2p_jax.terminal import say
 
 USER_HEADER = "x-e2p-user"
@@ -45,7 +42,9 @@ _GONE = 499  # what nginx notes for a client that went before its answer
 _COMPLETIONS = "/v1/completions"
 _NO_USER = "user_not_found"
 _STOP_SECONDS = 30  # that answers may take to end when the process is told to stop
-_NEAR = (*NAMES, "[::1]")
+NEAR = (*NAMES, "[::1]")  # names of this machine
+# How aiohttp runs it. A client that goes cancels its request's handler, which closes the connection to the engine.
+HOW: dict[str, Any] = {"handler_cancellation": True, "auto_decompress": False, "access_log": None}
 _WRITE_PROMPT = ["chat_template", "chat_template_kwargs", "continue_final_message", "documents", "echo"]
 
 
@@ -71,26 +70,26 @@ class Settings:
     """Seconds between two looks for a new version of the table."""
 
 
-def application(table: PrefixTable, settings: Settings, hosts: tuple[str, ...]) -> Starlette:
-    """The gateway as an ASGI application.
+def application(table: PrefixTable, settings: Settings, hosts: tuple[str, ...] | None) -> web.Application:
+    """The gateway, to be run as `HOW` says.
 
     Args:
-      hosts: names by which it may be asked; `*` is any. With the names of this machine alone, no page of another site
+      hosts: names by which it may be asked; None is any. With the names of this machine alone, no page of another site
         can ask it through a browser here (DNS rebinding).
 
     Raises:
       UserError: a table that no engine can be served from, or one without a chat form.
     """
     gateway = Gateway(table, settings)
-    routes = [
-        Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
-        Route("/v1/models", gateway.models),
-        Route("/v1/models/{name:path}", gateway.models),
-        Route("/health", gateway.health),
-        Route("/metrics", gateway.metrics_page),
-    ]
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
-    return Starlette(routes=routes, middleware=guards, lifespan=gateway.lifespan)
+    app = web.Application(middlewares=[] if hosts is None else [_named(hosts)])
+    app.router.add_post("/v1/chat/completions", gateway.chat)
+    app.router.add_get("/v1/models", gateway.models)
+    app.router.add_get("/v1/models/{name:.*}", gateway.models)
+    app.router.add_get("/health", gateway.health)
+    app.router.add_get("/metrics", gateway.metrics_page)
+    app.on_response_prepare.append(_unsigned)
+    app.cleanup_ctx.append(gateway.lifespan)
+    return app
 
 
 class Gateway:
@@ -106,13 +105,16 @@ class Gateway:
         self._client = EngineClient(table, "", settings.cache_salt, "null" if settings.unknown == "null" else "error")
         _warm(self._client)
         self._rooms: dict[str, int | None] = {}  # of the engine's models: tokens of prompt and reply together
-        self.chat = _Chat(self)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+    async def lifespan(self, _: web.Application) -> AsyncIterator[None]:
         """Holds the connections."""
-        # httpcore, not httpx on top of it: a quarter of a millisecond less for each request.
-        async with httpcore.AsyncConnectionPool(max_connections=None, keepalive_expiry=_IDLE_SECONDS) as self._pool:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+        async with aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            headers={"accept-encoding": "identity"},
+        ) as self._session:
             following = asyncio.ensure_future(self._follow())
             yield
             following.cancel()
@@ -138,32 +140,37 @@ class Gateway:
 
     def _asking(
         self, path: str, headers: dict[str, str], content: bytes | None = None, timeout: float | None = None
-    ) -> AbstractAsyncContextManager[httpcore.Response]:
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The engine's answer, from when its headers are there; a POST of what there is to post.
 
         Raises:
           One of `relay.FAILURES`, when it is entered or read.
         """
         wait = timeout or self.settings.timeout
-        extensions = {"timeout": {"connect": min(wait, _CONNECT_SECONDS), "read": wait, "write": wait, "pool": wait}}
-        url, sent = f"{self.settings.engine}{path}", [*headers.items(), ("accept-encoding", "identity")]
-        method = "GET" if content is None else "POST"
-        return self._pool.stream(method, url, headers=sent, content=content, extensions=extensions)
+        return self._session.request(
+            "GET" if content is None else "POST",
+            URL(f"{self.settings.engine}{path}", encoded=True),
+            headers=headers,
+            data=None if content is None else io.BytesIO(content),
+            timeout=aiohttp.ClientTimeout(sock_connect=min(wait, _CONNECT_SECONDS), sock_read=wait),
+            allow_redirects=False,
+        )
 
-    async def _get(self, path: str, headers: dict[str, str], timeout: float | None = None) -> httpcore.Response:
+    async def _get(self, path: str, headers: dict[str, str], timeout: float | None = None) -> web.Response:
+        """The same, whole, as it can be passed back."""
         async with self._asking(path, headers, timeout=timeout) as answer:
-            await answer.aread()
-            return answer
+            return web.Response(body=await answer.read(), status=answer.status, headers=passed_back(answer))
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, request: web.Request) -> web.Response:
         """The engine's answer, as it is."""
         try:
-            answer = await self._get(request.url.path, _passed_on(request))
+            return await self._get(request.rel_url.raw_path, _passed_on(request))
+        except UserError as error:
+            return Refused(400, str(error)).response()
         except FAILURES as error:
             return self._unreachable(error).response()
-        return Response(answer.content, answer.status, passed_back(answer))
 
-    async def health(self, _: Request) -> Response:
+    async def health(self, _: web.Request) -> web.Response:
         """200 if the engine says that it is well."""
         try:
             answer = await self._get("/health", {}, _ALIVE_SECONDS)
@@ -171,31 +178,57 @@ class Gateway:
         except FAILURES as error:
             fault = str(self._unreachable(error))
         said = {"status": fault or "ok", "users": len(self._client.table)}
-        return JSONResponse(said, 503 if fault else 200)
+        return web.json_response(said, status=503 if fault else 200)
 
-    async def metrics_page(self, _: Request) -> Response:
+    async def metrics_page(self, _: web.Request) -> web.Response:
         """See `Metrics`."""
-        return PlainTextResponse(self.metrics.text(len(self._client.table)), media_type=CONTENT_TYPE)
+        text = self.metrics.text(len(self._client.table))
+        return web.Response(body=text.encode(), headers={"content-type": CONTENT_TYPE})
 
-    async def ask(self, values: dict[str, Any], request: Request, send: Send) -> int:
-        """Answers one chat request; returns the status.
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """Answers a request within the limits, and counts it."""
+        if self.metrics.answering >= self.settings.at_once:
+            self.metrics.answers[503] += 1
+            busy = Refused(503, f"{self.settings.at_once} requests are being answered; try again", "busy")
+            return busy.response({"retry-after": "1"})
+        self.metrics.answering += 1
+        status = _GONE  # where this is cancelled
+        try:
+            values = await read_object(request, self.settings.largest_body)
+            response, status = await self._answer(values, request)
+            return response
+        except Refused as refused:
+            status = refused.status
+            return refused.response()
+        except Gone:
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=_GONE)  # to nobody
+        finally:
+            self.metrics.answers[status] += 1
+            self.metrics.answering -= 1
+
+    async def _answer(self, values: dict[str, Any], request: web.Request) -> tuple[web.StreamResponse, int]:
+        """What the client was sent, and the status to count.
 
         Raises:
           Refused: with the reason, before anything was sent.
+          Gone: the client.
         """
-        began, passed_on = time.monotonic(), _passed_on(request)
+        began = time.monotonic()
         try:
+            passed_on, user = _passed_on(request), _header(request, USER_HEADER)
             model, room = await self._model(values.get("model"), passed_on)
             # Not in a thread: Python runs one at a time, and handing over costs more than most prompts.
-            path, content = self._prepare(values, _header(request), model, room)
+            path, content = self._prepare(values, user, model, room)
             asked = time.monotonic()
             self.metrics.preparing.add(asked - began)
             headers = passed_on | {"content-type": "application/json"}
             async with self._asking(path, headers, content) as answer:
-                relay = Relay(answer, send, self.settings.timeout, path == _COMPLETIONS)
-                status = await relay.run()
+                relay = Relay(answer, request, self.settings.timeout, path == _COMPLETIONS)
+                made = await relay.run()
             self.metrics.first_byte.add(relay.began - asked)
-            return status
+            return made
         except UserError as error:
             raise Refused(400, str(error)) from error
         except FAILURES as error:
@@ -214,7 +247,7 @@ class Gateway:
             if answer.status != 200:
                 raise Refused(answer.status, f"the engine answers {answer.status} when it is asked for its models")
             try:
-                self._rooms = {card["id"]: card.get("max_model_len") for card in json.loads(answer.content)["data"]}
+                self._rooms = {card["id"]: card.get("max_model_len") for card in json.loads(answer.text or "")["data"]}
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise Refused(502, "the engine does not say which models it serves", "engine_unavailable") from error
         name = next(iter(self._rooms), "") if name is None else name
@@ -267,47 +300,9 @@ class Gateway:
 
     def _unreachable(self, error: Exception) -> Refused:
         self._rooms = {}  # another engine may answer next time
-        if isinstance(error, httpcore.TimeoutException) and not isinstance(error, httpcore.ConnectTimeout):
+        if isinstance(error, aiohttp.SocketTimeoutError):
             return Refused(504, f"the engine said nothing for {self.settings.timeout:g} s", "engine_unavailable")
         return Refused(502, f"the engine cannot be reached ({type(error).__name__})", "engine_unavailable")
-
-
-class _Chat:
-    """The chat endpoint: limits, and an end to what nobody waits for."""
-
-    def __init__(self, gateway: Gateway):
-        self._gateway, self._settings, self._metrics = gateway, gateway.settings, gateway.metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._metrics.answering >= self._settings.at_once:
-            busy = Refused(503, f"{self._settings.at_once} requests are being answered; try again", "busy")
-            self._metrics.answers[503] += 1
-            await busy.response({"retry-after": "1"})(scope, receive, send)
-            return
-        self._metrics.answering += 1
-        status = _GONE
-        try:
-            status = await self._answer(Request(scope, receive), send)
-        except Refused as refused:
-            status = refused.status
-            await refused.response()(scope, receive, send)
-        except (TimeoutError, ClientDisconnect):
-            pass
-        finally:
-            self._metrics.answers[status] += 1
-            self._metrics.answering -= 1
-
-    async def _answer(self, request: Request, send: Send) -> int:
-        values = await read_object(request, self._settings.largest_body)
-        work = asyncio.ensure_future(self._gateway.ask(values, request, send))
-        gone = asyncio.ensure_future(request.receive())  # nothing else comes after the body
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            return work.result() if work.done() else _GONE
-        finally:
-            gone.cancel()
-            work.cancel()  # closes the connection to the engine, which then stops
-            await asyncio.wait((work, gone))
 
 
 def _warm(client: EngineClient) -> None:
@@ -323,21 +318,37 @@ def _plain(messages: Any) -> Any:
     return [{key: value for key, value in message.items() if value not in (None, [])} for message in objects]
 
 
-def _header(request: Request) -> str | None:
-    """The user that the header names.
-
+def _header(request: web.Request, name: str) -> str | None:
+    """
     Raises:
       UserError: not UTF-8.
     """
-    value = request.headers.get(USER_HEADER)
+    value = request.headers.get(name)
     try:
-        return None if value is None else value.encode("latin-1").decode()
-    except UnicodeDecodeError as error:
-        raise UserError("the header X-E2P-User is not UTF-8") from error
+        (value or "").encode()  # what is no UTF-8 was read as surrogates
+    except UnicodeEncodeError as error:
+        raise UserError(f"the header {name} is not UTF-8") from error
+    return value
 
 
-def _passed_on(request: Request) -> dict[str, str]:
-    return {name: value for name in _PASSED_ON if (value := request.headers.get(name)) is not None}
+def _passed_on(request: web.Request) -> dict[str, str]:
+    return {name: value for name in _PASSED_ON if (value := _header(request, name)) is not None}
+
+
+def _named(hosts: tuple[str, ...]) -> Middleware:
+    """Refuses who asks by another name."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        name = re.sub(r":\d*$", "", request.headers.get("host", "")).lower()
+        return await handler(request) if name in hosts else web.Response(text="another host's name", status=400)
+
+    return guard
+
+
+async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
+    """Says nothing of versions."""
+    del response.headers["server"]
 
 
 def serve(table: PrefixTable, settings: Settings, host: str, port: int) -> None:
@@ -356,14 +367,11 @@ def serve(table: PrefixTable, settings: Settings, host: str, port: int) -> None:
     with contextlib.closing(listening):
         address, number = listening.getsockname()[:2]
         near = ipaddress.ip_address(address).is_loopback
-        app = application(table, settings, _NEAR if near else ("*",))
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_STOP_SECONDS
-        )
+        app = application(table, settings, NEAR if near else None)
         if not near:
             say(
                 f"whoever reaches {address}, port {number}, can ask as any user, unencrypted; put in front what checks "
                 "users and speaks TLS"
             )
         print(f"http://{f'[{address}]' if ':' in address else address}:{number}", flush=True)
-        uvicorn.Server(config).run([listening])
+        web.run_app(app, sock=listening, print=None, shutdown_timeout=_STOP_SECONDS, **HOW)

@@ -23,7 +23,7 @@ _VERSION = 2
 _HEADER = 5  # version, checksum of the text and of all that follows here, rows, users, bits
 _BODY = 2  # where what the checksum covers begins
 _BOM = b"\xef\xbb\xbf"
-_LOWER = np.uint64(0xFFFFFFFF)
+_LOWER = 0xFFFFFFFF
 _BLOCK = 1 << 16  # ids made into Python objects at once
 
 
@@ -105,48 +105,22 @@ class UserIndex:
         """Ascending rows whose id stands in an earlier row, too."""
         if len(self) == self.rows:
             return np.zeros(0, np.int64)
-        return np.setdiff1d(np.arange(self.rows), (self._entries & _LOWER).astype(np.int64))
+        return np.setdiff1d(np.arange(self.rows), (self._entries & np.uint64(_LOWER)).astype(np.int64))
 
     def find(self, users: Sequence[str]) -> np.ndarray:
         """[N] int64: the row of each user, -1 for one who is not here."""
-        encoded = list(map(_encode, users))
-        hashes = _hash(encoded, len(encoded))
-        bucket = _bucket(hashes, self._bits)
-        place, end = self._starts[bucket].astype(np.int64), self._starts[bucket + 1].astype(np.int64)
-        rows = np.full(len(encoded), -1, np.int64)
-        unsettled = np.flatnonzero(place < end)
-        while len(unsettled):  # as often as the fullest of these buckets has entries
-            entries = self._entries[place[unsettled]]
-            hit = entries >> np.uint64(32) == hashes[unsettled] & _LOWER
-            rows[unsettled[hit]] = entries[hit] & _LOWER
-            place[unsettled] += 1
-            unsettled = unsettled[~hit & (place[unsettled] < end[unsettled])]
-        hits = np.flatnonzero(rows >= 0)
-        found = encoded if len(hits) == len(encoded) else [encoded[i] for i in hits]
-        for wrong in hits[~self._same(rows[hits], found)]:  # another id with the same half of a hash
-            rows[wrong] = self._scan(encoded[wrong], int(bucket[wrong]))
+        # One by one: for a few users, as servers ask, that is ten times as quick as with arrays.
+        starts, entries, ends, text = self._starts.data, self._entries.data, self._ends.data, self.text.data
+        rows = np.full(len(users), -1, np.int64)
+        for number, user in enumerate(map(_encode, users)):
+            hashed = xxhash.xxh3_64_intdigest(user)
+            bucket = hashed >> (64 - self._bits)
+            for entry in entries[starts[bucket] : starts[bucket + 1]]:
+                row = entry & _LOWER
+                if entry >> 32 == hashed & _LOWER and text[ends[row - 1] + 1 if row else 0 : ends[row]] == user:
+                    rows[number] = row
+                    break
         return rows
-
-    def _same(self, rows: np.ndarray, encoded: list[bytes]) -> np.ndarray:
-        """[N] bool: whether the row's id is this text."""
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        first, last = _spans(self._ends, rows)
-        after = np.cumsum(lengths)
-        places = np.arange(after[-1] if len(after) else 0) + np.repeat(first - (after - lengths), lengths)
-        same = last - first == lengths
-        if not same.all():
-            places = np.minimum(places, len(self.text) - 1)
-        differs = self.text[places] != np.frombuffer(b"".join(encoded), np.uint8)
-        if differs.any():
-            same[np.unique(np.repeat(np.arange(len(encoded)), lengths)[differs])] = False
-        return same
-
-    def _scan(self, encoded: bytes, bucket: int) -> int:
-        for entry in self._entries[int(self._starts[bucket]) : int(self._starts[bucket + 1])]:
-            row = int(entry & _LOWER)
-            if next(_texts(self.text, self._ends, np.array([row]))) == encoded:
-                return row
-        return -1
 
 
 def build(text: np.ndarray, ends: np.ndarray) -> np.ndarray:
