@@ -195,6 +195,9 @@ class TrainConfig:
     token's."""
     teacher_temperature: float = result(1.0, POSITIVE)
     """That the teacher's logits are divided by; the student's are not."""
+    borrowed: int = result(0, NOT_NEGATIVE)
+    """With `distill`: so many times more each training conversation is learned from, with the context and the vector of
+    another training user each time, whom the teacher alone tells what to expect."""
     clip_norm: float = result(1.0, POSITIVE)
     """Global norm of the trainable gradient."""
     seed: int = result(0, NOT_NEGATIVE)

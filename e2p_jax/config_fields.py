@@ -109,6 +109,10 @@ def checks(config: "Config") -> list[tuple[bool, str]]:
         ),
         (bool(config.train.trainable), "train.trainable is empty: nothing would be trained"),
         (
+            not config.train.borrowed or config.train.distill > 0,
+            "train.borrowed needs train.distill: only a teacher knows what another user would say",
+        ),
+        (
             not config.train.distill or "text" not in config.data.condition,
             "train.distill: with the context as text in data.condition there is nothing to learn from who reads it",
         ),

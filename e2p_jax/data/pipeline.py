@@ -20,7 +20,7 @@ from e2p_jax.data.columns import Ragged
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
-from e2p_jax.data.teacher import Teacher
+from e2p_jax.data.teacher import Reading, Teacher
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import row_sharding
 from e2p_jax.prefix.model import Batch
@@ -38,7 +38,7 @@ class PackedDataset:
     rows: Ragged  # of example numbers
     budget: Budget
     num_tokens: int  # K
-    taught: Examples | None = None  # one per example, as a teacher reads it
+    taught: Reading | None = None  # of the same examples
     teacher: Teacher | None = None  # what it made of them
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -63,7 +63,8 @@ class PackedDataset:
             digest.update(self.vectors.gather(slice(first, first + size)).data)
         held = self.examples
         items = (held.items, held.item_ends) if len(held.items) else ()
-        taught = (self.taught.tokens, self.taught.is_target, self.taught.ends) if self.taught else ()
+        read = self.taught and self.taught.examples
+        taught = (read.tokens, read.is_target, read.ends) if read else ()
         for array in (held.tokens, held.is_target, held.ends, self.rows.values, *items, *taught):
             digest.update(np.ascontiguousarray(array).data)
         return digest.digest()

@@ -21,10 +21,11 @@ import numpy as np
 import e2p_jax
 from e2p_jax.config import Condition, Config, DataConfig
 from e2p_jax.data.columns import Ragged
-from e2p_jax.data.conditions import spelled_out
+from e2p_jax.data.conditions import borrowed, spelled_out
 from e2p_jax.data.encode import Encoder, Example, Fitted
 from e2p_jax.data.examples import Examples, Growing, map_column
 from e2p_jax.data.packing import Budget, choose_budget, plan_rows
+from e2p_jax.data.teacher import Reading
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits, load_training
@@ -43,7 +44,7 @@ class Training:
     """The records of a run."""
 
     examples: Examples  # N, of the training records, under `data.condition`; on disk
-    taught: Examples | None  # N, as the teacher of `train.distill` reads them; without targets where there is none
+    taught: Reading | None  # of the same N, for `train.distill`
     budget: Budget
     rows: Ragged  # the plan: which examples share a row; on disk once it is cached
     dev: list[Record]
@@ -109,18 +110,27 @@ def _read(config: Config, encoder: Encoder, directory: Path) -> Training:
     learned, dev = load_training(config.data, reported, bad)
     dropped, growing = 0, Growing(directory)
     taught = Growing(directory) if config.train.distill else None
+    times, own = config.train.borrowed, 0
     with explain_full_disk(directory):
-        for record in spelled_out(learned, condition):
+        records = list(spelled_out(learned, condition)) if times else spelled_out(learned, condition)
+        for record in records:
             # Too long for the teacher's reading is too long for both, so that both have the same targets.
             fit = encoder.fit(record, [condition, "text"] if taught else [condition])
             dropped += fit.dropped_messages
             growing.add(fit.examples[condition])
             if taught:
                 taught.add(_taught(fit, condition))
+            own += 1
+        for record in borrowed(list(records), times):
+            fit = encoder.fit(record, [condition, "text"])
+            reading = _taught(fit, condition)
+            if taught and reading.is_target.any():  # else nothing can be learned from it
+                growing.add(fit.examples[condition])
+                taught.add(reading)
     examples = growing.examples()
     budget = choose_budget(examples, encoder.max_length)
-    rows, reading = plan_rows(examples, budget), None if taught is None else taught.examples()
-    return Training(examples, reading, budget, rows, dev, reported, dropped, bad.report())
+    read = Reading(taught.examples(), own) if taught else None
+    return Training(examples, read, budget, plan_rows(examples, budget), dev, reported, dropped, bad.report())
 
 
 def _taught(fit: Fitted, condition: Condition) -> Example:
@@ -147,7 +157,7 @@ def _key(config: Config, encoder: Encoder) -> str:
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "pad": encoder.pad_id,
         "items": encoder.catalogue and hashlib.sha256(encoder.catalogue.table.index.text.data).hexdigest(),
-        **({"taught": True} if config.train.distill else {}),
+        **({"borrowed": config.train.borrowed} if config.train.distill else {}),
     }
     return digest(settings)[:32]
 
@@ -176,7 +186,7 @@ def _save(training: Training, place: Path) -> None:
     with replace_directory(place) as temporary:
         training.examples.save(temporary)
         if training.taught is not None:
-            training.taught.save(temporary, _TAUGHT)
+            training.taught.examples.save(temporary, _TAUGHT)
         np.save(temporary / "rows.npy", training.rows.values)
         np.save(temporary / "row_ends.npy", training.rows.ends)
         texts = {
@@ -185,6 +195,7 @@ def _save(training: Training, place: Path) -> None:
             "budget": list(map(int, training.budget)),
             "dropped_messages": training.dropped_messages,
             "skipped": training.skipped,
+            "own": training.taught and training.taught.own,
         }
         (temporary / "records.json").write_text(json.dumps(texts), encoding="utf-8")
         vouch(temporary)
@@ -218,7 +229,7 @@ def _load(place: Path) -> Training:
     texts = json.loads((place / "records.json").read_text(encoding="utf-8"))
     return Training(
         Examples.load(place),
-        Examples.load(place, _TAUGHT) if (place / f"{_TAUGHT}ends.npy").exists() else None,
+        Reading(Examples.load(place, _TAUGHT), texts["own"]) if texts.get("own") else None,
         Budget(*texts["budget"]),
         Ragged(map_column(place, "rows"), map_column(place, "row_ends")),
         list(map(_record, texts["dev"])),

@@ -37,21 +37,24 @@ def teach(dataset: PackedDataset, inputs: Inputs, model: Model) -> PackedDataset
     """
     taught, weight = dataset.taught, inputs.config.train.distill
     assert taught is not None
-    counts = taught.target_counts
+    counts, own = taught.examples.target_counts, taught.own
     if not counts.any():
         raise UserError("train.distill: no training record has a `context` for the teacher to read; add it, or set 0")
     if (without := int((counts == 0).sum())) and distributed.is_first():
-        say(f"train.distill: {without:,} of {len(counts):,} conversations have no context and so no teacher")
-    nobody = Vectors(np.zeros((1, model.embedding_width), np.float32), np.zeros(len(taught), np.int64))
-    reading = pack(taught, nobody, inputs.encoder)
+        say(f"train.distill: {without:,} of {own:,} conversations have no context and so no teacher")
+    nobody = Vectors(np.zeros((1, model.embedding_width), np.float32), np.zeros(len(counts), np.int64))
+    reading = pack(taught.examples, nobody, inputs.encoder)
     folder = cache_directory(inputs.config.data.cache)
     place = folder and folder / f"teacher-{_key(reading, inputs, model)}"
     # All work it out together, or none.
     if place and distributed.gather(np.array(_is_whole(place), np.int32)).all():
-        teacher = Teacher.load(place, counts, weight)
+        teacher = Teacher.load(place, taught, weight)
     else:
-        with explain_full_disk(folder or Path(tempfile.gettempdir())):
-            teacher = _ask(reading, folder, inputs, model)
+        directory = folder or Path(tempfile.gettempdir())
+        tokens = min(inputs.config.train.teacher_tokens, inputs.decoder.vocab_size)
+        with explain_full_disk(directory):
+            teacher = Teacher.empty(directory, taught, tokens, weight)
+            _ask(teacher, reading, inputs, model)
         if folder and place:
             with cache_at_fault(folder):
                 shutil.rmtree(place, ignore_errors=True)  # a damaged one
@@ -77,13 +80,11 @@ def _key(reading: PackedDataset, inputs: Inputs, model: Model) -> str:
     return digest([*identity.describe(inputs, model), settings, reading.digest().hex()])[:32]
 
 
-def _ask(reading: PackedDataset, folder: Path | None, inputs: Inputs, model: Model) -> Teacher:
-    """Works out what the teacher expects."""
+def _ask(teacher: Teacher, reading: PackedDataset, inputs: Inputs, model: Model) -> None:
+    """Works out what the teacher expects, and writes it down."""
     train, counts = inputs.config.train, reading.examples.target_counts
     batches = -(-len(reading.rows) // train.rows)
-    tokens = min(train.teacher_tokens, inputs.decoder.vocab_size)
-    step = jit_teacher_step(model, tokens, train.teacher_temperature)
-    teacher = Teacher.empty(folder or Path(tempfile.gettempdir()), counts, tokens, train.distill)
+    step = jit_teacher_step(model, teacher.ids.shape[1], train.teacher_temperature)
     with contextlib.closing(Progress(batches, 0, "teacher")) as progress, jax.set_mesh(model.mesh):
         for number, (batch, members) in enumerate(eval_batches(reading, model.mesh, train.rows), 1):
             ids, log_probs = jax.device_get(step(model.params, batch))
@@ -93,4 +94,3 @@ def _ask(reading: PackedDataset, folder: Path | None, inputs: Inputs, model: Mod
                     teacher.ids[last - count : last] = ids[row, end - count : end]
                     teacher.log_probs[last - count : last] = log_probs[row, end - count : end]
             progress.update(number, "", show=number in (1, batches) or number % 50 == 0)
-    return teacher

@@ -84,7 +84,7 @@ def test_the_teacher_is_the_backbone_that_reads_the_context(
     assert "train.distill: 1 of 8 conversations have no context and so no teacher" in capsys.readouterr().err
     sources = [int(source.rpartition(":")[2]) - 1 for source in found.examples.sources]
     assert sorted(sources) == list(range(4, 12))
-    for number, (user, ours, theirs) in enumerate(zip(sources, found.examples, found.taught, strict=True)):
+    for number, (user, ours, theirs) in enumerate(zip(sources, found.examples, found.taught.examples, strict=True)):
         ids, shares = found.teacher.shares(number)
         if user == BARE:
             assert len(ids) == 0
@@ -116,6 +116,31 @@ def test_a_packed_row_has_what_its_segments_have(config: Config) -> None:
             place += int(found.examples.target_counts[number])
     for name, values in expected.items():
         np.testing.assert_array_equal(batch[name], values)
+
+
+def test_borrowed_conversations_have_another_users_context_and_vector_and_the_teacher_alone(config: Config) -> None:
+    """Behind the usual ones, of which nothing changes; the user without a context is nobody to borrow for."""
+    usual, found = taught(config), taught(config.change(train={"borrowed": 2}))
+    assert usual.teacher and found.teacher and found.taught and found.taught.own == len(usual.examples) == 8
+    assert len(found.examples) == 8 + 2 * 7 == len(found.vectors)
+    encoder, tables = read_inputs(config).encoder, {user: synthetic.vector(user) for user in USERS}
+    pairs = set()
+    for number, example in enumerate(found.examples):
+        source, user = int(example.source.rpartition(":")[2]) - 1, int(example.user_id.removeprefix("user-"))
+        ids, shares = found.teacher.shares(number)
+        np.testing.assert_allclose(found.vectors.gather([number])[0], tables[user], rtol=1e-6)
+        pairs.add((source, user))
+        if number < 8:
+            assert source == user
+            np.testing.assert_array_equal(ids, usual.teacher.shares(number)[0])
+            np.testing.assert_array_equal(shares, usual.teacher.shares(number)[1])
+            continue
+        assert source != user != BARE
+        np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-6)
+        assert len(shares) == example.is_target.sum() > 0
+        read = encoder.tokenizer.decode(found.taught.examples[number].tokens)
+        assert "\n".join(synthetic.record(user).context) in read
+    assert len(pairs) == len(found.examples)  # nobody meets anybody twice
 
 
 def test_each_setting_of_a_teacher_has_answers_of_its_own(config: Config) -> None:
