@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="session")
 def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Two steps on 16 users."""
+    """Two steps on 16 users, started from words: what every process works out is to be the same."""
     folder = tmp_path_factory.mktemp("corpus")
     write_jsonl([synthetic.record(user) for user in range(16)], folder / "records.jsonl")
     vectors = np.stack([synthetic.vector(user) for user in range(16)])
@@ -27,7 +27,7 @@ def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
     return Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(path=str(folder / "records.jsonl"), embeddings=str(folder / "table"), seq_len=128),
-        projector=mlp.Settings(hidden_size=16),
+        projector=mlp.Settings(hidden_size=16, start="words"),
         train=TrainConfig(steps=2, rows=4, warmup_steps=1, eval_every=2, checkpoint_every=2, log_every=1),
         evaluate=EvaluateConfig(conditions=()),
     )
