@@ -190,9 +190,9 @@ class TrainConfig:
     distill: float = result(0.0, SHARE)
     """Share of the loss that a teacher has: the backbone itself, which reads the record's context as text, by
     `data.context_prompt`. The other share is the true token's, and all of it where a record has no context."""
-    teacher_tokens: int = result(32, POSITIVE)
-    """k: of the teacher's distribution at each target, its likeliest tokens. What probability they leave is the true
-    token's."""
+    teacher_tokens: int = result(16, POSITIVE)
+    """k: of the teacher's distribution at each target, its likeliest tokens; for more than 16 a GPU sorts all. What
+    probability they leave is the true token's."""
     teacher_temperature: float = result(1.0, POSITIVE)
     """That the teacher's logits are divided by; the student's are not."""
     borrowed: int = result(0, NOT_NEGATIVE)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -74,10 +75,13 @@ def _is_whole(place: Path) -> bool:
 
 
 def _key(reading: PackedDataset, inputs: Inputs, model: Model) -> str:
-    """Names all that a teacher's answers depend on; mesh and kernels change them by rounding alone."""
-    train, backbone = inputs.config.train, inputs.config.backbone
+    """Names all that a teacher's answers depend on; mesh, kernels and rows change them by rounding alone."""
+    train, backbone, held = inputs.config.train, inputs.config.backbone, reading.examples
     settings = [train.teacher_tokens, train.teacher_temperature, backbone.quantization]
-    return digest([*identity.describe(inputs, model), settings, reading.digest().hex()])[:32]
+    read = hashlib.sha256()
+    for array in (held.tokens, held.is_target, held.ends):
+        read.update(np.ascontiguousarray(array).data)
+    return digest([*identity.describe(inputs, model), settings, read.hexdigest()])[:32]
 
 
 def _ask(teacher: Teacher, reading: PackedDataset, inputs: Inputs, model: Model) -> None:
