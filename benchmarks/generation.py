@@ -81,8 +81,8 @@ def main(
     vectors = rng.normal(size=(1, WIDTH)).astype(np.float32)
 
     def reply(example: Example, count: int) -> list[int]:
-        sampling = Sampling(max_new_tokens=count)
-        return generate_tokens(graph, params, [example], vectors, sampling=sampling, stops=(), pad=0, num_tokens=1)[0]
+        how = {"sampling": Sampling(max_new_tokens=count), "stops": (), "pad": 0, "num_tokens": 1}
+        return generate_tokens(graph, params, [example], vectors, **how)[0][0]
 
     fronts = {
         "no prefix": prompt(rng, length, False),

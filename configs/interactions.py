@@ -6,7 +6,7 @@
 
 DIR holds a log of one's own, or Last.fm or MovieLens as they come (docs/data.md); DATA is the directory that the first
 command prints. `e2p embed` writes the users' vectors and, beside them, the items' (`embeddings-items`): with those the
-items are tokens of a vocabulary of their own, and their titles are learned beside them. A log without times is
+items are tokens of a vocabulary of their own, and titles follow the item that is picked. A log without times is
 `interactions/leave_last_out`.
 """
 
@@ -21,7 +21,7 @@ config = Config(
         seq_len=256,
         eval_splits=("validation", "test"),
     ),
-    items=ItemsConfig(text_weight=0.2),
+    items=ItemsConfig(text_weight=1.0, token=True),
     projector=mlp.Settings(num_tokens=4),
     train=TrainConfig(steps=400, rows=8, learning_rate=1e-2, eval_every=100, checkpoint_every=100),
     evaluate=EvaluateConfig(conditions=("none", "shuffled", "e2p"), measures=("items",), max_records=0),

@@ -120,6 +120,9 @@ class ItemsConfig:
     a smaller one's is whole."""
     text_weight: float = result(0.0, NOT_NEGATIVE)
     """Of the replies' own loss, nats per target, beside the items', nats per conversation; 0 trains items alone."""
+    token: bool = result(False)
+    """The item stands as a token of its own in front of the last reply, so that words follow it: in training a record's
+    first item, in generation the one that the head picks."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ def generate(
       input: JSON Lines of {user_id, prompt} or {user_id, messages} to answer in place of --user and --prompt.
       condition: What stands in front: e2p, none, or any that `e2p evaluate` knows.
       sampling: How tokens are chosen.
-      as_json: Print one JSON line per answer: user_id, response.
+      as_json: Print one JSON line per answer: user_id, response, and of a run with `items.token` the item.
     """
     from e2p_jax.datasets.records import Record, read_prompts
     from e2p_jax.evaluate import generate as generation
@@ -53,11 +53,13 @@ def generate(
         names, vectors = generation.asked_for(opened, user, condition)
         message = {"role": "user", "content": prompt or ""}
         records = [Record(name, (), (message,), source=f"--user {name}") for name in names]
-    for record, reply in zip(records, generation.generate(opened, records, vectors, condition, sampling), strict=True):
+    replies = generation.reply(opened, records, vectors, condition, sampling)
+    for record, (text, item) in zip(records, replies, strict=True):
         if as_json:
-            print(json.dumps({"user_id": record.user_id, "response": reply}))
+            picked = {} if item is None else {"item": item}
+            print(json.dumps({"user_id": record.user_id, **picked, "response": text}))
         else:
-            print(f"{printable(record.user_id)}: {printable(reply, lines=True)}")
+            print(f"{printable(record.user_id)}: {printable(text, lines=True)}")
 
 
 def demo(

@@ -34,10 +34,15 @@ class Example(NamedTuple):
     user_id: str
     source: str = ""  # of its record, for errors
     items: np.ndarray = np.zeros(0, np.int32)  # [n] int32, distinct rows of the catalogue
+    item_slot: int = -1  # where the first of them stands, in front of the last reply; -1 where it does not
 
     @property
     def answer(self) -> int:
-        """The position that predicts the last reply's first token; the last one where there is no reply yet."""
+        """The position that predicts the item in front of the last reply, or that reply's first token; the last one
+        where there is no reply yet.
+        """
+        if self.item_slot >= 0:
+            return self.item_slot - 1
         starts = np.flatnonzero(self.is_target & ~np.roll(self.is_target, 1))
         return int(starts[-1]) - 1 if len(starts) else len(self.tokens) - 1
 
@@ -141,6 +146,7 @@ class Encoder:
     too_long: str
     vocab_size: int | None  # rows of the embedding; None: not known
     catalogue: Catalogue | None = None  # whose items records may name
+    item_token: bool = False  # an item stands in front of the last reply
 
     @classmethod
     def from_config(
@@ -204,6 +210,7 @@ class Encoder:
             config.data.too_long,
             vocab_size,
             catalogue,
+            config.items.token,
         )
         encoder._check_rows(np.array(sorted(written)), name)
         return encoder
@@ -320,8 +327,12 @@ class Encoder:
         items = np.zeros(0, np.int32)
         if self.catalogue is not None and record.items:
             items = self.catalogue.rows(record.items)
-            items = items[items >= 0]
-        return Example(tokens, targets, tuple(starts), record.user_id, record.source, items)
+        whole = Example(tokens, targets, tuple(starts), record.user_id, record.source, items[items >= 0])
+        if not self.item_token or not targets.any() or not len(items) or items[0] < 0:
+            return whole
+        place = whole.answer + 1
+        tokens, targets = np.insert(tokens, place, self.pad_id), np.insert(targets, place, False)
+        return whole._replace(tokens=tokens, is_target=targets, item_slot=place)
 
     def _slot_starts(self, talk: "Talk", rendered: Rendered, *, prompt: bool) -> list[int]:
         """Indices, in the tokens without slots, before which the soft tokens stand.

@@ -23,6 +23,7 @@ _COLUMNS: dict[str, Any] = {
     "source_ends": np.int64,
     "items": np.int32,
     "item_ends": np.int64,
+    "item_slots": np.int32,
 }
 
 
@@ -42,6 +43,7 @@ class Examples(Sequence[Example]):
     source_ends: np.ndarray
     items: np.ndarray  # [J] int32, rows of the catalogue, of all together
     item_ends: np.ndarray  # [N] int64
+    item_slots: np.ndarray  # [N] int32
 
     @classmethod
     def of(cls, examples: Iterable[Example], directory: Path | None = None) -> "Examples":
@@ -82,7 +84,8 @@ class Examples(Sequence[Example]):
         first, last = span(self.ends, place)
         starts = self.slot_starts[slice(*span(self.slot_ends, place))].tolist()
         items = self.items[slice(*span(self.item_ends, place))]
-        return Example(self.tokens[first:last], self.is_target[first:last], tuple(starts), "", "", items)
+        tokens, is_target, item_slot = self.tokens[first:last], self.is_target[first:last], int(self.item_slots[place])
+        return Example(tokens, is_target, tuple(starts), "", "", items, item_slot)
 
     @property
     def users(self) -> Texts:
@@ -122,6 +125,7 @@ class Growing:
             self._columns[end].add(self._ends[end])
         self._columns["is_target"].add(example.is_target)
         self._columns["target_counts"].add(example.is_target.sum())
+        self._columns["item_slots"].add(example.item_slot)
 
     def examples(self) -> Examples:
         """All of them; nothing is added afterwards."""

@@ -250,4 +250,7 @@ def fill_row(
         if "item_ids" in batch:
             batch["item_positions"][row, segment] = start + example.answer
             batch["item_ids"][row, segment, : len(example.items)] = example.items
+            if example.item_slot >= 0:
+                behind = num_tokens * batch["user_embeddings"].shape[1]
+                batch["slots"][row, start + example.item_slot] = behind + segment
         start, target = end, last

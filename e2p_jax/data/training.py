@@ -35,7 +35,7 @@ from e2p_jax.files import explain_full_disk, replace_directory, user_cache
 from e2p_jax.json_files import digest, object_in
 from e2p_jax.parallel.distributed import is_first
 
-_LAYOUT = 5  # of a cache directory
+_LAYOUT = 6  # of a cache directory
 _META, _TAUGHT = "meta.json", "taught_"
 
 
@@ -156,6 +156,7 @@ def _key(config: Config, encoder: Encoder) -> str:
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "pad": encoder.pad_id,
+        "item_token": encoder.item_token,
         "items": encoder.catalogue and hashlib.sha256(encoder.catalogue.table.index.text.data).hexdigest(),
         **({"borrowed": config.train.borrowed} if config.train.distill else {}),
     }

@@ -17,7 +17,7 @@ from e2p_jax.datasets.prepared import load_splits
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import shown
 from e2p_jax.evaluate.generate import generate
-from e2p_jax.evaluate.items import ALL, Question, is_interactions
+from e2p_jax.evaluate.items import ALL, Question, is_interactions, named_titles
 from e2p_jax.evaluate.measures import (
     MEASURES,
     Difference,
@@ -247,12 +247,11 @@ def _measure(
     last = _asked(settings, records)
     if not settings.measures or not len(last):
         return scores
-    chosen = [records[n] for n in last]
+    chosen, path = [records[n] for n in last], run.inputs.config.data.path
     more: dict[str, dict[str, np.ndarray]] = {condition: {} for condition in conditions}
     replies: dict[str, tuple[str, ...]] = dict.fromkeys(conditions, ())
     if "ranking" in settings.measures:
         asked = with_candidates(chosen, settings.candidates)
-        path = run.inputs.config.data.path
         question = Question(path, asked) if is_interactions(path) else None
         for condition, nll in candidate_nll(run, asked, conditions).items():
             likely = [-row[~np.isnan(row)] for row in nll]
@@ -268,6 +267,8 @@ def _measure(
             made = generate(run, prompts, vectors, condition, REPLY)
             replies[condition] = tuple(map(run.inputs.encoder.answer, made))
             more[condition] |= text_statistics(replies[condition], chosen)
+            if is_interactions(path):
+                more[condition] |= named_titles(path, replies[condition], chosen)
     return {
         c: dataclasses.replace(s, more=_spread(more[c], last, len(records)), replies=replies[c])
         for c, s in scores.items()

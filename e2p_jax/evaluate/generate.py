@@ -60,6 +60,13 @@ def choose(logits: jax.Array, key: jax.Array, draws: Draws, top_k: int) -> jax.A
     return jax.lax.cond(draws.temperature == 0, likeliest, drawn, logits)
 
 
+class Reply(NamedTuple):
+    """What is said, and the id of the item in front of it, if one stands there."""
+
+    text: str
+    item: str | None
+
+
 class Decoding(NamedTuple):
     """A batch of replies under way."""
 
@@ -67,6 +74,7 @@ class Decoding(NamedTuple):
     token: jax.Array  # [B] int32, chosen there; the pad id where the reply had ended
     done: jax.Array  # [B] bool: this token or one before it is a stop
     lengths: jax.Array  # [B] int32, of the prompts, slots included
+    items: jax.Array  # [B] int32, that stand in front of the replies; -1 where none does
     cache: Cache
 
 
@@ -87,16 +95,23 @@ def _start(
     stops: tuple[int, ...],
     pad: int,
 ) -> Decoding:
-    """Reads the prompts and chooses the first token of each reply."""
+    """Reads the prompts, chooses the item in front of each reply, where there is one, and its first token."""
     model = nnx.merge(graph, params)
     batch, prompt = tokens.shape
-    cache = model.backbone.empty_cache(batch, prompt + new_tokens)
+    cache = model.backbone.empty_cache(batch, prompt + new_tokens + model.says_items)
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     x = model.embed(tokens, slots, user_embeddings)
     hidden, cache = model.hidden(x, positions, segment_ids, cache)
     step, none = jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool)
+    lengths, items = jnp.sum(segment_ids, axis=1), jnp.full((batch,), -1, jnp.int32)
+    if model.says_items:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(draws.seed), step), 1)  # of no token
+        items = on_all(choose(model.item_logits(hidden[:, -1:])[:, 0], key, draws, top_k))
+        x = model.item_tokens(items[:, None]).astype(x.dtype)
+        hidden, cache = model.hidden(x, lengths[:, None], jnp.ones_like(lengths)[:, None], cache)
+        lengths = lengths + 1
     token, done = _pick(model, hidden, step, none, draws, top_k, stops, pad)
-    return Decoding(step, token, done, jnp.sum(segment_ids, axis=1), cache)
+    return Decoding(step, token, done, lengths, items, cache)
 
 
 def _advance(
@@ -115,7 +130,7 @@ def _advance(
     positions = (state.lengths + state.step)[:, None]
     hidden, cache = model.hidden(x, positions, jnp.ones_like(positions), state.cache)
     token, done = _pick(model, hidden, state.step + 1, state.done, draws, top_k, stops, pad)
-    return Decoding(state.step + 1, token, done, state.lengths, cache)
+    return Decoding(state.step + 1, token, done, state.lengths, state.items, cache)
 
 
 def _pick(
@@ -135,8 +150,10 @@ def _pick(
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "new_tokens"))
-def _decode(params: Any, *inputs: Any, new_tokens: int, pad: int, **static: Any) -> jax.Array:
-    """[B, N] int32: the new tokens, the stopping one included, `pad` after it; all on the device."""
+def _decode(params: Any, *inputs: Any, new_tokens: int, pad: int, **static: Any) -> tuple[jax.Array, jax.Array]:
+    """[B, N] int32: the new tokens, the stopping one included, `pad` after it; [B] int32: the items in front of them,
+    -1 where there is none. All on the device.
+    """
 
     def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
         state, out = carry
@@ -148,7 +165,8 @@ def _decode(params: Any, *inputs: Any, new_tokens: int, pad: int, **static: Any)
 
     state = _start(params, *inputs, new_tokens=new_tokens, pad=pad, **static)
     out = jnp.full((len(state.token), new_tokens), pad, jnp.int32).at[:, 0].set(state.token)
-    return jax.lax.while_loop(unfinished, body, (state, out))[-1]
+    state, out = jax.lax.while_loop(unfinished, body, (state, out))
+    return out, state.items
 
 
 _start_once = jax.jit(_start, static_argnames=(*_STATIC, "new_tokens"))
@@ -196,7 +214,7 @@ def generate_tokens(
     stops: tuple[int, ...],
     pad: int,
     num_tokens: int,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[int]]:
     """Continues each prompt until a stop token or `sampling.max_new_tokens`.
 
     Args:
@@ -205,12 +223,12 @@ def generate_tokens(
       num_tokens: K.
 
     Returns:
-      The new tokens of each, without the stop token.
+      The new tokens of each, without the stop token; the row of the item in front of each, -1 where there is none.
 
     Raises:
       UserError: prompt and reply do not fit the backbone's positions.
     """
-    out = _decode(
+    out, items = _decode(
         params,
         *_left_padded(prompts, vectors, pad, num_tokens),
         Draws.of(sampling),
@@ -224,12 +242,19 @@ def generate_tokens(
     for row in np.asarray(out)[: len(prompts)].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), len(row))
         replies.append(row[:end])
-    return replies
+    return replies, np.asarray(items)[: len(prompts)].tolist()
 
 
 def generate(
     run: Run, records: Sequence[Record], vectors: np.ndarray, condition: Condition, sampling: Sampling, batch: int = 16
 ) -> list[str]:
+    """The texts of `reply`."""
+    return [each.text for each in reply(run, records, vectors, condition, sampling, batch)]
+
+
+def reply(
+    run: Run, records: Sequence[Record], vectors: np.ndarray, condition: Condition, sampling: Sampling, batch: int = 16
+) -> list[Reply]:
     """The assistant's next turn of every record.
 
     Args:
@@ -237,19 +262,19 @@ def generate(
       vectors: [N, E] float32, one per record.
 
     Returns:
-      N texts.
+      N of them.
 
     Raises:
       UserError: a prompt too long for the backbone.
     """
     encoder: Encoder = run.inputs.encoder
     prompts = _encode(run, list(spelled_out(records, condition)), [condition] * len(records), sampling)
-    replies: list[str] = []
+    replies: list[Reply] = []
     size = min(batch, len(prompts))
     for first in range(0, len(prompts), batch):
         part = [min(n, len(prompts) - 1) for n in range(first, first + size)]  # one size, one compilation
         with jax.set_mesh(run.model.mesh):
-            tokens = generate_tokens(
+            tokens, items = generate_tokens(
                 run.model.graph,
                 run.model.params,
                 [prompts[n] for n in part],
@@ -259,7 +284,10 @@ def generate(
                 pad=encoder.pad_id,
                 num_tokens=encoder.num_tokens,
             )
-        replies += [str(encoder.tokenizer.decode(reply, skip_special_tokens=True)).strip() for reply in tokens]
+        texts = [str(encoder.tokenizer.decode(each, skip_special_tokens=True)).strip() for each in tokens]
+        catalogue = run.inputs.catalogue
+        names = catalogue.table.index.ids(items) if catalogue and encoder.item_token else [None] * len(items)
+        replies += map(Reply, texts, names)
     return replies[: len(prompts)]
 
 
@@ -305,7 +333,7 @@ def _encode(run: Run, records: Sequence[Record], conditions: Sequence[Condition]
     limit = run.inputs.decoder.max_positions
     prompts = [run.inputs.encoder.encode_prompt(record, c) for record, c in zip(records, conditions, strict=True)]
     for record, prompt in zip(records, prompts, strict=True):
-        if len(prompt.tokens) + sampling.max_new_tokens > limit:
+        if len(prompt.tokens) + run.inputs.encoder.item_token + sampling.max_new_tokens > limit:
             raise UserError(
                 f"{record.source}: {len(prompt.tokens)} prompt tokens and --max-new-tokens {sampling.max_new_tokens} "
                 f"are beyond the backbone's {limit} positions"

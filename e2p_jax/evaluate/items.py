@@ -4,6 +4,7 @@ The item that a record asks for stands among its candidates, and among all items
 have had. An item without a score comes last.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -137,6 +138,22 @@ class Question:
                 scores = (way(user)[self.asked(among, n)] for n, user in enumerate(self.users))
                 out[name] |= self.measure(among, scores)
         return out
+
+
+def named_titles(path: str, replies: Sequence[str], records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Statistics of replies, [N, 2] each: is one a title of the log, and one that its user has there, before or after
+    the cuts? Case and punctuation do not count.
+    """
+
+    def plain(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.casefold()))
+
+    log = load_interactions(Path(path).expanduser())
+    titles = list(map(plain, log.titles))
+    every, own = set(titles), {(log.user_ids[u], titles[i]) for u, i in zip(log.users, log.items, strict=True)}
+    said = [(record.user_id, plain(reply)) for record, reply in zip(records, replies, strict=True)]
+    found = {"title": [title in every for _, title in said], "own_title": [each in own for each in said]}
+    return {name: np.stack([values, np.ones(len(said))], axis=1) for name, values in found.items()}
 
 
 def neighbours(known: Interactions) -> Way:

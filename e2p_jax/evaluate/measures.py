@@ -72,6 +72,8 @@ MEASURES: dict[str, Measure] = {
     "user_rank": Measure("rank of the user", _ratio, 2),
     "user_first": Measure("user first %", _percent, 1),
     "f1": Measure("word F1 %", _percent, 1),
+    "title": Measure("names a title %", _percent, 1),
+    "own_title": Measure("names the user's title %", _percent, 1),
     "bleu": Measure("BLEU", bleu, 2),
     "rouge1": Measure("ROUGE-1 %", _percent, 1),
     "rouge2": Measure("ROUGE-2 %", _percent, 1),

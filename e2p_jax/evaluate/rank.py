@@ -62,9 +62,11 @@ def candidate_examples(versions: Mapping[Condition, Record], encoder: Encoder) -
     Args:
       versions: the record as each condition spells it out.
     """
-    spoken = {
+    spoken = {  # without items: the true one must not stand in front of the others
         condition: [
-            dataclasses.replace(record, messages=(*record.messages[:-1], {"role": "assistant", "content": text}))
+            dataclasses.replace(
+                record, messages=(*record.messages[:-1], {"role": "assistant", "content": text}), items=()
+            )
             for text in record.candidates
         ]
         for condition, record in versions.items()

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from e2p_jax.config import ItemsConfig
-from e2p_jax.prefix.projector import Statistic
+from e2p_jax.prefix.projector import TINY, Statistic
 from e2p_jax.products import einsum
 
 
@@ -14,23 +14,27 @@ class Items(nnx.Module):
     """A catalogue of I items.
 
     An item's row is a learned vector, at first zero, plus a map of the vector that its table gives: an item that nobody
-    was trained on has its place by the latter. Its logit is the row times the query, a map of the hidden state that
-    predicts the reply's first token. Computed in float32.
+    was trained on has its place by the latter. Its logit is the row times the query, a map of the direction of the
+    hidden state that predicts the reply's first token. Computed in float32.
     """
 
     def __init__(self, settings: ItemsConfig, *, items: int, given_width: int, model_width: int, rngs: nnx.Rngs):
         width = settings.width
         self.settings = settings
-        self.query = nnx.Param(model_width**-0.5 * jax.random.normal(rngs.params(), (model_width, width)))
+        self.query = nnx.Param(jax.random.normal(rngs.params(), (model_width, width)))
         self.query_bias = nnx.Param(jnp.zeros((width,)))  # times the row, it is how popular an item is
         self.map = nnx.Param((given_width * width) ** -0.5 * jax.random.normal(rngs.params(), (given_width, width)))
         self.learned = nnx.Param(jnp.zeros((items, width)))
+        if settings.token:
+            self.token = nnx.Param(jax.random.normal(rngs.params(), (width, model_width)))  # a first row's length is 1
         self.given = Statistic(jnp.zeros((items, given_width)))
 
     def queries(self, states: jax.Array) -> jax.Array:
         """[B, S, D] hidden states -> [B, S, R] float32."""
-        bias = self.query_bias[...][None, None]
-        return einsum("bsd,dr->bsr", states.astype(jnp.float32), self.query[...]) + bias
+        bias, states = self.query_bias[...][None, None], states.astype(jnp.float32)
+        # Of length 1: backbones differ in how long their states are, and a step would be as much larger.
+        unit = states * jax.lax.rsqrt(jnp.sum(jnp.square(states), axis=-1, keepdims=True) + TINY)
+        return einsum("bsd,dr->bsr", unit, self.query[...]) + bias
 
     def rows(self, ids: jax.Array | None = None) -> jax.Array:
         """[..., R] float32, of items [...], or of all of them."""
@@ -38,6 +42,10 @@ class Items(nnx.Module):
         if ids is not None:
             learned, given = learned[ids], given[ids]
         return learned + einsum("...g,gr->...r", given, self.map[...])
+
+    def tokens(self, ids: jax.Array) -> jax.Array:
+        """[..., D] float32, of items [...]: at first of unit variance."""
+        return einsum("...r,rd->...d", self.rows(ids), self.token[...])
 
     def nll(self, states: jax.Array, ids: jax.Array, key: jax.Array | None) -> jax.Array:
         """Mean cross-entropy of each segment's items, in nats, 0 where it has none.

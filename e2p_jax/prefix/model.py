@@ -12,6 +12,7 @@ from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.prefix.items import Items
 from e2p_jax.prefix.loss import Taught, taught_cross_entropy, top_tokens
 from e2p_jax.prefix.projector import Projector
+from e2p_jax.products import einsum
 
 
 class Batch(TypedDict):
@@ -23,7 +24,7 @@ class Batch(TypedDict):
     tokens: jax.Array  # [B, T] int32
     positions: jax.Array  # [B, T] int32
     segment_ids: jax.Array  # [B, T] int32, 0 is padding
-    slots: jax.Array  # [B, T] int32 into the row's S*K soft tokens, -1 where none
+    slots: jax.Array  # [B, T] int32 into the row's S*K soft tokens and, behind them, S items; -1 where none
     user_embeddings: jax.Array  # [B, S, E] float32
     target_positions: jax.Array  # [B, M] int32
     target_ids: jax.Array  # [B, M] int32
@@ -62,15 +63,21 @@ class PrefixModel(nnx.Module):
             setattr(self, kind, adapter)
 
     def embed(
-        self, tokens: jax.Array, slots: jax.Array, user_embeddings: jax.Array, dropout_key: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        slots: jax.Array,
+        user_embeddings: jax.Array,
+        dropout_key: jax.Array | None = None,
+        items: jax.Array | None = None,
     ) -> jax.Array:
         """Token embeddings with the soft tokens in their slots.
 
         Args:
           tokens: [B, T] int32.
-          slots: [B, T] int32 into the row's S*K soft tokens, -1 where there is none.
+          slots: [B, T] int32 into the row's S*K soft tokens and, behind them, S items; -1 where there is none.
           user_embeddings: [B, S, E] float32.
           dropout_key: turns the projector's dropout on.
+          items: [B, S] int32, whose tokens stand in slots.
 
         Returns:
           [B, T, D] in the backbone's dtype: what transformers takes as `inputs_embeds`. A family that scales token
@@ -80,9 +87,25 @@ class PrefixModel(nnx.Module):
         x = self.backbone.embed(tokens)
         soft = self.projector(user_embeddings, dropout_key)  # [B, S, K, D]
         batch, segments, count, width = soft.shape
-        soft = soft.reshape(batch, segments * count, width).astype(x.dtype)
+        soft = soft.reshape(batch, segments * count, width)
+        if items is not None:
+            soft = jnp.concatenate([soft, self.item_tokens(items)], axis=1)
+        soft = soft.astype(x.dtype)
         at_slots = jnp.take_along_axis(soft, jnp.maximum(slots, 0)[..., None], axis=1)
         return jnp.where(slots[..., None] >= 0, at_slots, x)
+
+    @property
+    def says_items(self) -> bool:
+        """Whether an item stands in front of the reply."""
+        return hasattr(self, "items") and self.items.settings.token
+
+    def item_logits(self, hidden: jax.Array) -> jax.Array:
+        """States [B, S, D] that replies are predicted from -> [B, S, I] float32, of the items as the answer."""
+        return einsum("bsr,ir->bsi", self.items.queries(self.backbone.before_head(hidden)), self.items.rows())
+
+    def item_tokens(self, items: jax.Array) -> jax.Array:
+        """[B, S] int32 -> [B, S, D] float32: what stands for an item in front of a reply."""
+        return self.projector.placed(self.items.tokens(jnp.maximum(items, 0)))
 
     def hidden(
         self,
@@ -140,7 +163,8 @@ class PrefixModel(nnx.Module):
         """[B, T, D] after the last layer, before the final norm."""
         chex.assert_equal_shape([batch["tokens"], batch["positions"], batch["segment_ids"], batch["slots"]])
         chex.assert_equal_shape([batch["target_positions"], batch["target_ids"], batch["target_weights"]])
-        x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key)
+        items = batch["item_ids"][..., 0] if self.says_items and "item_ids" in batch else None
+        x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key, items)
         most = batch["user_embeddings"].shape[1]
         return self.hidden(x, batch["positions"], batch["segment_ids"], most_segments=most)[0]
 

@@ -114,7 +114,11 @@ class Projector(nnx.Module):
             if dropout_key is not None:
                 is_null = is_null | jax.random.bernoulli(null_key, self.null_user_rate, is_null.shape)
             x = jnp.where(is_null, self.row("null_user", x), x)
-        y = kind_of(self.settings.kind).project(self, x, dropout_key).reshape(*vectors.shape[:-1], self.num_tokens, -1)
+        y = kind_of(self.settings.kind).project(self, x, dropout_key)
+        return self.placed(y.reshape(*vectors.shape[:-1], self.num_tokens, -1))
+
+    def placed(self, y: jax.Array) -> jax.Array:
+        """[..., D] of unit variance -> soft tokens among the token embeddings, none longer than the bound."""
         soft = self.row("token_mean", y) + self.row("token_std", y) * y
         if not self.settings.max_scale:
             return soft

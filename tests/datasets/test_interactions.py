@@ -324,7 +324,8 @@ def test_each_part_of_a_history_is_asked_of_the_rest():
         assert max(len(part.items) for part in parts) - min(len(part.items) for part in parts) <= 1
         for part in parts:
             assert [number[title] for title in part.context] == [i for i in history if i not in part.items][-50:]
-            assert number[part.messages[1]["content"]] in part.items
+            assert number[part.messages[1]["content"]] == part.items[0]  # the last of the part
+            assert part.items[0] == max(part.items, key=history.index)
 
 
 def test_several_titles_are_asked_for_in_a_window():

@@ -65,7 +65,7 @@ def run(
 ) -> list[list[int]]:
     graph, state = nnx.split(model)
     options = {"sampling": Sampling(max_new_tokens=12), "stops": (), "pad": 0, **options}
-    return generate_tokens(graph, nnx.to_pure_dict(state), prompts, vectors, num_tokens=num_tokens, **options)
+    return generate_tokens(graph, nnx.to_pure_dict(state), prompts, vectors, num_tokens=num_tokens, **options)[0]
 
 
 def prompt(tokens: list[int], slot_start: int = -1, num_tokens: int = 1) -> Example:
@@ -179,7 +179,7 @@ def test_replies_are_those_of_one_device_on_every_mesh(tiny_backbone: Path, axes
     vectors = np.random.default_rng(1).normal(size=(3, WIDTH)).astype(np.float32)
     graph, params = on_mesh(model, mesh)
     with jax.set_mesh(mesh):
-        replies = generate_tokens(
+        replies, _ = generate_tokens(
             graph, params, prompts, vectors, sampling=Sampling(max_new_tokens=9), stops=(), pad=0, num_tokens=1
         )
     assert replies == run(model, prompts, vectors, sampling=Sampling(max_new_tokens=9))

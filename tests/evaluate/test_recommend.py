@@ -11,7 +11,7 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate import items
 from e2p_jax.evaluate.evaluation import evaluate, render
-from e2p_jax.evaluate.items import Question, is_interactions, neighbours
+from e2p_jax.evaluate.items import Question, is_interactions, named_titles, neighbours
 from e2p_jax.evaluate.measures import MEASURES
 from e2p_jax.train.run import open_run
 from e2p_jax.vectors.catalogue import Catalogue
@@ -115,6 +115,14 @@ def test_items_are_ranked_by_hand(folder: Path):
     np.testing.assert_allclose(others["popularity"]["all_mrr"][0, 0], 1 / 3)
     with pytest.raises(UserError, match="'id-r9' is no item of"):
         Question(str(folder), [dataclasses.replace(asked[0], items=("id-r9",))], catalogue)
+
+
+def test_titles_that_replies_name(folder: Path):
+    """Case and punctuation aside; the user's are those known and those asked for."""
+    asked = [records()[number] for number in (0, 0, 0, 1)]
+    found = named_titles(str(folder), ["R3!", "Nobody's.", "r3 and pop", "pop"], asked)
+    assert found["title"].tolist() == [[1, 1], [1, 1], [0, 1], [1, 1]]
+    assert found["own_title"].tolist() == [[1, 1], [0, 1], [0, 1], [1, 1]]
 
 
 def test_a_log_is_ranked_by_likelihood_and_by_recommenders(folder: Path, learned_run: Path, tmp_path: Path):

@@ -32,7 +32,7 @@ def train_each(config: Config, out: Path, names: Iterable[str] = MESHES) -> None
         records = [Record(f"user-{n}", (), ({"role": "user", "content": "any " * (n + 1)},)) for n in range(3)]
         encoder, model = run.inputs.encoder, run.model
         with jax.set_mesh(model.mesh):
-            replies = generate_tokens(
+            replies, _ = generate_tokens(
                 model.graph,
                 model.params,
                 [encoder.encode_prompt(record, "e2p") for record in records],

@@ -25,6 +25,7 @@ def head(**settings: int) -> Items:
     for name in ("learned", "given", "query_bias"):
         variable = getattr(made, name)
         variable[...] = jnp.asarray(np.random.default_rng(1).normal(size=variable.shape), jnp.float32)
+    made.query[...] = made.query[...] * 0.3  # so that a draw is not all of a sum's size
     return made
 
 
@@ -32,7 +33,8 @@ def expected(made: Items) -> np.ndarray:
     """Each segment's mean cross-entropy, [B, S]."""
     values = {name: np.asarray(getattr(made, name), np.float64) for name in ("query", "query_bias", "learned", "given")}
     rows = values["learned"] + values["given"] @ np.asarray(made.map, np.float64)
-    logits = (STATES @ values["query"] + values["query_bias"]) @ rows.T
+    unit = STATES / np.linalg.norm(STATES, axis=-1, keepdims=True)
+    logits = (unit @ values["query"] + values["query_bias"]) @ rows.T
     log_total = np.log(np.exp(logits).sum(axis=-1))
     nll = np.zeros(STATES.shape[:2])
     for place in np.ndindex(nll.shape):
@@ -46,6 +48,8 @@ def test_the_whole_softmax_is_the_mean_cross_entropy() -> None:
     nll = jax.jit(lambda: made.nll(STATES, IDS, None))()
     assert_close(nll, expected(made))
     assert float(nll[1, 2]) == 0  # a segment without items
+    longer = jax.jit(lambda: made.nll(100 * STATES, IDS, None))()  # of another backbone
+    assert_close(longer, nll)
 
 
 def test_the_sampled_softmax_has_no_bias() -> None:
@@ -72,4 +76,10 @@ def test_settings_keep_their_say() -> None:
     assert head().rows().shape == (COUNT, R)
     wide = dataclasses.replace(ItemsConfig(), width=7)
     made = Items(wide, items=2, given_width=3, model_width=4, rngs=nnx.Rngs(0))
-    assert made.rows(jnp.array([1])).shape == (1, 7)
+    assert made.rows(jnp.array([1])).shape == (1, 7) and not hasattr(made, "token")
+
+
+def test_an_items_token_is_a_map_of_its_row() -> None:
+    made = head(token=True)
+    of_rows = np.asarray(made.rows(), np.float64) @ np.asarray(made.token, np.float64)
+    assert_close(made.tokens(jnp.asarray([[3, 39], [0, 3]])), of_rows[[[3, 39], [0, 3]]])

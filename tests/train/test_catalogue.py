@@ -13,10 +13,15 @@ import safetensors.numpy
 from flax import nnx
 from helpers import mesh_of, prefix_model, random_batch
 
+from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ItemsConfig, MeshConfig, TrainConfig
+from e2p_jax.data.packing import Budget, empty_rows, fill_row
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import read_jsonl
 from e2p_jax.errors import UserError
+from e2p_jax.evaluate.generate import generate_tokens
+from e2p_jax.evaluate.rank import candidate_examples
+from e2p_jax.options import Sampling
 from e2p_jax.prefix import mlp
 from e2p_jax.prefix.items import Items
 from e2p_jax.train.loop import read_data, train
@@ -55,7 +60,7 @@ def config(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Con
             dev_split="auto",
             seq_len=128,
         ),
-        items=ItemsConfig(width=8, text_weight=0.5),
+        items=ItemsConfig(width=8, text_weight=0.5, token=True),
         projector=mlp.Settings(hidden_size=16),
         mesh=MeshConfig(data=2, fsdp=2),
         train=TrainConfig(steps=4, rows=4, warmup_steps=1, eval_every=2, checkpoint_every=2, log_every=1),
@@ -137,14 +142,64 @@ def test_the_query_stands_where_the_reply_begins(config: Config) -> None:
         for segment, number in enumerate(numbers.tolist()):
             place = batch["item_positions"][row, segment]
             example = data.train.examples[number]
-            first = np.flatnonzero(batch["target_positions"][row] == place)
-            assert len(first) == 1  # it predicts a target,
+            # Behind it stands the item, one of S behind all users' soft tokens, which predicts a target,
+            assert batch["slots"][row, place + 1] == batch["user_embeddings"].shape[1] + segment
+            assert (batch["target_positions"][row] == place + 1).sum() == 1
+            assert place not in batch["target_positions"][row]
             assert batch["segment_ids"][row, place] == segment + 1
-            later = example.is_target[example.answer + 1 :]
-            assert later[0] and not example.is_target[example.answer]  # the first of a reply,
+            later = example.is_target[example.answer + 2 :]
+            assert later[0] and not example.is_target[: example.answer + 2][-2:].any()  # the first of a reply,
             assert np.diff(np.flatnonzero(later), prepend=-1).max() == 1  # which is the last one
             ids = batch["item_ids"][row, segment]
             assert len(ids[ids >= 0]) == 2 and (ids[ids >= 0] == example.items).all()
+
+
+def test_an_item_that_is_not_in_the_table_does_not_stand_in_front(config: Config) -> None:
+    encoder = read_inputs(config).encoder
+    record = next(iter(read_jsonl(Path(config.data.path), "train")))
+    first, other = encoder.encode(record, "e2p"), dataclasses.replace(record, items=("nobody's", *record.items))
+    assert first.item_slot > 0 and encoder.encode(other, "e2p").item_slot == -1
+    np.testing.assert_array_equal(encoder.encode(other, "e2p").items, first.items)
+    asked = dataclasses.replace(record, candidates=("a dog.", "a cat."))  # the true item would tell which
+    assert {each.item_slot for each in candidate_examples({"e2p": asked}, encoder)["e2p"]} == {-1}
+
+
+def test_words_follow_the_item_that_the_head_picks(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What one pass says token by token is what the training's batch says of the same item and tokens."""
+    opened = open_run(run, "last")
+    encoder, model = opened.inputs.encoder, opened.model
+    records = [
+        dataclasses.replace(synthetic.record(user), messages=({"role": "user", "content": "hi"},)) for user in USERS
+    ]
+    prompts = [encoder.encode_prompt(record, "e2p") for record in records]
+    vectors = opened.vectors(records, "e2p").gather()
+    how = {"sampling": Sampling(max_new_tokens=6), "stops": (), "pad": encoder.pad_id, "num_tokens": 1}
+
+    def as_trained(said: list[list[int]], items: list[int]) -> dict[str, np.ndarray]:
+        batch = empty_rows(len(prompts), Budget(128, 6, 1, 1), vectors.shape[1])
+        for row, (prompt, new, item) in enumerate(zip(prompts, said, items, strict=True)):
+            tokens, place = np.array([*prompt.tokens, encoder.pad_id, *new], np.int32), len(prompt.tokens)
+            is_target, ids = np.arange(len(tokens)) > place, np.array([item], np.int32)
+            whole = prompt._replace(tokens=tokens, is_target=is_target, items=ids, item_slot=place)
+            fill_row(batch, row, [whole], vectors[row : row + 1], 1)
+        return batch
+
+    with jax.set_mesh(model.mesh):
+        queries = jax.jit(lambda params, batch: nnx.merge(model.graph, params).item_queries(batch))
+        states = jax.jit(lambda params, batch: nnx.merge(model.graph, params)._states(batch, None))
+        # So short a training leaves all users with one item: less what they have in common they differ.
+        common = queries(model.params, as_trained([[0] * 6] * len(prompts), [0] * len(prompts))).mean(axis=(0, 1))
+        head = model.params["items"]
+        params = {**model.params, "items": {**head, "query_bias": head["query_bias"] - common}}
+        said, items = generate_tokens(model.graph, params, prompts, vectors, **how)
+        batch, merged = as_trained(said, items), nnx.merge(model.graph, params)
+        scores = np.asarray(queries(params, batch))[:, 0] @ np.asarray(merged.items.rows()).T
+        hidden = np.take_along_axis(np.asarray(states(params, batch)), batch["target_positions"][..., None], axis=1)
+        best = np.asarray(merged.backbone.logits(hidden)).argmax(axis=-1)
+    assert items == scores.argmax(axis=-1).tolist() and len(set(items)) > 1
+    np.testing.assert_array_equal(best, said)
+    assert main(["generate", str(run), "--user", "user-5", "--prompt", "hi", "--json", "--checkpoint", "last"]) == 0
+    assert json.loads(capsys.readouterr().out)["item"] in ITEMS
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

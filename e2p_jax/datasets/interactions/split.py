@@ -235,12 +235,13 @@ def _parts(interactions: Interactions, options: Options, starts: np.ndarray) -> 
             asked = interactions.items[mine][interactions.folds[mine] == fold]
             if not len(asked):  # fewer items than parts
                 continue
+            asked = np.roll(asked, 1)  # the last is the one that the title is of
             yield Record(
                 part_id(user, fold),
                 _context(interactions, mine, options.context, fold),
                 (
                     {"role": "user", "content": options.question},
-                    {"role": "assistant", "content": interactions.titles[asked[-1]]},
+                    {"role": "assistant", "content": interactions.titles[asked[0]]},
                 ),
                 source=f"user {user!r}, part {fold} of the history",
                 items=tuple(interactions.item_ids[item] for item in asked),
