@@ -220,7 +220,7 @@ class Encoder:
         """The Jinja source, with the part in front that keeps text from becoming control tokens."""
         return self.structure.guarded
 
-    @property
+    @functools.cached_property
     def pad_id(self) -> int:
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if candidate is not None:

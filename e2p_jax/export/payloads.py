@@ -150,7 +150,7 @@ def cache_salt(prefix: np.ndarray) -> dict[str, str]:
 
     So a user's later turns find the earlier ones, and another version of the vector, or another user, finds nothing.
     """
-    return {"cache_salt": hashlib.sha256(f"{prefix.dtype} {prefix.shape}".encode() + prefix.tobytes()).hexdigest()}
+    return {"cache_salt": hashlib.sha256(f"{prefix.dtype.str} {prefix.shape}".encode() + prefix.tobytes()).hexdigest()}
 
 
 def tensor_base64(array: np.ndarray) -> str:
@@ -168,18 +168,18 @@ def tensor_base64(array: np.ndarray) -> str:
     _refuse_extreme(array)
     numbers = array.tobytes()
     checksum = zlib.crc32(numbers).to_bytes(4, "little")
-    begin, middle, behind, end = _archive(array.dtype.name, array.shape, len(numbers))
+    begin, middle, behind, end = _archive(array.dtype, array.shape, len(numbers))
     return base64.b64encode(b"".join((begin, checksum, middle, numbers, behind, checksum, end))).decode()
 
 
 @functools.lru_cache(4096)
-def _archive(dtype: str, shape: tuple[int, ...], size: int) -> tuple[bytes, bytes, bytes, bytes]:
+def _archive(dtype: np.dtype, shape: tuple[int, ...], size: int) -> tuple[bytes, bytes, bytes, bytes]:
     """The file but for the numbers and, twice, their checksum, which a server's prompts of one length differ in.
 
     Args:
       size: of the numbers, bytes.
     """
-    storage = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}[dtype]
+    storage = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}[dtype.name]
     count, *strides = [math.prod(shape[axis:]) for axis in range(len(shape) + 1)]
     pickled = (
         b"\x80\x02"  # protocol 2

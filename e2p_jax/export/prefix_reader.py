@@ -113,7 +113,7 @@ class PrefixTable:
         if not found.all() and self.null is not None:
             out[~found] = self.null
         shards, places = np.divmod(rows, self._users_a_shard)
-        for number in np.unique(shards[found]).tolist():
+        for number in set(shards[found].tolist()):
             here = shards == number
             try:
                 out[here] = self._shard(number).read(places[here])
