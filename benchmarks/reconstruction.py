@@ -3,10 +3,10 @@
     python benchmarks/reconstruction.py data/persona_chat/self_original/1.0.0 mixed.jsonl --users 6000 \
       --corpus self_dialogue.jsonl.gz
 
-A made-up user has three to five sentences of training users, or of a corpus of people's dialogues (lines of JSON with
-`turns`), and one turn: asked who they are, they say them in order. So does every training user. No sentence of a user
-of `validation` or of those who pick the checkpoint (split `picks`, chosen as `data.dev_split=auto` does) is among them.
-`e2p embed --data mixed.jsonl --encoder MODEL --blocks 5` makes the vectors.
+A made-up user has four or five sentences of training users, or of a corpus of people's dialogues (lines of JSON with
+`turns`), each told once before any is told again, and one turn: asked who they are, they say them in order. So does
+every training user. No sentence of a user of `validation` or of those who pick the checkpoint (split `picks`, chosen as
+`data.dev_split=auto` does) is among them. `e2p embed --data mixed.jsonl --encoder MODEL --blocks 4` makes the vectors.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import gzip
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ def sentences_of(corpus: Path) -> set[str]:
     return found
 
 
+def shuffled_again_and_again(pool: list[str], rng: np.random.Generator) -> Iterator[str]:
+    """All of the pool in random order, then all in another."""
+    while True:
+        yield from (pool[place] for place in rng.permutation(len(pool)))
+
+
 def main(prepared: str, out: Path, /, users: int = 6000, corpus: Path | None = None, seed: int = 0) -> None:
     """Writes the records.
 
@@ -70,11 +77,11 @@ def main(prepared: str, out: Path, /, users: int = 6000, corpus: Path | None = N
     if corpus:
         pools.append(sorted(sentences_of(corpus) - held))
     rng = np.random.default_rng(seed)
+    drawn = [shuffled_again_and_again(pool, rng) for pool in pools]
     personas = {record.user_id: record.context for record in train}
     for user in range(users):
-        pool = pools[int(rng.integers(len(pools)))]
-        chosen = rng.choice(len(pool), int(rng.integers(3, 6)), replace=False)
-        personas[f"made-up-{user}"] = tuple(pool[place] for place in chosen)
+        source = drawn[int(rng.integers(len(drawn)))]
+        personas[f"made-up-{user}"] = tuple(itertools.islice(source, int(rng.integers(4, 6))))
     splits["train"] = train + [
         Record(
             user,

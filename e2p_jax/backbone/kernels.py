@@ -1,7 +1,7 @@
 """Attention kernels of accelerators: the TPU's splash attention, cuDNN's and tokamax's; all are `attention.attention`.
 
-None has run on its hardware yet. All compile ahead of time, and splash is compared with the XLA path in Pallas's
-interpreter.
+cuDNN's and tokamax's were compared with float32 on an H100 (`benchmarks/card.py check`). Splash has not run on a TPU
+yet: it compiles ahead of time, and is compared with the XLA path in Pallas's interpreter.
 """
 
 import functools
