@@ -19,6 +19,7 @@ from e2p_jax.config import (
     Config,
     DataConfig,
     EvaluateConfig,
+    ItemsConfig,
     MeshConfig,
     PrefixConfig,
     ProjectorConfig,
@@ -307,3 +308,8 @@ def test_dataset_configs_take_a_file_of_ones_own(tmp_path: Path, name: str) -> N
     data = dataclasses.replace(config.data, path=str(tmp_path / "own.jsonl"), embeddings=str(tmp_path / "table"))
     read = read_data(read_inputs(dataclasses.replace(config, data=data)))
     assert len(read.train.examples) > 50 and "validation" in read.held_out
+
+
+def test_a_teacher_who_sees_no_item_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.distill: the teacher sees no item in front of a reply"):
+        Config(items=ItemsConfig(token=True), train=TrainConfig(distill=0.5)).validate()
