@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"backbone/layers/expert_(gate|up){_FORMS}", P(None, None, "tensor", "fsdp")),
     (rf"backbone/layers/expert_down{_FORMS}", P(None, None, "fsdp", "tensor")),
     (r"backbone/(embedding|head)", P("tensor", "fsdp")),
-    (r"items/(learned|given)", P("fsdp")),
+    (r"items/(learned|said|given)", P("fsdp")),
     (r".*", P()),  # norms, biases, projector
 )
 

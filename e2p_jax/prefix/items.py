@@ -26,6 +26,7 @@ class Items(nnx.Module):
         self.map = nnx.Param((given_width * width) ** -0.5 * jax.random.normal(rngs.params(), (given_width, width)))
         self.learned = nnx.Param(jnp.zeros((items, width)))
         if settings.token:
+            self.said = nnx.Param(jnp.zeros((items, width)))  # what words learn of an item, apart from its rank
             self.token = nnx.Param(jax.random.normal(rngs.params(), (width, model_width)))  # a first row's length is 1
         self.given = Statistic(jnp.zeros((items, given_width)))
 
@@ -44,8 +45,9 @@ class Items(nnx.Module):
         return learned + einsum("...g,gr->...r", given, self.map[...])
 
     def tokens(self, ids: jax.Array) -> jax.Array:
-        """[..., D] float32, of items [...]: at first of unit variance."""
-        return einsum("...r,rd->...d", self.rows(ids), self.token[...])
+        """[..., D] float32, of items [...]: at first of unit variance. Words do not move rows."""
+        rows = jax.lax.stop_gradient(self.rows(ids)) + self.said[...][ids]
+        return einsum("...r,rd->...d", rows, self.token[...])
 
     def nll(self, states: jax.Array, ids: jax.Array, key: jax.Array | None) -> jax.Array:
         """Mean cross-entropy of each segment's items, in nats, 0 where it has none.

@@ -304,10 +304,10 @@ def with_later_items(model: Model, catalogue: Catalogue | None) -> Model:
         return jnp.pad(learned, ((0, len(catalogue) - catalogue.known), (0, 0)))
 
     head, given = model.params["items"], catalogue.given()
-    learned = (len(catalogue), head["learned"].shape[1])
-    places = {n: param_sharding(model.mesh, f"items/{n}", s) for n, s in (("learned", learned), ("given", given.shape))}
-    head = head | {"given": place(given, places["given"])}
-    head["learned"] = jax.jit(grown, out_shardings=places["learned"])(head["learned"])
+    head = head | {"given": place(given, param_sharding(model.mesh, "items/given", given.shape))}
+    for name in head.keys() & {"learned", "said"}:
+        sharding = param_sharding(model.mesh, f"items/{name}", (len(catalogue), head[name].shape[1]))
+        head[name] = jax.jit(grown, out_shardings=sharding)(head[name])
     return dataclasses.replace(model, params={**model.params, "items": head})
 
 

@@ -22,7 +22,7 @@ IDS[0, 0, :4], IDS[0, 1, :1], IDS[1, 0, :2] = [3, 0, 39, 7], [12], [5, 6]
 def head(**settings: int) -> Items:
     """With learned vectors that are not zero."""
     made = Items(ItemsConfig(width=R, **settings), items=COUNT, given_width=GIVEN, model_width=WIDTH, rngs=nnx.Rngs(0))
-    for name in ("learned", "given", "query_bias"):
+    for name in ("learned", "given", "query_bias", *(["said"] if made.settings.token else [])):
         variable = getattr(made, name)
         variable[...] = jnp.asarray(np.random.default_rng(1).normal(size=variable.shape), jnp.float32)
     made.query[...] = made.query[...] * 0.3  # so that a draw is not all of a sum's size
@@ -81,5 +81,9 @@ def test_settings_keep_their_say() -> None:
 
 def test_an_items_token_is_a_map_of_its_row() -> None:
     made = head(token=True)
-    of_rows = np.asarray(made.rows(), np.float64) @ np.asarray(made.token, np.float64)
+    rows = np.asarray(made.rows(), np.float64) + np.asarray(made.said, np.float64)
+    of_rows = rows @ np.asarray(made.token, np.float64)
     assert_close(made.tokens(jnp.asarray([[3, 39], [0, 3]])), of_rows[[[3, 39], [0, 3]]])
+    graph, state = nnx.split(made)
+    grads = jax.grad(lambda s: jnp.sum(nnx.merge(graph, s).tokens(jnp.asarray([3]))))(state)
+    assert not any(np.any(grads[name][...]) for name in ("learned", "map")) and np.any(grads["said"][...])  # words' own

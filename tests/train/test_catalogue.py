@@ -19,7 +19,7 @@ from e2p_jax.data.packing import Budget, empty_rows, fill_row
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.records import read_jsonl
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import generate_tokens
+from e2p_jax.evaluate.generate import Draws, _left_padded, _start_once, generate_tokens
 from e2p_jax.evaluate.rank import candidate_examples
 from e2p_jax.options import Sampling
 from e2p_jax.prefix import mlp
@@ -122,7 +122,7 @@ def test_a_later_item_has_the_row_that_its_vector_maps_to(run: Path, tmp_path: P
     before, after = head(run), head(run, items=str(tmp_path / "more"))
     np.testing.assert_array_equal(after["learned"][:12], before["learned"])
     np.testing.assert_allclose(after["given"][:12], before["given"], atol=1e-5)
-    assert not after["learned"][12:].any()
+    assert not after["learned"][12:].any() and after["said"].shape == after["learned"].shape
     mean, std = GIVEN[:-2].mean(axis=0), GIVEN[:-2].std(axis=0)
     opened = open_run(run, "last", items=str(tmp_path / "more"))
     late = [opened.inputs.catalogue.table.index.ids([row])[0] for row in (12, 13)]
@@ -192,12 +192,16 @@ def test_words_follow_the_item_that_the_head_picks(run: Path, capsys: pytest.Cap
         head = model.params["items"]
         params = {**model.params, "items": {**head, "query_bias": head["query_bias"] - common}}
         said, items = generate_tokens(model.graph, params, prompts, vectors, **how)
+        inputs = _left_padded(prompts, vectors, encoder.pad_id, 1), Draws.of(how["sampling"])
+        static = {"graph": model.graph, "top_k": 0, "stops": (), "pad": encoder.pad_id}
+        begun = _start_once(params, *inputs[0], inputs[1], new_tokens=1, **static)
         batch, merged = as_trained(said, items), nnx.merge(model.graph, params)
         scores = np.asarray(queries(params, batch))[:, 0] @ np.asarray(merged.items.rows()).T
         hidden = np.take_along_axis(np.asarray(states(params, batch)), batch["target_positions"][..., None], axis=1)
         best = np.asarray(merged.backbone.logits(hidden)).argmax(axis=-1)
     assert items == scores.argmax(axis=-1).tolist() and len(set(items)) > 1
     np.testing.assert_array_equal(best, said)
+    assert begun.lengths.tolist() == [len(prompt.tokens) + 1 for prompt in prompts]  # where the first word stands
     assert main(["generate", str(run), "--user", "user-5", "--prompt", "hi", "--json", "--checkpoint", "last"]) == 0
     assert json.loads(capsys.readouterr().out)["item"] in ITEMS
 
