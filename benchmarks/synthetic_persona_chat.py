@@ -10,8 +10,9 @@ six or more; `train`: the rest, less the dialogues whose other side is in one of
 import collections
 import hashlib
 import json
-import sys
 from pathlib import Path
+
+import tyro
 
 from e2p_jax.datasets.prepared import load_records
 from e2p_jax.datasets.records import Record
@@ -27,7 +28,13 @@ def told(record: Record) -> set[str]:
     return {message["content"] for message in record.messages if len(message["content"]) > 40}
 
 
-def main(prepared: str, out: str) -> None:
+def main(prepared: str, out: Path, /) -> None:
+    """Writes the records.
+
+    Args:
+      prepared: directory that `e2p prepare persona_chat/synthetic` wrote.
+      out: JSON Lines file to write.
+    """
     records = load_records(prepared, "validation")
     count = collections.Counter(record.user_id for record in records)
     last = {record.user_id: place for place, record in enumerate(records)}
@@ -41,9 +48,9 @@ def main(prepared: str, out: str) -> None:
         if split[place] != "train" or not told(record) & reported:
             fields = {name: getattr(record, name) for name in ("user_id", "context", "messages")}
             lines.append(json.dumps({**fields, "split": split[place]}, ensure_ascii=False) + "\n")
-    write_text(Path(out), "".join(lines))
+    write_text(out, "".join(lines))
     print(collections.Counter(json.loads(line)["split"] for line in lines))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    tyro.cli(main)

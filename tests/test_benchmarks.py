@@ -9,11 +9,12 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
 HELP = """
-import importlib, sys, tyro
-for name in sys.argv[1:]:
+import runpy, sys
+names, sys.argv[1:] = sys.argv[1:], ["--help"]
+for name in names:
     print("script", name)
     try:
-        tyro.cli(importlib.import_module(name).main, args=["--help"])
+        runpy.run_path(name + ".py", run_name="__main__")
     except SystemExit as end:
         assert end.code == 0, name
 """
