@@ -5,6 +5,7 @@ sees the trunk and itself. Positions of every branch go on from the trunk's, and
 attention: a branch is told the same as when it stands alone.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from e2p_jax.backbone.decoder import Cache, branched
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.evaluate.generate import padded_length
 from e2p_jax.parallel.mesh import on_all, row_shards
+from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import refuse_not_finite
 from e2p_jax.vectors.source import Vectors
@@ -115,12 +117,15 @@ def _plan(trees: Sequence[Tree]) -> tuple[int, dict[int, list[_Row]]]:
     return width, rows
 
 
-def branch_nll(run: Run, groups: Sequence[Sequence[Example]], vectors: Vectors) -> list[np.ndarray]:
+def branch_nll(
+    run: Run, groups: Sequence[Sequence[Example]], vectors: Vectors, label: str = "rank"
+) -> list[np.ndarray]:
     """Scores examples in groups that begin alike.
 
     Args:
       groups: N of them, of one or more examples each, with targets in each.
       vectors: one per group.
+      label: of the progress on stderr.
 
     Returns:
       N arrays [C] float64: nats summed over each example's targets.
@@ -139,7 +144,8 @@ def branch_nll(run: Run, groups: Sequence[Sequence[Example]], vectors: Vectors) 
     shape = width, _multiple(targets)
     out = [np.zeros(len(tree.examples)) for tree in trees]
     train = run.inputs.config.train
-    with jax.set_mesh(run.model.mesh):
+    progress, done = Progress(sum(map(len, by_length.values())), 0, label), 0
+    with contextlib.closing(progress), jax.set_mesh(run.model.mesh):
         for length, rows in by_length.items():
             # As many tokens at once as in training, and no more rows than there are.
             most = max(train.rows * encoder.max_length // (length + width), 1)
@@ -154,6 +160,8 @@ def branch_nll(run: Run, groups: Sequence[Sequence[Example]], vectors: Vectors) 
                     ours = owners[place] >= 0
                     nats = nll[place, ours].astype(np.float64)
                     out[number] += np.bincount(owners[place, ours], nats, len(out[number]))
+                done += len(part)
+                progress.update(done, "", show=True)
     refuse_not_finite(np.array([sums.sum() for sums in out]), [tree.examples[0].user_id for tree in trees])
     return out
 

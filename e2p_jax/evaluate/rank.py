@@ -101,7 +101,7 @@ def candidate_nll(run: Run, records: Sequence[Record], conditions: Sequence[Cond
     for condition in conditions:
         groups = [each[condition] for each in examples]
         out[condition] = np.full((len(groups), max(map(len, groups))), np.nan)
-        for row, nll in enumerate(branch_nll(run, groups, run.vectors(records, condition))):
+        for row, nll in enumerate(branch_nll(run, groups, run.vectors(records, condition), f"rank under {condition}")):
             out[condition][row, : len(nll)] = nll / [example.is_target.sum() for example in groups[row]]
     return out
 
