@@ -352,7 +352,11 @@ def from_json(text: str | bytes, source: Path) -> Config:
       UserError: malformed JSON, an unknown field or a value of the wrong type.
     """
     load_plugins()
-    sections = upgraded(parse_object(text, source, "restore the file"))
+    given = parse_object(text, source, "restore the file")
+    try:
+        sections = upgraded(given)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     plugins = sections.pop("plugins", [])
     for name, table in KINDS.items():
         values = sections.get(name)

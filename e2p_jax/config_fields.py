@@ -121,6 +121,10 @@ def checks(config: "Config") -> list[tuple[bool, str]]:
             "train.distill needs data.targets=assistant: the context would be a target of its reader's",
         ),
         (
+            not config.data.items or config.data.targets == "assistant",
+            "data.items needs data.targets=assistant: an item is predicted where the last reply begins",
+        ),
+        (
             not config.train.distill or not config.items.token,
             "train.distill: the teacher sees no item in front of a reply; set items.token off",
         ),

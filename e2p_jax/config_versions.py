@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from e2p_jax.errors import UserError
+
 _FLAGS = {"--backbone.lora_rank": "--adapter.kind lora --adapter.rank N"}
 _FIELDS = {
     "lora_rank": "adapter=e2p_jax.backbone.lora.Settings(rank=...)",
@@ -15,6 +17,9 @@ def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
 
     They had `backbone.lora_rank`, 0 for no adapters, the fields of the MLP for every kind of projector, and no bound of
     soft tokens (`projector.max_scale`).
+
+    Raises:
+      UserError: a catalogue's head was trained on something else than what it would read today.
     """
     sections = {name: dict(values) if isinstance(values, dict) else values for name, values in sections.items()}
     backbone, projector = sections.get("backbone"), sections.get("projector")
@@ -25,6 +30,12 @@ def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
             projector.pop(name, None)
     if isinstance(projector, dict):
         projector.setdefault("max_scale", 0.0)
+    data, items = sections.get("data"), sections.get("items")
+    if isinstance(data, dict) and data.get("items") and isinstance(items, dict) and "token" not in items:
+        raise UserError(
+            "items.token is missing: an earlier version trained this run's head over data.items, on hidden states and "
+            "not on their directions, and it would rank otherwise today; train it anew"
+        )
     return sections
 
 

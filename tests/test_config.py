@@ -59,6 +59,17 @@ def test_a_run_made_before_soft_tokens_had_a_bound_has_none() -> None:
     assert config_lib.from_json(json.dumps(old), Path("config.json")).projector.max_scale == 0
 
 
+def test_a_catalogue_of_before_items_tokens_is_refused() -> None:
+    old = json.loads(Config(data=DataConfig(items="items")).to_json())
+    del old["items"]["token"]
+    with pytest.raises(
+        UserError, match=r"run/config\.json: items\.token is missing: an earlier version .*train it anew"
+    ):
+        config_lib.from_json(json.dumps(old), Path("run/config.json"))
+    old["data"]["items"] = None  # no head over items, so nothing that could rank otherwise
+    assert config_lib.from_json(json.dumps(old), Path("run/config.json")) == Config()
+
+
 def test_changed_config_differs_in_every_field() -> None:
     for section in dataclasses.fields(Config):
         ours, default = getattr(_changed(), section.name), section.default
@@ -135,6 +146,7 @@ REFUSED: list[tuple[Any, str]] = [
     (TrainConfig(clip_norm=0.0), "train.clip_norm must be positive"),
     (TrainConfig(null_user_rate=1.0), "train.null_user_rate must be in [0, 1)"),
     (DataConfig(missing_user="null"), "data.missing_user=null needs a null user: set train.null_user_rate"),
+    (DataConfig(items="items", targets="all"), "data.items needs data.targets=assistant"),
     (DataConfig(missing_user="drop"), "data.missing_user is 'drop'; choose from error, null"),
     (TrainConfig(beta2=1.0), "train.beta2 must be in [0, 1)"),
     (TrainConfig(eval_every=0), "train.eval_every must be positive"),
