@@ -11,6 +11,9 @@ import numpy as np
 from e2p_jax.data.columns import span
 from e2p_jax.data.examples import Examples, map_column
 
+# Where there is none (macOS), a disk that fills up is found while writing.
+_allot = getattr(os, "posix_fallocate", lambda file, start, size: os.ftruncate(file, start + size))
+
 
 class Reading(NamedTuple):
     """N examples as a teacher reads them: the targets of the student's, or none where there is no teacher."""
@@ -37,7 +40,7 @@ class Teacher:
         def file(dtype: Any) -> np.ndarray:
             with tempfile.TemporaryFile(dir=directory) as file:
                 shape = int(ends[-1]), tokens
-                os.posix_fallocate(file.fileno(), 0, np.dtype(dtype).itemsize * shape[0] * shape[1])
+                _allot(file.fileno(), 0, np.dtype(dtype).itemsize * shape[0] * shape[1])
                 return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
 
         return cls(file(np.int32), file(np.float16), ends, reading.own, weight)
