@@ -75,7 +75,7 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> l
         for name, scores in _scores(run, directory / "scores" / f"{trained}.npz", fitted, list(arms.values())).items():
             found[name] |= {arm: scores[front] for arm, front in arms.items()}
         kept = fitted
-    samples, table = config.evaluate.bootstrap_samples, run.inputs.table
+    samples, inputs = config.evaluate.bootstrap_samples, run.inputs
     return [
         Evaluation(
             name,
@@ -83,7 +83,7 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> l
             {arm: found[name][arm] for arm in compared},
             sum(len(r.messages) for r in records) - sum(len(r.messages) for r in kept[name]),
             samples,
-            rank_without(config, table, kept[name]),
+            rank_without(config, inputs.table, inputs.catalogue, kept[name]),
         )
         for name, records in splits.items()
     ]

@@ -40,6 +40,7 @@ from e2p_jax.train.beyond import BREAKS, Beyond
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Arm, Scorer, Scores, pack_conditions
+from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.table import UserTable
 
 BASELINES = ("none", "shuffled")  # what differences are shown to
@@ -166,7 +167,9 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
     if "items" in inputs.config.evaluate.measures:
         scores = _rank_items(run, scorer, packed, kept, scores)
     samples = inputs.config.evaluate.bootstrap_samples
-    return Evaluation(split_name, kept, scores, dropped, samples, rank_without(inputs.config, inputs.table, kept))
+    return Evaluation(
+        split_name, kept, scores, dropped, samples, rank_without(inputs.config, inputs.table, inputs.catalogue, kept)
+    )
 
 
 def _rank_items(
@@ -191,7 +194,7 @@ def _rank_items(
 
 
 def rank_without(
-    config: Config, table: UserTable | None, records: Sequence[Record]
+    config: Config, table: UserTable | None, catalogue: Catalogue | None, records: Sequence[Record]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Statistics of the recommenders, where items are ranked and the data is of interactions."""
     measures = config.evaluate.measures
@@ -201,7 +204,8 @@ def rank_without(
     if not len(places):
         return {}
     out = {}
-    for name, found in Question(config.data.path, [records[n] for n in places]).recommenders(table).items():
+    question = Question(config.data.path, [records[n] for n in places], catalogue)
+    for name, found in question.recommenders(table).items():
         among_all = {measure: values for measure, values in found.items() if measure.startswith(ALL)}
         candidates = {measure: values for measure, values in found.items() if measure not in among_all}
         shown = candidates if "ranking" in measures else {}

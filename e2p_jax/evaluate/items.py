@@ -42,7 +42,7 @@ class Question:
           UserError: a candidate is no item.
         """
         self.known = load_interactions(Path(path).expanduser()).of(*KNOWN) if is_interactions(path) else None
-        known, self.users = self.known, [record.user_id for record in records]
+        known, self.users, self.catalogue = self.known, [record.user_id for record in records], catalogue
         assert known is not None or catalogue is not None
         self.ids = known.item_ids if known is not None else list(catalogue.table.ids) if catalogue else []
         number = {item: n for n, item in enumerate(self.ids)}
@@ -124,7 +124,8 @@ class Question:
         items, summed (Sarwar et al., 2001). vectors: cosine of the user's vector to the mean vector of the item's
         users, all less the mean of all. vectors (dot product): the user's vector times the item's factor, which keeps
         the norm, and popularity with it; the factors are those that fit who has what best, by least squares. Both are
-        absent without a table.
+        absent without a table. item vectors: cosine of the catalogue's vector of the item to the mean of those of the
+        user's items, each in units of its spread; absent without a catalogue.
 
         Args:
           table: of the users' vectors.
@@ -132,12 +133,19 @@ class Question:
         assert self.known is not None
         ways: dict[str, Way] = {"popularity": lambda user: self.popularity, "item-kNN": neighbours(self.known)}
         ways |= {} if table is None else _of_vectors(self.known, table)
+        ways |= {} if self.catalogue is None else {"item vectors": self._of_items(self.catalogue)}
         out: dict[str, dict[str, np.ndarray]] = {name: {} for name in ways}
         for among in self.among:
             for name, way in ways.items():
                 scores = (way(user)[self.asked(among, n)] for n, user in enumerate(self.users))
                 out[name] |= self.measure(among, scores)
         return out
+
+    def _of_items(self, catalogue: Catalogue) -> Way:
+        places, nothing = catalogue.rows(self.ids), np.zeros(0, int)
+        given = np.where(places[:, None] >= 0, catalogue.given()[places], 0.0).astype(np.float64)
+        unit = given / np.maximum(np.linalg.norm(given, axis=1, keepdims=True), 1e-12)
+        return lambda user: unit @ given[self.had.get(user, nothing)].sum(axis=0)
 
 
 def named_titles(path: str, replies: Sequence[str], records: Sequence[Record]) -> dict[str, np.ndarray]:

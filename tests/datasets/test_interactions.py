@@ -338,6 +338,22 @@ def test_several_titles_are_asked_for_in_a_window():
         assert len(asked) == counts.sum() and all(len(record.items) == 1 for record in asked)
 
 
+def test_new_items_come_out_with_the_test():
+    log = make_log(40, 60, 2400, 1, timed=True)
+
+    def pairs(share: float, *names: str) -> set[tuple[str, str]]:
+        part = split(log, Options(split="time", held_out_targets=9, new_items=share))[0].of(*names)
+        return {(part.user_ids[u], part.item_ids[i]) for u, i in zip(part.users, part.items, strict=True)}
+
+    before = ("history", "train", "validation")
+    assert pairs(0.3, "test") == pairs(0.0, "test")  # the same is asked
+    known, had = pairs(0.3, *before), pairs(0.0, *before)
+    new = {item for _, item in had} - {item for _, item in known}
+    assert 0.2 * 60 < len(new) < 0.4 * 60
+    assert known == {(user, item) for user, item in had if item not in new}
+    assert had - known <= pairs(0.3, "unused")  # no wrong candidates for those who had them
+
+
 def test_a_small_catalogue_gives_what_it_has():
     table, _ = split(make_log(4, 20, 60, 5, timed=True), Options(min_history=1))
     for record in records(table, Options(num_candidates=500), "test"):
@@ -418,7 +434,7 @@ def test_every_option_changes_the_result(own):
     }  # fmt: skip
     for name, value in changes.items():
         assert made(**{name: value}) != made(), name
-    for name, value in {"held_out": 0.2, "held_out_targets": 2, "folds": 2}.items():
+    for name, value in {"held_out": 0.2, "held_out_targets": 2, "folds": 2, "new_items": 0.5}.items():
         assert made(split="time", **{name: value}) != made(split="time"), name
 
 

@@ -94,6 +94,17 @@ def test_item_neighbours_by_hand(folder: Path):
     np.testing.assert_allclose(scores, expected)
 
 
+def test_vectors_of_items_by_hand(folder: Path):
+    """Cosines to the mean of the user's items, of which nobody need have had the one that is asked for."""
+    vectors = {"r1": (3, 1), "r2": (3, -1), "r3": (1, 2), "j1": (-3, 1), "j2": (2, -1), "j3": (-6, -2), "pop": (0, 0)}
+    table = UserTable([f"id-{title}" for title in vectors], np.array([*vectors.values()], np.float32), "items", "null")
+    asked = [dataclasses.replace(each, items=(f"id-{ASKED[each.user_id]}",)) for each in records()]
+    found = Question(str(folder), asked, Catalogue(table, 7)).recommenders(None)["item vectors"]
+    # Standardised, of spreads 3.12 and 1.25. ann's r1, r2 and pop come to a vector along the first: of her candidates
+    # j2 is nearer than r3, pop at a right angle. cat's j1, j2 and pop come to (-1, 0): j3, not r2, not nobody's.
+    np.testing.assert_allclose(found["mrr"][:, 0], [1 / 2, 1])
+
+
 def test_items_are_ranked_by_hand(folder: Path):
     """Rows times queries; what the user had is left out of all items, and an item without a row comes last."""
     ids = [f"id-{title}" for title in TITLES if title != "nobody's"]
@@ -109,7 +120,7 @@ def test_items_are_ranked_by_hand(folder: Path):
     np.testing.assert_allclose(found["item_mrr"][:, 0], [1 / 2, 1 / 2])
     np.testing.assert_allclose(found["all_mrr"][:, 0], [1 / 3, 1 / 4])
     others = question.recommenders(None)
-    assert set(others) == {"popularity", "item-kNN"}
+    assert set(others) == {"popularity", "item-kNN", "item vectors"}
     assert {f"item_{name}".replace("item_all_", "all_") for name in others["popularity"]} == set(found)
     # Among all, r3 is had by one, and so are j1's two; j2, j3 by one; nobody's by none: behind j1, a tie with two.
     np.testing.assert_allclose(others["popularity"]["all_mrr"][0, 0], 1 / 3)

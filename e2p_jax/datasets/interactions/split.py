@@ -40,6 +40,9 @@ class Options:
     """Interactions of less weight are neither history nor asked for, such as low ratings."""
     held_out: float = 0.1
     """Of a time split: the share of the interactions in each of the windows train, validation and test."""
+    new_items: float = 0.0
+    """Of a time split: the share of all items, drawn by the seed, that nobody is known to have before the window test:
+    what comes out after training, as episodes do. What users had of them earlier is unused."""
     context: int = 50
     """Titles of the history that stand in a record: the latest, or the heaviest in a log without times."""
     question: str = "What do I want next?"
@@ -58,6 +61,8 @@ class Options:
             (self.folds == 0 or self.min_history >= 2, "folds needs a min_history of 2 or more"),
             (self.min_history >= 1, "min_history must be 1 or more"),
             (0 < self.held_out < 0.33, "held_out must be above 0 and below 0.33"),
+            (0 <= self.new_items < 1, "new_items must be 0 or more and below 1"),
+            (self.new_items == 0 or self.split == "time", "new_items needs a time split"),
             (self.context >= 1, "context must be 1 or more"),
             (bool(self.question.strip()), "question must not be empty"),
         ]
@@ -110,6 +115,8 @@ def split(log: Log, options: Options) -> tuple[Interactions, dict[str, int]]:
     assign = _leave_last_out if options.split == "leave_last_out" else _by_time
     asked = is_first & enough
     splits[asked] = assign(users[asked], times[asked], options)
+    is_new = np.random.default_rng([options.seed, 2]).random(len(log.item_ids)) < options.new_items
+    splits[is_new[items] & (splits != TEST)] = UNUSED
     history = np.bincount(users[splits == HISTORY], minlength=len(log.user_ids))
     stays = (history >= options.min_history)[users]
     if not stays.any():
