@@ -16,7 +16,7 @@ def e2p(config: Config) -> Config:
 
 def e2p_text(config: Config) -> Config:
     """The soft token with the context spelled out behind it."""
-    return config.change(data={"condition": "e2p+text"}, train={"distill": 0.0, "borrowed": 0})
+    return config.change(data={"condition": "e2p+text"})
 
 
 def static(config: Config) -> Config:

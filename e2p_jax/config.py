@@ -190,17 +190,6 @@ class TrainConfig:
     null_user_rate: float = result(0.0, SHARE)
     """Share of training conversations whose user vector gives way to the null user's, a learned vector that then
     stands for users who have none; 0 learns no null user."""
-    distill: float = result(0.0, SHARE)
-    """Share of the loss that a teacher has: the backbone itself, which reads the record's context as text, by
-    `data.context_prompt`. The other share is the true token's, and all of it where a record has no context."""
-    teacher_tokens: int = result(16, POSITIVE)
-    """k: of the teacher's distribution at each target, its likeliest tokens; for more than 16 a GPU sorts all. What
-    probability they leave is the true token's."""
-    teacher_temperature: float = result(1.0, POSITIVE)
-    """That the teacher's logits are divided by; the student's are not."""
-    borrowed: int = result(0, NOT_NEGATIVE)
-    """With `distill`: so many times more each training conversation is learned from, with the context and the vector of
-    another training user each time, whom the teacher alone tells what to expect."""
     clip_norm: float = result(1.0, POSITIVE)
     """Global norm of the trainable gradient."""
     seed: int = result(0, NOT_NEGATIVE)

@@ -109,28 +109,8 @@ def checks(config: "Config") -> list[tuple[bool, str]]:
         ),
         (bool(config.train.trainable), "train.trainable is empty: nothing would be trained"),
         (
-            not config.train.borrowed or config.train.distill > 0,
-            "train.borrowed needs train.distill: only a teacher knows what another user would say",
-        ),
-        (
-            not config.train.distill or "text" not in config.data.condition,
-            "train.distill: with the context as text in data.condition there is nothing to learn from who reads it",
-        ),
-        (
-            not config.train.distill or config.data.targets == "assistant",
-            "train.distill needs data.targets=assistant: the context would be a target of its reader's",
-        ),
-        (
             not config.data.items or config.data.targets == "assistant",
             "data.items needs data.targets=assistant: an item is predicted where the last reply begins",
-        ),
-        (
-            not config.train.distill or not config.items.token,
-            "train.distill: the teacher sees no item in front of a reply; set items.token off",
-        ),
-        (
-            not config.train.distill or config.backbone.weights == "pretrained",
-            "train.distill needs a backbone to learn from; random weights teach nothing",
         ),
         (
             config.backbone.quantization == "none" or config.backbone.weights == "pretrained",

@@ -10,13 +10,14 @@ _FIELDS = {
     "hidden_size": "projector=e2p_jax.prefix.mlp.Settings(hidden_size=...)",
     "dropout": "projector=e2p_jax.prefix.mlp.Settings(dropout=...)",
 }
+_DISTILLATION = ("distill", "teacher_tokens", "teacher_temperature", "borrowed")
 
 
 def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
     """The sections of an earlier config.json -> of today's.
 
-    They had `backbone.lora_rank`, 0 for no adapters, the fields of the MLP for every kind of projector, and no bound of
-    soft tokens (`projector.max_scale`).
+    They had `backbone.lora_rank`, 0 for no adapters, the fields of the MLP for every kind of projector, no bound of
+    soft tokens (`projector.max_scale`), and distillation, which has no say in how a projector is read.
 
     Raises:
       UserError: a catalogue's head was trained on something else than what it would read today.
@@ -30,6 +31,9 @@ def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
             projector.pop(name, None)
     if isinstance(projector, dict):
         projector.setdefault("max_scale", 0.0)
+    if isinstance(train := sections.get("train"), dict):
+        for name in _DISTILLATION:
+            train.pop(name, None)
     data, items = sections.get("data"), sections.get("items")
     if isinstance(data, dict) and data.get("items") and isinstance(items, dict) and "token" not in items:
         raise UserError(

@@ -7,7 +7,7 @@ tuning), the latter asks a run trained on `e2p` what its token is worth without 
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -119,23 +119,11 @@ def other_users(users: Sequence[str], draw: int = 0) -> list[str]:
     """
     circle = sorted(set(users))
     if len(circle) < 2:
-        raise UserError("'shuffled', 'text+shuffled' and train.borrowed need at least two users in the split")
+        raise UserError("conditions 'shuffled' and 'text+shuffled' need at least two users in the split")
     order = np.random.default_rng([0, 1]).permutation(len(circle))
     others = np.roll(order, -1 - draw % (len(circle) - 1))
     following = {circle[a]: circle[b] for a, b in zip(order, others, strict=True)}
     return [following[user] for user in users]
-
-
-def borrowed(records: Sequence[Record], times: int) -> Iterator[Record]:
-    """The records so many times more, as another user's each time: that user's id and context, the same messages.
-
-    Raises:
-      UserError: there is one user alone.
-    """
-    for draw in range(times):
-        others = other_users([record.user_id for record in records], draw)
-        for record, other in zip(spelled_out(records, "text+shuffled", draw), others, strict=True):
-            yield dataclasses.replace(record, user_id=other)
 
 
 def draws(condition: Condition, users: Iterable[str], most: int) -> int:

@@ -52,20 +52,30 @@ class Examples(Sequence[Example]):
         Args:
           directory: for files without a name that hold them; in memory without one.
         """
-        growing = Growing(directory)
+        columns = {name: Column(dtype, directory) for name, dtype in _COLUMNS.items()}
+        ends = dict.fromkeys(("ends", "slot_ends", "user_ends", "source_ends", "item_ends"), 0)
         for example in examples:
-            growing.add(example)
-        return growing.examples()
+            user, source = encode(example.user_id), encode(example.source)
+            values: dict[str, Any] = {"tokens": example.tokens, "slot_starts": example.slot_starts}
+            values |= {"user_text": user, "source_text": source, "items": example.items}
+            for end, (name, value) in zip(ends, values.items(), strict=True):
+                columns[name].add(value)
+                ends[end] += len(value)
+                columns[end].add(ends[end])
+            columns["is_target"].add(example.is_target)
+            columns["target_counts"].add(example.is_target.sum())
+            columns["item_slots"].add(example.item_slot)
+        return cls(**{name: column.array() for name, column in columns.items()})
 
-    def save(self, directory: Path, prefix: str = "") -> None:
+    def save(self, directory: Path) -> None:
         """Writes the arrays, one a file."""
         for name in _COLUMNS:
-            np.save(directory / f"{prefix}{name}.npy", getattr(self, name), allow_pickle=False)
+            np.save(directory / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
-    def load(cls, directory: Path, prefix: str = "") -> "Examples":
+    def load(cls, directory: Path) -> "Examples":
         """Maps what `save` wrote."""
-        return cls(**{name: map_column(directory, prefix + name) for name in _COLUMNS})
+        return cls(**{name: map_column(directory, name) for name in _COLUMNS})
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -106,30 +116,6 @@ class Examples(Sequence[Example]):
     def item_counts(self) -> np.ndarray:
         """[N] int64: items of each."""
         return np.diff(self.item_ends, prepend=0)
-
-
-class Growing:
-    """Columns that grow example by example."""
-
-    def __init__(self, directory: Path | None):
-        self._columns = {name: Column(dtype, directory) for name, dtype in _COLUMNS.items()}
-        self._ends = dict.fromkeys(("ends", "slot_ends", "user_ends", "source_ends", "item_ends"), 0)
-
-    def add(self, example: Example) -> None:
-        user, source = encode(example.user_id), encode(example.source)
-        values: dict[str, Any] = {"tokens": example.tokens, "slot_starts": example.slot_starts}
-        values |= {"user_text": user, "source_text": source, "items": example.items}
-        for end, (name, value) in zip(self._ends, values.items(), strict=True):
-            self._columns[name].add(value)
-            self._ends[end] += len(value)
-            self._columns[end].add(self._ends[end])
-        self._columns["is_target"].add(example.is_target)
-        self._columns["target_counts"].add(example.is_target.sum())
-        self._columns["item_slots"].add(example.item_slot)
-
-    def examples(self) -> Examples:
-        """All of them; nothing is added afterwards."""
-        return Examples(**{name: column.array() for name, column in self._columns.items()})
 
 
 def map_column(directory: Path, name: str) -> np.ndarray:

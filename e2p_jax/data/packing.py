@@ -24,7 +24,6 @@ class Budget(NamedTuple):
     targets: int  # M
     segments: int  # S
     items: int = 0  # N: of the conversation that has most; no budget of a row's
-    taught: int = 0  # k: tokens that a teacher names a target; no budget of a row's either
 
 
 def choose_budget(examples: Examples, seq_len: int) -> Budget:
@@ -193,9 +192,8 @@ class _Stock:
 
 def empty_rows(count: int, budget: Budget, width: int) -> dict[str, np.ndarray]:
     """A batch of `count` rows of padding; the arrays of the batch contract."""
-    t, m, s, n, k = budget
+    t, m, s, n = budget
     items = {"item_positions": np.zeros((count, s), np.int32), "item_ids": np.full((count, s, n), -1, np.int32)}
-    taught = {"teacher_ids": np.zeros((count, m, k), np.int32), "teacher_shares": np.zeros((count, m, k), np.float32)}
     return {
         "tokens": np.zeros((count, t), np.int32),
         "positions": np.zeros((count, t), np.int32),
@@ -206,17 +204,11 @@ def empty_rows(count: int, budget: Budget, width: int) -> dict[str, np.ndarray]:
         "target_ids": np.zeros((count, m), np.int32),
         "target_weights": np.zeros((count, m), np.float32),
         **(items if n else {}),
-        **(taught if k else {}),
     }
 
 
 def fill_row(
-    batch: dict[str, np.ndarray],
-    row: int,
-    examples: Sequence[Example],
-    vectors: Sequence[np.ndarray],
-    num_tokens: int,
-    taught: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    batch: dict[str, np.ndarray], row: int, examples: Sequence[Example], vectors: Sequence[np.ndarray], num_tokens: int
 ) -> None:
     """Writes examples, one segment each, into row `row` of `batch`.
 
@@ -226,7 +218,6 @@ def fill_row(
       examples: that fit the row's budget together.
       vectors: [E] float32 for each example; read only where the example has slots.
       num_tokens: K.
-      taught: for each example, tokens and shares of a teacher's for all of its targets or none, [m, k] each.
     """
     start = target = 0
     for segment, (example, vector) in enumerate(zip(examples, vectors, strict=True)):
@@ -243,10 +234,6 @@ def fill_row(
         batch["target_positions"][row, target:last] = start + places - 1
         batch["target_ids"][row, target:last] = example.tokens[places]
         batch["target_weights"][row, target:last] = 1.0
-        if taught:
-            ids, shares = taught[segment]
-            batch["teacher_ids"][row, target : target + len(ids)] = ids
-            batch["teacher_shares"][row, target : target + len(ids)] = shares
         if "item_ids" in batch:
             batch["item_positions"][row, segment] = start + example.answer
             batch["item_ids"][row, segment, : len(example.items)] = example.items

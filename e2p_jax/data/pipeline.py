@@ -20,7 +20,6 @@ from e2p_jax.data.columns import Ragged
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.data.examples import Examples
 from e2p_jax.data.packing import Budget, choose_budget, empty_rows, fill_row, plan_rows
-from e2p_jax.data.teacher import Reading, Teacher
 from e2p_jax.errors import UserError
 from e2p_jax.parallel.mesh import row_sharding
 from e2p_jax.prefix.model import Batch
@@ -38,8 +37,6 @@ class PackedDataset:
     rows: Ragged  # of example numbers
     budget: Budget
     num_tokens: int  # K
-    taught: Reading | None = None  # of the same examples
-    teacher: Teacher | None = None  # what it made of them
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The batch made of these rows; a negative number is a row of padding."""
@@ -48,24 +45,18 @@ class PackedDataset:
         vectors = iter(self.vectors.gather([number for numbers in members for number in numbers]))
         for place, numbers in enumerate(members):
             examples = [self.examples.segment(number) for number in numbers]
-            taught = [self.teacher.shares(number) for number in numbers] if self.teacher else ()
-            fill_row(batch, place, examples, list(itertools.islice(vectors, len(numbers))), self.num_tokens, taught)
+            fill_row(batch, place, examples, list(itertools.islice(vectors, len(numbers))), self.num_tokens)
         return batch
 
     def digest(self) -> bytes:
-        """Of every token, vector and row: what hosts must agree on before they train together.
-
-        What a teacher makes of them follows from these and from settings.
-        """
+        """Of every token, vector and row: what hosts must agree on before they train together."""
         digest = hashlib.sha256()
         size = max(_BLOCK // (4 * self.vectors.width), 1)
         for first in range(0, len(self.vectors), size):
             digest.update(self.vectors.gather(slice(first, first + size)).data)
         held = self.examples
         items = (held.items, held.item_ends) if len(held.items) else ()
-        read = self.taught and self.taught.examples
-        taught = (read.tokens, read.is_target, read.ends) if read else ()
-        for array in (held.tokens, held.is_target, held.ends, self.rows.values, *items, *taught):
+        for array in (held.tokens, held.is_target, held.ends, self.rows.values, *items):
             digest.update(np.ascontiguousarray(array).data)
         return digest.digest()
 

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 import e2p_jax
-from e2p_jax.config import Condition, Config, DataConfig
+from e2p_jax.config import Config, DataConfig
 from e2p_jax.data.columns import Ragged
-from e2p_jax.data.conditions import borrowed, spelled_out
-from e2p_jax.data.encode import Encoder, Example, Fitted
-from e2p_jax.data.examples import Examples, Growing, map_column
+from e2p_jax.data.conditions import spelled_out
+from e2p_jax.data.encode import Encoder, Example
+from e2p_jax.data.examples import Examples, map_column
 from e2p_jax.data.packing import Budget, choose_budget, plan_rows
-from e2p_jax.data.teacher import Reading
 from e2p_jax.datasets import synthetic
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits, load_training
@@ -35,16 +34,15 @@ from e2p_jax.files import explain_full_disk, replace_directory, user_cache
 from e2p_jax.json_files import digest, object_in
 from e2p_jax.parallel.distributed import is_first
 
-_LAYOUT = 6  # of a cache directory
-_META, _TAUGHT = "meta.json", "taught_"
+_LAYOUT = 7  # of a cache directory
+_META = "meta.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     """The records of a run."""
 
-    examples: Examples  # N, of the training records, under `data.condition`; on disk
-    taught: Reading | None  # of the same N, for `train.distill`
+    examples: Examples  # of the training records, under `data.condition`; on disk
     budget: Budget
     rows: Ragged  # the plan: which examples share a row; on disk once it is cached
     dev: list[Record]
@@ -71,19 +69,18 @@ def read_training(config: Config, encoder: Encoder) -> Training:
         fault = str(error) if isinstance(error, ValueError) else "damaged"
     if fault and is_first():
         print(f"data.cache: {place} is made anew ({fault})", file=sys.stderr)
-    with cache_at_fault(folder):
+    with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     training = _read(config, encoder, folder)
     if _key(config, encoder) == place.name:  # else it was written to meanwhile: which of the two was read?
-        with cache_at_fault(folder):
+        with _explained(folder):
             _save(training, place)
     return training
 
 
 @contextlib.contextmanager
-def cache_at_fault(folder: Path) -> Iterator[None]:
-    """Turns what hinders writing into an error that names the setting."""
+def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:  # the latter from `replace_directory`, in words that know no `none`
@@ -108,36 +105,19 @@ def _read(config: Config, encoder: Encoder, directory: Path) -> Training:
     bad = BadRecords(config.data.on_bad_record, config.data.max_bad_share, "--data.on_bad_record")
     reported = load_splits(config.data.path, config.data.eval_splits, bad)
     learned, dev = load_training(config.data, reported, bad)
-    dropped, growing = 0, Growing(directory)
-    taught = Growing(directory) if config.train.distill else None
-    times, own = config.train.borrowed, 0
-    with explain_full_disk(directory):
-        records = list(spelled_out(learned, condition)) if times else spelled_out(learned, condition)
-        for record in records:
-            # Too long for the teacher's reading is too long for both, so that both have the same targets.
-            fit = encoder.fit(record, [condition, "text"] if taught else [condition])
+    dropped = 0
+
+    def fitted() -> Iterator[Example]:
+        nonlocal dropped
+        for record in spelled_out(learned, condition):
+            fit = encoder.fit(record, [condition])
             dropped += fit.dropped_messages
-            growing.add(fit.examples[condition])
-            if taught:
-                taught.add(_taught(fit, condition))
-            own += 1
-        for record in borrowed(list(records), times):
-            fit = encoder.fit(record, [condition, "text"])
-            reading = _taught(fit, condition)
-            if taught and reading.is_target.any():  # else nothing can be learned from it
-                growing.add(fit.examples[condition])
-                taught.add(reading)
-    examples = growing.examples()
+            yield fit.examples[condition]
+
+    with explain_full_disk(directory):
+        examples = Examples.of(fitted(), directory)
     budget = choose_budget(examples, encoder.max_length)
-    read = Reading(taught.examples(), own) if taught else None
-    return Training(examples, read, budget, plan_rows(examples, budget), dev, reported, dropped, bad.report())
-
-
-def _taught(fit: Fitted, condition: Condition) -> Example:
-    """The teacher's reading of a record; without targets where it has no context, or not the student's targets."""
-    ours, theirs = fit.examples[condition], fit.examples["text"]
-    same = np.array_equal(ours.tokens[ours.is_target], theirs.tokens[theirs.is_target])
-    return theirs if same and fit.record.context else theirs._replace(is_target=np.zeros_like(theirs.is_target))
+    return Training(examples, budget, plan_rows(examples, budget), dev, reported, dropped, bad.report())
 
 
 def _key(config: Config, encoder: Encoder) -> str:
@@ -158,7 +138,6 @@ def _key(config: Config, encoder: Encoder) -> str:
         "pad": encoder.pad_id,
         "item_token": encoder.item_token,
         "items": encoder.catalogue and hashlib.sha256(encoder.catalogue.table.index.text.data).hexdigest(),
-        **({"borrowed": config.train.borrowed} if config.train.distill else {}),
     }
     return digest(settings)[:32]
 
@@ -186,8 +165,6 @@ def _save(training: Training, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)  # a damaged one
     with replace_directory(place) as temporary:
         training.examples.save(temporary)
-        if training.taught is not None:
-            training.taught.examples.save(temporary, _TAUGHT)
         np.save(temporary / "rows.npy", training.rows.values)
         np.save(temporary / "row_ends.npy", training.rows.ends)
         texts = {
@@ -196,21 +173,14 @@ def _save(training: Training, place: Path) -> None:
             "budget": list(map(int, training.budget)),
             "dropped_messages": training.dropped_messages,
             "skipped": training.skipped,
-            "own": training.taught and training.taught.own,
         }
         (temporary / "records.json").write_text(json.dumps(texts), encoding="utf-8")
-        vouch(temporary)
+        meta = {"layout": _LAYOUT, "files": {path.name: _digest(path) for path in sorted(temporary.iterdir())}}
+        (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def vouch(directory: Path) -> None:
-    """Writes down the layout and the checksums of a directory's files."""
-    meta = {"layout": _LAYOUT, "files": {path.name: _digest(path) for path in sorted(directory.iterdir())}}
-    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-
-def check(place: Path) -> None:
-    """Holds a directory against what `vouch` wrote.
-
+def _load(place: Path) -> Training:
+    """
     Raises:
       OSError, ValueError, KeyError, TypeError: it is not there, or not as it was written.
     """
@@ -219,18 +189,9 @@ def check(place: Path) -> None:
         raise ValueError("it has the layout of another version")
     if meta["files"] != {path.name: _digest(path) for path in place.iterdir() if path.name != _META}:
         raise ValueError("its files are not those that were written")
-
-
-def _load(place: Path) -> Training:
-    """
-    Raises:
-      OSError, ValueError, KeyError, TypeError: it is not there, or not as it was written.
-    """
-    check(place)
     texts = json.loads((place / "records.json").read_text(encoding="utf-8"))
     return Training(
         Examples.load(place),
-        Reading(Examples.load(place, _TAUGHT), texts["own"]) if texts.get("own") else None,
         Budget(*texts["budget"]),
         Ragged(map_column(place, "rows"), map_column(place, "row_ends")),
         list(map(_record, texts["dev"])),

@@ -130,8 +130,7 @@ def read_backbone(config: Config) -> DecoderConfig:
 def abstract_batch(config: Config, shape: RowShape, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a batch."""
     targets = config.data.seq_len // 2 if shape.targets is None else shape.targets
-    taught = config.train.teacher_tokens if config.train.distill else 0
-    budget = Budget(config.data.seq_len, targets, shape.segments, shape.named, taught)
+    budget = Budget(config.data.seq_len, targets, shape.segments, shape.named)
     return batch_shapes(mesh, config.train.rows, budget, shape.embedding_width)
 
 

@@ -1,6 +1,6 @@
 """The method: a frozen decoder with projected user vectors at its slots."""
 
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import chex
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from e2p_jax.backbone.adapter import Adapter, by_matrix
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.prefix.items import Items
-from e2p_jax.prefix.loss import Taught, taught_cross_entropy, top_tokens
+from e2p_jax.prefix.loss import cross_entropy
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.products import einsum
 
@@ -18,7 +18,7 @@ from e2p_jax.products import einsum
 class Batch(TypedDict):
     """One batch: B rows of T tokens, S segments, M targets; E is the user vectors' width.
 
-    `item_*` are there where records name items of a catalogue, `teacher_*` in training where a teacher has a say.
+    The last two are there where records name items of a catalogue.
     """
 
     tokens: jax.Array  # [B, T] int32
@@ -31,16 +31,6 @@ class Batch(TypedDict):
     target_weights: jax.Array  # [B, M] float32
     item_positions: NotRequired[jax.Array]  # [B, S] int32: where the first token of the segment's reply is predicted
     item_ids: NotRequired[jax.Array]  # [B, S, N] int32, distinct rows of the catalogue, -1 where there is none
-    teacher_ids: NotRequired[jax.Array]  # [B, M, k] int32: tokens that share in the target's loss
-    teacher_shares: NotRequired[jax.Array]  # [B, M, k] float32: of that loss; the target itself has what is left of 1
-
-
-class Losses(NamedTuple):
-    """What a step trains on, and what it shows beside, in nats."""
-
-    text: jax.Array | None  # [B, M] float32, with the teacher's share; none where text weighs nothing
-    items: jax.Array | None  # [B, S] float32, over drawn items; none without a catalogue
-    nll: jax.Array | None = None  # [B, M] float32, of the true tokens, where a teacher shares in `text`
 
 
 class PrefixModel(nnx.Module):
@@ -126,8 +116,7 @@ class PrefixModel(nnx.Module):
         Returns:
           [B, M] float32.
         """
-        hidden = _at(self._states(batch, dropout_key), batch["target_positions"])
-        return self.nll(hidden, batch["target_ids"]) * batch["target_weights"]
+        return self._text_nll(self._states(batch, dropout_key), batch)
 
     def item_nll(self, batch: Batch) -> jax.Array:
         """Mean cross-entropy of every segment's items over the catalogue, in nats, 0 where it names none: [B, S]."""
@@ -137,27 +126,17 @@ class PrefixModel(nnx.Module):
         """[B, S, R] float32: what an item's row is multiplied with, to give its logit as the segment's answer."""
         return self.items.queries(self._answers(self._states(batch, None), batch))
 
-    def losses(self, batch: Batch, dropout_key: jax.Array | None) -> Losses:
-        """What is trained on, of one forward pass."""
+    def losses(self, batch: Batch, dropout_key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+        """What is trained on, of one forward pass: `target_nll`, none where the text weighs nothing, and `item_nll`
+        over drawn items, none without a catalogue.
+        """
         hidden, items = self._states(batch, dropout_key), getattr(self, "items", None)
-        text, nll, of_items = None, None, None
-        if items is None or items.settings.text_weight:
-            taught = Taught(batch["teacher_ids"], batch["teacher_shares"]) if "teacher_ids" in batch else None
-            found = self._nll(_at(hidden, batch["target_positions"]), batch["target_ids"], taught)
-            text, nll = (nats * batch["target_weights"] for nats in found)
-        if items is not None:
-            # The projector splits the key in three.
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, 3)
-            of_items = items.nll(self._answers(hidden, batch), batch["item_ids"], key)
-        return Losses(text, of_items, nll if "teacher_ids" in batch else None)
-
-    def top_tokens(self, batch: Batch, count: int, temperature: float) -> tuple[jax.Array, jax.Array]:
-        """What the backbone alone, without slots and adapters, expects at every target (`loss.top_tokens`)."""
-        out, most = self.backbone, batch["user_embeddings"].shape[1]
-        hidden = out(out.embed(batch["tokens"]), batch["positions"], batch["segment_ids"], most_segments=most)[0]
-        hidden = out.before_head(_at(hidden, batch["target_positions"]))
-        cap, at_once = out.config.logit_cap, out.execution.logits_at_once
-        return top_tokens(hidden, out.output_embedding, count, temperature, cap, out.output_bias, at_once)
+        if items is None:
+            return self._text_nll(hidden, batch), None
+        text = self._text_nll(hidden, batch) if items.settings.text_weight else None
+        # The projector splits the key in three.
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, 3)
+        return text, items.nll(self._answers(hidden, batch), batch["item_ids"], key)
 
     def _states(self, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
         """[B, T, D] after the last layer, before the final norm."""
@@ -170,19 +149,14 @@ class PrefixModel(nnx.Module):
 
     def _answers(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """[B, S, D]: what the first token of every segment's reply is predicted from."""
-        return self.backbone.before_head(_at(hidden, batch["item_positions"]))
+        return self.backbone.before_head(jnp.take_along_axis(hidden, batch["item_positions"][..., None], axis=1))
+
+    def _text_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
+        hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
+        return self.nll(hidden, batch["target_ids"]) * batch["target_weights"]
 
     def nll(self, hidden: jax.Array, ids: jax.Array) -> jax.Array:
         """Nats of the tokens [B, M] that follow where the backbone has the states [B, M, D], [B, M] float32."""
-        return self._nll(hidden, ids, None)[0]
-
-    def _nll(self, hidden: jax.Array, ids: jax.Array, taught: Taught | None) -> tuple[jax.Array, jax.Array]:
         out = self.backbone
         hidden, head, cap = out.before_head(hidden), out.output_embedding, out.config.logit_cap
-        at_once = out.execution.logits_at_once
-        return taught_cross_entropy(hidden, head, ids, taught, cap, out.output_bias, at_once=at_once)
-
-
-def _at(hidden: jax.Array, positions: jax.Array) -> jax.Array:
-    """[B, M, D] of [B, T, D], at the positions [B, M]."""
-    return jnp.take_along_axis(hidden, positions[..., None], axis=1)
+        return cross_entropy(hidden, head, ids, cap, out.output_bias, at_once=out.execution.logits_at_once)

@@ -38,7 +38,6 @@ from e2p_jax.train.setup import (
     jit_train_step,
     read_inputs,
 )
-from e2p_jax.train.teacher import teach
 from e2p_jax.train.words import begin_with_words
 from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.index import distinct
@@ -70,7 +69,7 @@ def read_data(inputs: Inputs) -> Data:
     users, where = read.examples.users, read.examples.sources
     population, warnings = _population(inputs, users, where)
     vectors = vectors_of(users, where, condition, inputs.table, population)
-    train = PackedDataset(read.examples, vectors, read.rows, read.budget, inputs.encoder.num_tokens, read.taught)
+    train = PackedDataset(read.examples, vectors, read.rows, read.budget, inputs.encoder.num_tokens)
     held_out = {}
     for name, others in ({"dev": read.dev} | read.reported if read.dev else read.reported).items():
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
@@ -134,8 +133,6 @@ def train_model(config: Config, run: epath.PathLike, shared: Shared | None = Non
         model = begin_with_words(model, inputs, data.train.examples.users)
     with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
-        if data.train.taught is not None:
-            data = dataclasses.replace(data, train=teach(data.train, inputs, model))
         with contextlib.closing(Checkpoints(run, config.train)) as checkpoints:  # waits for what is being written
             model = _train(config, run, data, model, checkpoints, profile)
             step, model = restore_parameters(checkpoints, "best", model, config.train)

@@ -149,7 +149,7 @@ class Recorder:
         Raises:
           UserError: the step before is not finite.
         """
-        for value in jax.tree.leaves(metrics):
+        for value in metrics:
             value.copy_to_host_async()
         before, self._pending = self._pending, (number, metrics)
         self._settle(before)
@@ -168,8 +168,7 @@ class Recorder:
         if dispatched is None:
             return
         number, metrics = dispatched
-        found = jax.device_get(metrics)._asdict()
-        values = {f"train/{name}": float(value) for name, value in found.items() if value is not None}
+        values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         if wrong := [f"{name.removeprefix('train/')} {v}" for name, v in values.items() if not math.isfinite(v)]:
             raise UserError(
                 f"step {number} is not finite ({', '.join(wrong)}), and nothing of it was saved; users of its batch, "

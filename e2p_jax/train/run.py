@@ -105,6 +105,11 @@ def _check_claim(run: epath.Path, config: Config, inputs: Inputs, model: Model) 
             "rerun with those, or choose another --workdir"
         )
     names = identity.read(run)
+    if names.get("settings", {}).get("train", {}).get("distill"):
+        raise UserError(
+            f"{run}: was trained with train.distill, which this version does not have: it can be evaluated, asked and "
+            "exported, not trained further; choose another --workdir"
+        )
     identity.check_inputs(run, names, config, inputs)
     identity.check_weights(run, names, model)
 

@@ -33,7 +33,7 @@ from e2p_jax.prefix.model import PrefixModel
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train.optimizer import make_optimizer, schedule
 from e2p_jax.train.partition import path_name, split, trainable_mask
-from e2p_jax.train.step import TrainState, make_eval_step, make_item_step, make_teacher_step, make_train_step
+from e2p_jax.train.step import TrainState, make_eval_step, make_item_step, make_train_step
 from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.table import UserTable
@@ -434,11 +434,4 @@ def jit_eval_step(model: Model, max_traces: int | None = None, items: str = "") 
     step = make_item_step(graph, mask, items) if items else make_eval_step(graph, mask)
     step = chex.assert_max_traces(step, n=max_traces) if max_traces else step
     places = (*_places(split(model.params, model.mask)), row_sharding(model.mesh))
-    return jax.jit(step, in_shardings=places, out_shardings=replicated(model.mesh))
-
-
-def jit_teacher_step(model: Model, tokens: int, temperature: float) -> jax.stages.Wrapped:
-    """(parameters, batch) -> what `make_teacher_step` gives, the same on every device."""
-    step = make_teacher_step(model.graph, tokens, temperature)
-    places = (_places(model.params), row_sharding(model.mesh))
     return jax.jit(step, in_shardings=places, out_shardings=replicated(model.mesh))

@@ -32,7 +32,6 @@ class Metrics(NamedTuple):
     learning_rate: jax.Array
     targets: jax.Array
     parameter_norm: jax.Array  # of the trainable part, after the step: finite where every parameter is
-    nll: jax.Array | None = None  # nats per target of the true tokens, where a teacher shares in the loss
 
 
 def make_train_step(
@@ -49,28 +48,22 @@ def make_train_step(
     that over targets by its weight.
     """
 
-    def summed(
-        trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, share: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The loss, and the true tokens' nats where they are not the same.
-
-        Of a conversation's items as of `share` targets, so that divided by the targets it is both means.
-        """
+    def summed_nll(trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, share: jax.Array) -> jax.Array:
+        """Of a conversation's items as of `share` targets, so that divided by the targets it is both means."""
         model = nnx.merge(graph, join(trainable, frozen, mask))
-        text, items, nll = model.losses(batch, key)
-        nll = None if nll is None else jnp.sum(nll)
+        text, items = model.losses(batch, key)
         if items is None:
-            return jnp.sum(text), nll
-        loss = share * jnp.sum(items)
-        return loss if text is None else loss + model.items.settings.text_weight * jnp.sum(text), nll
+            return jnp.sum(text)
+        summed = share * jnp.sum(items)
+        return summed if text is None else summed + model.items.settings.text_weight * jnp.sum(text)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         targets = jnp.maximum(jnp.sum(batch["target_weights"]), 1.0)
         share = targets / jnp.maximum(_naming(batch), 1.0)
-        gradient = jax.value_and_grad(summed, has_aux=True)
+        gradient = jax.value_and_grad(summed_nll)
         if accumulation == 1:
-            sums, grads = gradient(state.trainable, frozen, batch, key, share)
+            nll, grads = gradient(state.trainable, frozen, batch, key, share)
         else:
             # Strided micro-batches: each keeps a share of every device's rows.
             micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
@@ -80,17 +73,15 @@ def make_train_step(
                 part = gradient(state.trainable, frozen, rows, jax.random.fold_in(key, index), share)
                 return jax.tree.map(jnp.add, total, part), None
 
-            none = jnp.zeros(()), jnp.zeros(()) if "teacher_ids" in batch else None
-            zero = none, jax.tree.map(jnp.zeros_like, state.trainable)
-            (sums, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulation), micro))
+            zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable)
+            (nll, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulation), micro))
         grads = jax.tree.map(lambda g: g / targets.astype(g.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer counts by floats
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         trainable = optax.apply_updates(state.trainable, updates)
         size = optax.tree.norm(trainable).astype(jnp.float32)
-        loss, nll = jax.tree.map(lambda nats: nats / targets, sums)
-        metrics = Metrics(loss, optax.tree.norm(grads), learning_rate, targets, size, nll)
+        metrics = Metrics(nll / targets, optax.tree.norm(grads), learning_rate, targets, size)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return train_step
@@ -100,18 +91,6 @@ def _naming(batch: Batch) -> jax.Array:
     """[] float32: conversations that name items."""
     ids = batch.get("item_ids")
     return jnp.ones(()) if ids is None else jnp.sum((ids >= 0).any(axis=-1), dtype=jnp.float32)
-
-
-def make_teacher_step(
-    graph: nnx.GraphDef, count: int, temperature: float
-) -> Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]:
-    """(parameters, batch) -> what the backbone expects at every target, [B, M, k] twice (`loss.top_tokens`)."""
-
-    def teacher_step(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        out: tuple[jax.Array, jax.Array] = nnx.merge(graph, params).top_tokens(batch, count, temperature)
-        return out
-
-    return teacher_step
 
 
 def make_item_step(graph: nnx.GraphDef, mask: PyTree, what: str) -> Callable[[PyTree, PyTree, Batch], jax.Array]:

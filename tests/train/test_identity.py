@@ -6,6 +6,7 @@ import random
 import shutil
 import typing
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from e2p_jax.config import BackboneConfig, Config, DataConfig, from_json
 from e2p_jax.config_fields import fields_that
 from e2p_jax.data.control import unguarded
 from e2p_jax.errors import UserError
+from e2p_jax.json_files import sealed
 from e2p_jax.tensors import read_tensors
 from e2p_jax.train import identity
 from e2p_jax.train.run import claim_run, open_run
@@ -164,6 +166,23 @@ def test_resuming_checks_the_same(folder: Path, begun: tuple[Path, Inputs, Model
     config = from_json((folder / "run" / "config.json").read_text(), folder)
     with pytest.raises(UserError, match="rope_theta was 10000"):
         claim_run(epath.Path(folder / "run"), config, read_inputs(config), model)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_distilled_run_opens_and_is_not_trained_further(
+    folder: Path, begun: tuple[Path, Inputs, Model], share: float
+) -> None:
+    """As an earlier version wrote both files; where nothing was distilled it is any run."""
+    _, inputs, model = begun
+    path = folder / "run" / "config.json"
+    edit(path, lambda values: values["train"].update(distill=share, teacher_tokens=16, borrowed=0))
+    names = identity.read(epath.Path(folder / "run"))
+    names["settings"]["train"] |= {"distill": share, "teacher_tokens": 16, "borrowed": 0}
+    (folder / "run" / "backbone.json").write_text(sealed(names))
+    assert OPENS in refused(folder / "run")
+    further = pytest.raises(UserError, match=r"train\.distill, which this version") if share else nullcontext()
+    with further:
+        claim_run(epath.Path(folder / "run"), from_json(path.read_bytes(), path), inputs, model)
 
 
 def test_settings_that_checkpoints_depend_on_cannot_be_edited(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

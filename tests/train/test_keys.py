@@ -15,7 +15,6 @@ from e2p_jax.backbone import lora
 from e2p_jax.backbone.families import parse_config
 from e2p_jax.config import Config, TrainConfig
 from e2p_jax.prefix import mlp
-from e2p_jax.prefix.model import Losses
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.train import setup
 from e2p_jax.train.partition import split, trainable_mask
@@ -28,8 +27,8 @@ class Toy(nnx.Module):
     def __init__(self, projector: Projector):
         self.projector = projector
 
-    def losses(self, batch: Any, key: jax.Array) -> Losses:
-        return Losses(jnp.sum(self.projector(batch["user_embeddings"], key)), None)
+    def losses(self, batch: Any, key: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.sum(self.projector(batch["user_embeddings"], key)), None
 
 
 def test_no_key_is_drawn_from_twice_or_has_others_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
