@@ -240,6 +240,9 @@ class EvaluateConfig:
     """Asked of two held-out users after training."""
 
 
+_SHARED: dict[str, Any] = {"projector": ProjectorConfig, "adapter": AdapterConfig}  # fields that all kinds have
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A run. A section with a kind becomes one of the kind's own class; given as another, it keeps what all have."""
@@ -323,15 +326,6 @@ class Config:
         """As `from_json` reads it, with the plugins that the kinds are of."""
         plugins = plugins_of(table[getattr(self, name).kind] for name, table in KINDS.items())
         return json.dumps(dataclasses.asdict(self) | ({"plugins": plugins} if plugins else {}), indent=2) + "\n"
-
-
-_SHARED: dict[str, Any] = {"projector": ProjectorConfig, "adapter": AdapterConfig}  # fields that all kinds have
-
-
-def own_fields(section: str, values: Any) -> dict[str, Any]:
-    """What a section's kind has beside the fields that all kinds have."""
-    shared = {field.name for field in dataclasses.fields(_SHARED[section])}
-    return {name: value for name, value in dataclasses.asdict(values).items() if name not in shared}
 
 
 def from_json(text: str | bytes, source: Path) -> Config:

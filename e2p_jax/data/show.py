@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.terminal import printable
 
-SLOT, TARGET, PADDING = "black on magenta", "bold green", "dim"
+SLOT, TARGET = "black on magenta", "bold green"
 
 
 def show_row(

@@ -15,7 +15,7 @@ def embed(data: str, encoder: str, blocks: int) -> tuple[Sequence[str], np.ndarr
     return vectors_of_contexts(data, lambda contexts: text_vectors(contexts, encoder), blocks)
 
 
-def text_vectors(contexts: Sequence[tuple[str, ...]], encoder: str, batch: int = 64) -> np.ndarray:
+def text_vectors(contexts: Sequence[tuple[str, ...]], encoder: str) -> np.ndarray:
     """Mean of a context's sentence embeddings, each of length 1, brought to length 1.
 
     Args:
@@ -43,7 +43,7 @@ def text_vectors(contexts: Sequence[tuple[str, ...]], encoder: str, batch: int =
     if model.tokenizer.pad_token is None:  # as decoders have none; what stands for it is masked
         model.tokenizer.pad_token = model.tokenizer.eos_token or model.tokenizer.convert_ids_to_tokens(0)
     sentences = list(dict.fromkeys(text for context in contexts for text in context))
-    encoded = model.encode(sentences, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
+    encoded = model.encode(sentences, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
     place = {sentence: row for row, sentence in enumerate(sentences)}
     means = np.stack([encoded[[place[t] for t in context]].mean(axis=0, dtype=np.float64) for context in contexts])
     return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)

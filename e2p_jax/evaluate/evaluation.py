@@ -60,13 +60,17 @@ class Evaluation:
     recommenders: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     """Statistics by measure of what ranks the same candidates without a language model."""
 
+    @property
+    def users(self) -> list[str]:
+        """Of the records."""
+        return [record.user_id for record in self.records]
+
     def difference(self, condition: str, baseline: str, measure: str = "nll_per_target") -> Difference | None:
         """Condition minus baseline; None where one of the two was not measured so."""
         both = [self.scores[name].statistics.get(measure) for name in (condition, baseline)]
         if both[0] is None or both[1] is None:
             return None
-        users = [record.user_id for record in self.records]
-        return difference(measure, both[0], both[1], users, self.bootstrap_samples)
+        return difference(measure, both[0], both[1], self.users, self.bootstrap_samples)
 
     def share(self) -> Share | None:
         """What the soft token carries of what the persona is worth to this backbone as text, each compared with another
@@ -75,14 +79,12 @@ class Evaluation:
         if not set(SHARED) <= set(self.scores):
             return None
         e2p, shuffled, text, other = (self.scores[name].statistics["nll_per_target"] for name in SHARED)
-        users = [record.user_id for record in self.records]
-        return share_of((e2p, shuffled), (text, other), users, self.bootstrap_samples)
+        return share_of((e2p, shuffled), (text, other), self.users, self.bootstrap_samples)
 
     def beyond(self) -> dict[str, Beyond]:
         """What a token costs user by user beyond none, by condition with slots; nothing where `none` was not scored."""
-        users = [record.user_id for record in self.records]
         return {
-            name: Beyond.of(scores, self.scores["none"], users)
+            name: Beyond.of(scores, self.scores["none"], self.users)
             for name, scores in self.scores.items()
             if "none" in self.scores and FRONTS.get(cast(Condition, name), FRONTS["none"]).vector
         }
@@ -94,7 +96,7 @@ class Evaluation:
         return {
             "split": self.split,
             "records": len(self.records),
-            "users": len({record.user_id for record in self.records}),
+            "users": len(set(self.users)),
             "targets": int(any_scores.targets.sum()),
             "words": int(any_scores.words.sum()),
             "dropped_messages": self.dropped_messages,
@@ -106,22 +108,22 @@ class Evaluation:
 
     def _recommender(self, by_measure: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
         """Every measure with its interval, and how much better or worse each condition is."""
-        users, out = [record.user_id for record in self.records], {}
+        out = {}
         for measure, statistics in by_measure.items():
-            entry: dict[str, Any] = interval(measure, statistics, users, self.bootstrap_samples)._asdict()
+            entry: dict[str, Any] = interval(measure, statistics, self.users, self.bootstrap_samples)._asdict()
             for name, scores in self.scores.items():
                 if (ours := scores.statistics.get(measure)) is not None:
-                    apart = difference(measure, ours, statistics, users, self.bootstrap_samples)
+                    apart = difference(measure, ours, statistics, self.users, self.bootstrap_samples)
                     entry[f"{name}_minus"] = dataclasses.asdict(apart)
             out[measure] = entry
         return out
 
     def _condition(self, name: str) -> dict[str, Any]:
         """NLL, perplexity and differences by name; every measure again, with intervals, under `measures`."""
-        scores, users = self.scores[name], [record.user_id for record in self.records]
+        scores = self.scores[name]
         measures: dict[str, dict[str, Any]] = {}
         for measure, statistics in scores.statistics.items():
-            measures[measure] = interval(measure, statistics, users, self.bootstrap_samples)._asdict()
+            measures[measure] = interval(measure, statistics, self.users, self.bootstrap_samples)._asdict()
             for baseline in BASELINES:
                 if baseline in self.scores and baseline != name:
                     apart = self.difference(name, baseline, measure)

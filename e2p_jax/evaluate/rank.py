@@ -34,7 +34,7 @@ def rank_statistics(rank: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.stack([value * there, there], axis=1).astype(np.float64) for name, value in values.items()}
 
 
-def with_candidates(records: Sequence[Record], count: int, seed: int = 0) -> list[Record]:
+def with_candidates(records: Sequence[Record], count: int) -> list[Record]:
     """Gives records without candidates their own last reply and `count` - 1 last replies of other users, drawn
     uniformly: what ConvAI2 does. Records that bring candidates keep them.
 
@@ -45,7 +45,7 @@ def with_candidates(records: Sequence[Record], count: int, seed: int = 0) -> lis
     out = []
     for row, record in enumerate(records):
         if not record.candidates:
-            rng = np.random.default_rng([seed, row])
+            rng = np.random.default_rng([0, row])
             others = sorted({r for r, o in zip(replies, records, strict=True) if o.user_id != record.user_id})
             others = [reply for reply in others if reply != replies[row]]
             if len(others) < count - 1:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from e2p_jax.config import Condition
-from e2p_jax.data.conditions import FRONTS
 from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.measures import interval
@@ -64,7 +63,7 @@ class Point:
     high: float
 
 
-def robustness(run: Run, records: Sequence[Record], condition: Condition = "e2p") -> list[Point]:
+def robustness(run: Run, records: Sequence[Record]) -> list[Point]:
     """Curves of the NLL over every disturbance, level 0 among them, in standardised space; all with one compiled step.
 
     Also one point each of `cold start`: the null user where the run has one, else the training users' mean; and of
@@ -73,36 +72,34 @@ def robustness(run: Run, records: Sequence[Record], condition: Condition = "e2p"
     Args:
       run: trained on users' vectors.
       records: to score.
-      condition: with the user's own vector.
 
     Raises:
       UserError: a user without a vector, or a record that cannot fit.
     """
     encoder, population = run.inputs.encoder, run.population
-    fitted = [encoder.fit(record, [condition, "none"]) for record in records]
+    fitted = [encoder.fit(record, ["e2p", "none"]) for record in records]
     kept = [fit.record for fit in fitted]
-    examples = [fit.examples[condition] for fit in fitted]
+    examples = [fit.examples["e2p"] for fit in fitted]
     targets = np.array([int(example.is_target.sum()) for example in examples])
     users = [record.user_id for record in kept]
-    assert FRONTS[condition].vector == "own"
-    conditions: tuple[Condition, ...] = (condition, "shuffled", "mean")
+    conditions: tuple[Condition, ...] = ("e2p", "shuffled", "mean")
     own, other, mean = (run.vectors(kept, c) for c in conditions)
     nobody = Vectors(np.full((1, own.width), np.nan, np.float32), np.zeros(len(kept), np.int64))
-    groups = {condition: (examples, own), "none": ([fit.examples["none"] for fit in fitted], own)}
+    groups = {"e2p": (examples, own), "none": ([fit.examples["none"] for fit in fitted], own)}
     packed = pack_groups(groups, encoder)
 
     def datasets() -> Iterator[tuple[str, float, PackedDataset]]:
         """One level's vectors at a time."""
-        yield "as trained", 0.0, packed[condition]
+        yield "as trained", 0.0, packed["e2p"]
         cold = nobody if run.inputs.config.train.null_user_rate > 0 else mean
-        yield "cold start", 0.0, dataclasses.replace(packed[condition], vectors=cold)
+        yield "cold start", 0.0, dataclasses.replace(packed["e2p"], vectors=cold)
         yield "none", 0.0, packed["none"]
         for name, (_, disturb, levels) in DISTURBANCES.items():
             for number, level in enumerate(levels):
                 a, b = ((vectors.gather() - population.mean) / population.std for vectors in (own, other))
                 changed = disturb(a, b, level, np.random.default_rng([2, number]))
                 raw = (changed * population.std + population.mean).astype(np.float32)
-                yield name, level, dataclasses.replace(packed[condition], vectors=Vectors.of(raw))
+                yield name, level, dataclasses.replace(packed["e2p"], vectors=Vectors.of(raw))
 
     scorer = Scorer(run)
     samples = run.inputs.config.evaluate.bootstrap_samples

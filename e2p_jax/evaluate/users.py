@@ -18,6 +18,7 @@ from e2p_jax.train.run import Run
 
 NEAREST = 3  # vocabulary tokens shown for a soft token
 BLOCK = 64  # users compared with the vocabulary at once
+MOST, APART = 300, 4  # users on the map, and of these who answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +32,17 @@ class UserMap:
     apart: list[int]  # users that lie far from each other, farthest first
 
 
-def map_users(run: Run, records: Sequence[Record], most: int = 300, show: int = 4) -> UserMap:
-    """Projects the records' users, `most` of them at most.
+def map_users(run: Run, records: Sequence[Record]) -> UserMap:
+    """Projects the records' users, `MOST` of them at most.
 
     Args:
       run: trained on users' vectors.
       records: their context and id are shown.
-      most: users.
-      show: how many users `apart` has.
 
     Raises:
       UserError: a user without a vector.
     """
-    people = list({record.user_id: record for record in records}.values())[:most]
+    people = list({record.user_id: record for record in records}.values())[:MOST]
     model = run.model.merged
     vectors = run.vectors(people, "e2p").gather()
     soft = np.asarray(model.projector(vectors))  # [N, K, D]
@@ -54,7 +53,7 @@ def map_users(run: Run, records: Sequence[Record], most: int = 300, show: int = 
     places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
     power = np.square(sizes)
     explained = float(power[:2].sum() / max(power.sum(), 1e-30))
-    return UserMap(people, places, explained, _nearest_tokens(run, soft), _apart(centred, min(show, len(people))))
+    return UserMap(people, places, explained, _nearest_tokens(run, soft), _apart(centred, min(APART, len(people))))
 
 
 def _nearest_tokens(run: Run, soft: np.ndarray) -> list[list[str]]:
@@ -86,9 +85,7 @@ def _apart(points: np.ndarray, count: int) -> list[int]:
     return chosen
 
 
-def ask(
-    run: Run, people: Sequence[Record], prompts: Sequence[str], condition: Condition, tokens: int = 32
-) -> list[list[str]]:
+def ask(run: Run, people: Sequence[Record], prompts: Sequence[str], condition: Condition) -> list[list[str]]:
     """Greedy answers: one list a person, one answer a prompt."""
     asked = [
         dataclasses.replace(person, messages=({"role": "user", "content": prompt},), source="evaluate.prompts")
@@ -96,7 +93,7 @@ def ask(
         for prompt in prompts
     ]
     vectors = run.vectors(asked, condition).gather()
-    replies = generate(run, asked, vectors, condition, Sampling(max_new_tokens=tokens))
+    replies = generate(run, asked, vectors, condition, Sampling(max_new_tokens=32))
     return [replies[n : n + len(prompts)] for n in range(0, len(replies), len(prompts))]
 
 

@@ -14,7 +14,7 @@ from e2p_jax.backbone.families import language_config
 from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.tensor_files import Checkpoint, Spelling, fingerprint, spelling
 from e2p_jax.backbone.weights import has_name, open_checkpoint
-from e2p_jax.config import own_fields
+from e2p_jax.config import ProjectorConfig
 from e2p_jax.export.common import refuse_foreign, refuse_not_finite, save_tokenizer, settings_of
 from e2p_jax.export.slot import reply_opening, user_turn
 from e2p_jax.files import replace_directory
@@ -74,6 +74,8 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
     if include_backbone:
         backbone.pop("quantization_config", None)
     placement = config.prefix.placement
+    shared = {field.name for field in dataclasses.fields(ProjectorConfig)}
+    own = {name: value for name, value in dataclasses.asdict(config.projector).items() if name not in shared}
     return {
         "model_type": "e2p",
         "architectures": ["E2PForCausalLM"],
@@ -88,7 +90,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         "embedding_size": run.model.embedding_width,
         "max_soft_token_rms": float(run.model.merged.projector.bound) or None,
         "projector_kind": config.projector.kind,
-        **{f"projector_{name}": value for name, value in own_fields("projector", config.projector).items()},
+        **{f"projector_{name}": value for name, value in own.items()},
         "null_user": config.train.null_user_rate > 0,
         "run": {
             "config": dataclasses.asdict(config.portable()),

@@ -326,9 +326,7 @@ def _value(constant: Instruction) -> int:
 def _kernel(call: Instruction) -> str | None:
     """Name of the kernel that a custom call runs; None where XLA itself made the call."""
     target = re.search(r'custom_call_target="([^"]*)"', call.attributes)
-    if target is None or not target[1].startswith(
-        ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu", "__gpu$xla.gpu.triton")
-    ):
+    if target is None or not target[1].startswith(_KERNELS):
         return None
     return target[1] if target[1].startswith("__cudnn") else re.sub(r"\.\d+$", "", call.name)
 

@@ -110,13 +110,13 @@ class PrefixModel(nnx.Module):
         adapters = adapter and by_matrix(self.kind, nnx.to_pure_dict(nnx.state(adapter, nnx.Param)))
         return self.backbone(x, positions, segment_ids, cache, adapters, most_segments)
 
-    def target_nll(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+    def target_nll(self, batch: Batch) -> jax.Array:
         """Negative log-likelihood of every target, in nats, 0 where the weight is 0.
 
         Returns:
           [B, M] float32.
         """
-        return self._text_nll(self._states(batch, dropout_key), batch)
+        return self._text_nll(self._states(batch, None), batch)
 
     def item_nll(self, batch: Batch) -> jax.Array:
         """Mean cross-entropy of every segment's items over the catalogue, in nats, 0 where it names none: [B, S]."""

@@ -233,11 +233,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     if kind == 2:
         return data[:place] + data[place + rng.randrange(1, 20) :]
     if kind == 3:
-        return (
-            data[:place]
-            + rng.choice([b"{", b"[" * 9000, b"null", b"NaN", b"-", b"9", b"\xff", b'"', b","])
-            + data[place:]
-        )
+        return data[:place] + rng.choice(INSERTED) + data[place:]
     if kind == 4:
         end = place + rng.randrange(1, 60)
         return data[:end] + data[place:]
