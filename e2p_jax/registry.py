@@ -45,6 +45,8 @@ class Export(Choice):
 
     backbone: Literal["none", "embedding", "all"] = "none"
     """How much of the LLM it reads; see `open_run`."""
+    items: bool = False
+    """Whether it holds the head over items."""
 
 
 # Modules that define what `prefix/projector.py` calls a Kind.
@@ -86,7 +88,7 @@ TEXT_ENCODER = Choice("e2p_jax.embed.text:embed", "directory or hub id of a text
 _ENGINES = "e2p_jax.export.engines:export_engine"
 EXPORTS = {
     "transformers": Export(
-        "e2p_jax.export.transformers:export_transformers", "a model directory for AutoModelForCausalLM"
+        "e2p_jax.export.transformers:export_transformers", "a model directory for AutoModelForCausalLM", items=True
     ),
     "peft": Export("e2p_jax.export.peft:export_peft", "a prompt-tuning adapter per user", "embedding"),
     "vllm": Export(_ENGINES, "a line of JSON per user, the body of a request to /v1/completions", "embedding"),

@@ -97,8 +97,8 @@ def _entry(entry: Any) -> _Entry:
     return _Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), first, last)
 
 
-def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes `model.safetensors`, or shards of about `SHARD_BYTES` and the index that names them.
+def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], most: float = SHARD_BYTES) -> None:
+    """Writes `model.safetensors`, or shards of at most so many bytes, about, and the index that names them.
 
     Args:
       directory: an existing one.
@@ -116,7 +116,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) ->
         held.clear()
 
     for name, tensor in tensors:
-        if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > SHARD_BYTES:
+        if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > most:
             flush()
         held[name] = np.ascontiguousarray(tensor)
         weight_map[name], total = len(shards), total + tensor.nbytes

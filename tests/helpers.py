@@ -21,7 +21,7 @@ from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.backbone.layout import PLAIN, Execution
 from e2p_jax.backbone.weights import abstract, load
-from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, PrefixConfig, TrainConfig
+from e2p_jax.config import BackboneConfig, Config, DataConfig, ItemsConfig, MeshConfig, PrefixConfig, TrainConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.parallel.mesh import AXES, make_mesh, param_sharding
 from e2p_jax.prefix import mlp
@@ -275,8 +275,10 @@ def fill(directory: Path, left: int) -> None:
     (directory / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
 
 
-def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int, kind: str) -> Run:
-    """Three users; the projector is moved off its first values."""
+def untrained_run(
+    folder: Path, backbone: Path, placement: str, num_tokens: int, kind: str, items: str | None = None
+) -> Run:
+    """Three users; the projector, and the head over `items`, are moved off their first values."""
     save_table(
         folder / "table",
         ["user-1", "user-2", "user-3"],
@@ -286,7 +288,8 @@ def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int,
     )
     config = Config(
         backbone=BackboneConfig(path=str(backbone)),
-        data=DataConfig(path="none", embeddings=str(folder / "table"), seq_len=256),
+        data=DataConfig(path="none", embeddings=str(folder / "table"), items=items, seq_len=256),
+        items=ItemsConfig(width=8, token=items is not None),
         prefix=PrefixConfig(placement),
         projector=mlp.Settings(kind=kind, num_tokens=num_tokens, hidden_size=16),
         train=TrainConfig(rows=4),
@@ -295,13 +298,14 @@ def untrained_run(folder: Path, backbone: Path, placement: str, num_tokens: int,
     assert inputs.table is not None
     model = build_model(inputs, Population.of(inputs.table.vectors))
     rng = np.random.default_rng(0)
-    moved = {
-        name: value if name.endswith(("mean", "std")) else value + 0.3 * rng.normal(size=value.shape).astype(np.float32)
-        for name, value in jax.device_get(model.params["projector"]).items()
-    }
-    moved = {name: jax.device_put(moved[name], old.sharding) for name, old in model.params["projector"].items()}
-    model = dataclasses.replace(model, params={**model.params, "projector": moved})
-    return Run(folder, 0, inputs, model)
+
+    def moved(part: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        learned = [name for name in sorted(part) if not name.endswith(("mean", "std", "given"))]
+        noise = {name: 0.3 * rng.normal(size=part[name].shape).astype(np.float32) for name in learned}
+        return part | {name: jax.device_put(part[name] + noise[name], part[name].sharding) for name in learned}
+
+    parts = {name: moved(model.params[name]) for name in ("projector", "items") if name in model.params}
+    return Run(folder, 0, inputs, dataclasses.replace(model, params=model.params | parts))
 
 
 def make_backbone(out: Path, family: str, changes: dict[str, Any]) -> Path:

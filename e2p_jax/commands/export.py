@@ -53,7 +53,10 @@ def export(
     if any(flags.get(name, True) in (None, ()) for name in _NEEDED):
         needed = " and ".join(text for name, text in _NEEDED.items() if name in flags)
         raise UserError(f"--format {format}: give {needed}")
-    made = chosen.load()(open_run(run, checkpoint, embeddings, backbone=chosen.backbone), **flags)
+    opened = open_run(run, checkpoint, embeddings, backbone=chosen.backbone)
+    if not chosen.items:
+        _say_lost(opened)
+    made = chosen.load()(opened, **flags)
     if "out" not in flags:
         lines = "".join(json.dumps(value) + "\n" for value in made)
         if out is None:
@@ -62,6 +65,12 @@ def export(
         with explain_refusal(out):
             write_text(out, lines)
     print(out)
+
+
+def _say_lost(run: Any) -> None:
+    if run.inputs.catalogue is not None:
+        token = " and the item that stands in front of replies" if run.inputs.config.items.token else ""
+        say(f"warning: what is written lacks the head over items{token}; `e2p export --format transformers` has it")
 
 
 def prefixes(
@@ -89,9 +98,11 @@ def prefixes(
     from e2p_jax.train.run import open_run
 
     with session(processes):
-        written = export_prefixes(open_run(run, checkpoint, embeddings, backbone="embedding"), out, dtype, keep_hours)
+        opened = open_run(run, checkpoint, embeddings, backbone="embedding")
+        written = export_prefixes(opened, out, dtype, keep_hours)
         if is_first():
             say(written.text())
+            _say_lost(opened)
             if parquet is not None:
                 from e2p_jax.export.parquet import write_parquet
                 from e2p_jax.export.prefix_reader import PrefixTable

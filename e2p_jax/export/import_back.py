@@ -21,6 +21,7 @@ from e2p_jax.files import explain_refusal, replace_directory
 from e2p_jax.json_files import is_digest, read_object
 from e2p_jax.prefix.projector import kind_of
 from e2p_jax.tensors import write_tensors
+from e2p_jax.terminal import say
 from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.run import claim_run
 from e2p_jax.train.setup import Model, build_model, initial_state, read_inputs
@@ -49,6 +50,8 @@ def import_transformers(directory: Path, out: Path, data: str | None = None, emb
     if taken:
         raise UserError(f"--out {out}: exists; choose a new directory")
     settings = _read_settings(directory)
+    if settings.get("num_items"):
+        say(f"warning: the head over items is not imported, and replies follow no item: it stays in {directory}")
     exported = from_json(json.dumps(settings["run"]["config"]), directory / "config.json")
     checkpoint = Checkpoint(directory)
     vectors, width = checkpoint.tensors.get("projector.input_mean"), settings["embedding_size"]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from e2p_jax.export.slot import reply_opening, user_turn
 from e2p_jax.files import replace_directory
 from e2p_jax.prefix.projector import kind_of
 from e2p_jax.registry import PROJECTORS
-from e2p_jax.tensors import write_tensors
+from e2p_jax.tensors import SHARD_BYTES, write_tensors
 from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
@@ -40,17 +41,20 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
         come along; what is worked out of a file's tensors is written in the dtype that the run opens them in.
 
     Raises:
-      UserError: the run trained the backbone itself, its projector holds NaN, or `out` holds something else.
+      UserError: the run trained the backbone itself, its projector or head over items holds NaN, or `out` holds
+        something else.
     """
     refuse_trained_backbone(run.model.mask)
     refuse_foreign(out, lambda there: settings_of(there).get("model_type") == "e2p")
-    refuse_not_finite(run, {"projector": run.model.params["projector"]})
+    refuse_not_finite(run, {name: run.model.params[name] for name in run.model.params.keys() & {"projector", "items"}})
     include_backbone = include_backbone or not has_name(run.inputs.directory, run.inputs.published()[0])
     with replace_directory(out) as temporary:
         digest = _write_weights(run, temporary, include_backbone)
         settings = _config(run, include_backbone, digest)
         (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (temporary / "generation_config.json").write_text(json.dumps(_generation_config(run), indent=2) + "\n")
+        if catalogue := run.inputs.catalogue:
+            (temporary / "items.json").write_text(json.dumps(list(catalogue.table.ids)) + "\n")
         save_tokenizer(run, temporary)
         for source in REMOTE_CODE.glob("*_e2p.py"):
             shutil.copyfile(source, temporary / source.name)
@@ -92,6 +96,9 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         "projector_kind": config.projector.kind,
         **{f"projector_{name}": value for name, value in own.items()},
         "null_user": config.train.null_user_rate > 0,
+        "num_items": len(run.inputs.catalogue or ()),
+        "item_size": config.items.width,
+        "item_token": run.inputs.catalogue is not None and config.items.token,
         "run": {
             "config": dataclasses.asdict(config.portable()),
             "step": run.step,
@@ -115,12 +122,19 @@ def _write_weights(run: Run, out: Path, include_backbone: bool) -> str:
         f"projector.{names.get(name, name)}": np.asarray(value).T
         for name, value in run.model.params["projector"].items()
     }
+    if head := run.model.params.get("items"):
+        items = {"rows": run.model.merged.items.rows(), "query.weight": head["query"].T}
+        items |= {"query.bias": head["query_bias"]}
+        if "token" in head:
+            items |= {"said": head["said"], "token.weight": head["token"].T}
+        projector |= {f"item_head.{name}": np.asarray(value) for name, value in items.items()}
     spelled, prefix = _spelling(run), _backbone_prefix(run)
     dtype = run.model.params["backbone"]["embedding"].dtype
     held = hugging_face_tensors(run.inputs.directory, dtype) if include_backbone else ()
     plain = ((spelled.plain(name), tensor) for name, tensor in held)  # of a wrapper, its language model's
     backbone = ((f"backbone.{name}", tensor) for name, tensor in plain if name is not None)
-    write_tensors(out, itertools.chain(projector.items(), backbone))
+    # Beside a backbone that is named the code looks for one file.
+    write_tensors(out, itertools.chain(projector.items(), backbone), SHARD_BYTES if include_backbone else math.inf)
     source = open_checkpoint(run.inputs.directory)
     as_they_are = isinstance(source, FlaxCheckpoint) or not source.worked_out
     if not include_backbone or (as_they_are and not run.inputs.decoder.wrapped):
@@ -169,7 +183,25 @@ print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_spe
 
 `forward(..., user_embedding=...)` returns logits that are {tokens} position(s) longer than `input_ids`, the soft
 token(s) included{places}. `model.backbone` is the LM without a prefix.
-{quantization}{results}"""
+{items}{quantization}{results}"""
+
+_ITEMS = """
+It ranks a catalogue of {count} items (`items.json` has their ids), each as the answer:
+
+```python
+ids, scores = model.rank_items(**inputs, user_embedding=vectors, top_k=10)  # lists of ids, best first; [B, 10]
+```
+{said}"""
+
+_SAID = """
+`generate` puts the best item's token in front of the reply, for words about it. Which one it was, and another one:
+
+```python
+output = model.generate(**inputs, user_embedding=vectors, max_new_tokens=32, return_dict_in_generate=True)
+print(output.item_ids)
+model.generate(**inputs, user_embedding=vectors, max_new_tokens=32, item_ids=[ranked[1] for ranked in ids])
+```
+"""
 
 _QUANTIZED = """
 Trained, and measured below, in front of the LM with its layers' matrices in {kind}. Here it stands, or is named, as it
@@ -190,6 +222,9 @@ def model_card(run: Run) -> str:
         step=run.step,
         seed=config.train.seed,
         data=config.data.path,
+        items=_ITEMS.format(count=len(run.inputs.catalogue), said=_SAID if config.items.token else "")
+        if run.inputs.catalogue
+        else "",
         quantization="" if kind == "none" else _QUANTIZED.format(kind=kind),
         results=_results(run),
     )

@@ -24,7 +24,6 @@ from e2p_jax.files import in_bucket, run_directory, write_text
 from e2p_jax.locks import locked
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh
-from e2p_jax.terminal import say
 from e2p_jax.train import identity
 from e2p_jax.train.checkpoint import Checkpoints, newest_step
 from e2p_jax.train.partition import join, split
@@ -173,8 +172,9 @@ def open_run(
     Args:
       checkpoint: `best`, `last`, or a step.
       embeddings: a table of user vectors to use in place of the run's own.
-      backbone: what of it is loaded: all, or, where only the projector is asked, the token embeddings or nothing. The
-        model then has shapes in place of its other parameters. That it is the same backbone is checked all the same.
+      backbone: what of it is loaded: all, or, where only projector and items are asked, the token embeddings or
+        nothing. The model then has shapes in place of its other parameters. That it is the same backbone is checked
+        all the same.
       shared: all of a backbone is taken from there, if it is the same one, or left there.
       items: a table of item vectors to use in place of the run's own; what it has beside the run's items are new ones.
 
@@ -192,14 +192,12 @@ def open_run(
     if items is not None:
         config = config.change(data={"items": items})
     inputs = _in_order(directory, read_inputs(_on_this_machine(config)))
-    if inputs.catalogue is not None and backbone != "all":
-        say("the head over items stays in the run: what is written holds the soft tokens alone")
     identity.check_inputs(directory, names, begun, inputs)
     model = frozen_model(inputs, names["embedding_width"], backbone, shared)
     identity.check_weights(directory, names, model)
     with contextlib.closing(Checkpoints(directory)) as checkpoints:
-        part = "" if backbone == "all" else "projector/"
-        step, model = restore_parameters(checkpoints, checkpoint, model, config.train, part)
+        parts = ("",) if backbone == "all" else ("projector/", "items/")
+        step, model = restore_parameters(checkpoints, checkpoint, model, config.train, parts)
     return Run(directory, step, inputs, with_later_items(model, inputs.catalogue))
 
 
@@ -212,15 +210,15 @@ def _in_order(directory: epath.Path, inputs: Inputs) -> Inputs:
         raise UserError(
             f"{directory}: was trained without items, or {ITEMS} was lost; leave --items out, or restore it"
         )
-    catalogue = inputs.catalogue.behind(path.read_text().removesuffix("\n").split("\n"), str(directory))
+    catalogue = inputs.catalogue.behind(path.read_bytes().decode().removesuffix("\n").split("\n"), str(directory))
     encoder = dataclasses.replace(inputs.encoder, catalogue=catalogue)
     return dataclasses.replace(inputs, catalogue=catalogue, encoder=encoder)
 
 
 def restore_parameters(
-    checkpoints: Checkpoints, checkpoint: str, model: Model, settings: TrainConfig, part: str = ""
+    checkpoints: Checkpoints, checkpoint: str, model: Model, settings: TrainConfig, parts: tuple[str, ...] = ("",)
 ) -> tuple[int, Model]:
-    """A checkpoint's step, and the model with its parameters: those whose path begins with `part`, and the
+    """A checkpoint's step, and the model with its parameters: those whose path begins with one of `parts`, and the
     projector's statistics.
 
     Raises:
@@ -231,7 +229,7 @@ def restore_parameters(
     _, frozen = split(model.params, model.mask)
     state = abstract_state(model, settings)
     state, statistics, _ = checkpoints.restore(
-        step, state, frozen["projector"], lambda path: path.startswith(f"trainable/{part}")
+        step, state, frozen["projector"], lambda path: path.startswith(tuple(f"trainable/{part}" for part in parts))
     )
     params = join(state.trainable, {**frozen, "projector": statistics}, model.mask)
     return step, dataclasses.replace(model, params=params)

@@ -259,7 +259,8 @@ def frozen_model(inputs: Inputs, embedding_width: int, parts: Parts, shared: Sha
     trained = {path_name(path) for path, trains in jax.tree_util.tree_leaves_with_path(model.mask) if trains}
 
     def wanted(path: str) -> bool:
-        return path not in trained and (parts == "all" or (parts == "embedding" and path == "backbone/embedding"))
+        here = parts == "all" or path.startswith("items/") or (parts == "embedding" and path == "backbone/embedding")
+        return here and path not in trained
 
     backbone, fingerprint = _backbone(inputs, model, wanted, shared)
     params = model.params | {"backbone": backbone, **_others(inputs, model, wanted)}

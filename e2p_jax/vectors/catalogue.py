@@ -23,11 +23,13 @@ class Catalogue:
         """What `data.items` names.
 
         Raises:
-          UserError: no such table, or an item stands in it twice.
+          UserError: no such table, an item stands in it twice, or does not fit on a line of a run's list.
         """
         table = open_table(items, "null", "data.items")
         if len(table) != table.index.rows:
             raise UserError(f"{table.source}: an item stands there twice; keep one")
+        if broken := next((item for item in table.ids if "\n" in item), None):
+            raise UserError(f"{table.source}: item id {shown(broken)} holds a line break; rename that item")
         return cls(table, len(table))
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from etils import epath
 from flax import nnx
 from helpers import mesh_of, prefix_model, random_batch
 
@@ -28,8 +29,8 @@ from e2p_jax.train.loop import read_data, train
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.optimizer import make_optimizer
 from e2p_jax.train.partition import trainable_mask
-from e2p_jax.train.run import open_run
-from e2p_jax.train.setup import Model, initial_state, read_inputs
+from e2p_jax.train.run import _in_order, open_run
+from e2p_jax.train.setup import Model, frozen_model, initial_state, read_inputs
 from e2p_jax.train.step import make_train_step
 from e2p_jax.vectors.table import save_table
 
@@ -204,6 +205,39 @@ def test_words_follow_the_item_that_the_head_picks(run: Path, capsys: pytest.Cap
     assert begun.lengths.tolist() == [len(prompt.tokens) + 1 for prompt in prompts]  # where the first word stands
     assert main(["generate", str(run), "--user", "user-5", "--prompt", "hi", "--json", "--checkpoint", "last"]) == 0
     assert json.loads(capsys.readouterr().out)["item"] in ITEMS
+
+
+def test_one_export_holds_the_head_and_the_others_say_that_it_is_lost(
+    config: Config, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    which = ["export", str(run), "--checkpoint", "last"]
+    assert main([*which, "--out", str(tmp_path / "out")]) == 0
+    assert "head over items" not in capsys.readouterr().err
+    opened, held = open_run(run, "last"), safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(held["item_head.rows"], opened.model.merged.items.rows())
+    np.testing.assert_array_equal(held["item_head.said"], opened.model.params["items"]["said"])
+    assert json.loads((tmp_path / "out" / "items.json").read_text()) == ITEMS
+    user, prompt = ["--user", "user-5"], ["--prompt", "hi"]
+    others = {"vllm": prompt, "sglang": prompt, "peft": ["--out", str(tmp_path / "adapters")]}
+    for name, flags in others.items():
+        assert main([*which, "--format", name, *user, *flags]) == 0
+        said = capsys.readouterr().err
+        assert said.count("lacks the head over items and the item that stands in front of replies; `e2p export") == 1
+    frozen = config.change(train={"trainable": ("projector/**", "items/learned")})
+    query = frozen_model(read_inputs(frozen), synthetic.vector(0).size, "none").params["items"]["query"]
+    assert isinstance(query, jax.Array)  # in no checkpoint, and an export needs it
+
+
+def test_ids_are_lines_of_text_or_refused(config: Config, tmp_path: Path) -> None:
+    def catalogue(*ids: str) -> list[str]:
+        np.savez(tmp_path / "items.npz", ids=np.array(ids), embeddings=np.ones((len(ids), 4), np.float32))
+        inputs = read_inputs(config.change(data={"items": str(tmp_path / "items.npz")}))
+        (tmp_path / "items.txt").write_bytes(inputs.catalogue.table.index.text.tobytes())  # as a run has them
+        return list(_in_order(epath.Path(tmp_path), inputs).catalogue.table.ids)
+
+    assert catalogue("a\rb", "\u2028", "c\r") == ["a\rb", "\u2028", "c\r"]
+    with pytest.raises(UserError, match="line break; rename that item"):
+        catalogue("a\nb", "c")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -20,6 +20,9 @@ class E2PConfig(PretrainedConfig):
       embedding_size: width of a user vector.
       projector_kind: a key of `PROJECTORS` in modeling_e2p.py; the kind's own settings are `projector_NAME`.
       null_user: whether the projector has a learned vector for users without one.
+      num_items: items of the catalogue; 0 where there is none.
+      item_size: width of an item's row.
+      item_token: whether the item that is picked stands in front of the reply.
 
     Raises:
       ValueError: the LM's config is in a dialect that this version of transformers does not read.
@@ -40,6 +43,9 @@ class E2PConfig(PretrainedConfig):
         embedding_size=1,
         projector_kind="mlp",
         null_user=False,
+        num_items=0,
+        item_size=1,
+        item_token=False,
         **kwargs,
     ):
         if isinstance(backbone_config, dict):
@@ -60,6 +66,9 @@ class E2PConfig(PretrainedConfig):
         self.embedding_size = embedding_size
         self.projector_kind = projector_kind
         self.null_user = null_user
+        self.num_items = num_items
+        self.item_size = item_size
+        self.item_token = item_token
         super().__init__(**kwargs)
 
     def get_text_config(self, *args, **kwargs):

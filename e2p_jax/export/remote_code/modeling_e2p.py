@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.utils import cached_file
 
 from .configuration_e2p import E2PConfig
+from .items_e2p import ITEMS, E2PItemHead, Float32, WithItems, positions_of
 
 PROJECTORS = {}  # by kind; the export writes them at the end of this file, all in every export
 LENGTHS = ("max_length", "min_length")  # of a prompt and its answer together
 
 
-class E2PProjector(nn.Module):
+class E2PProjector(Float32):
     """User vectors [B, E] -> soft tokens [B, K, D], in float32; a vector of NaN is the null user's."""
 
     def __init__(self, config: E2PConfig):
@@ -40,15 +41,6 @@ class E2PProjector(nn.Module):
         for name, size in [("input_mean", e), ("input_std", e), ("token_mean", d), ("token_std", d)]:
             self.register_buffer(name, torch.zeros(size))
 
-    def _apply(self, fn, recurse=True):
-        """`model.half()` or `model.to("cuda", dtype)` casts the LM; what is here moves only, and stays float32."""
-
-        def move(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
-
     def forward(self, vectors):
         with torch.autocast(vectors.device.type, enabled=False):
             return self.project(vectors)
@@ -57,7 +49,10 @@ class E2PProjector(nn.Module):
         x = (vectors.float() - self.input_mean) / self.input_std
         if hasattr(self, "null_user"):
             x = torch.where(x[..., :1].isnan(), self.null_user, x)
-        y = self.apply_layers(x).unflatten(-1, (self.num_soft_tokens, -1))
+        return self.placed(self.apply_layers(x).unflatten(-1, (self.num_soft_tokens, -1)))
+
+    def placed(self, y):
+        """[..., D] of unit variance -> soft tokens among the token embeddings, none longer than the bound."""
         soft = self.token_mean + self.token_std * y
         if not self.max_rms:
             return soft
@@ -67,13 +62,13 @@ class E2PProjector(nn.Module):
         return torch.where(size * root > self.max_rms, unit * (self.max_rms / root), soft)
 
 
-class E2PForCausalLM(PreTrainedModel, GenerationMixin):
-    """`forward` and `generate` take what the LM takes, and `user_embedding`."""
+class E2PForCausalLM(WithItems, PreTrainedModel, GenerationMixin):
+    """`forward` and `generate` take what the LM takes, and `user_embedding`; `rank_items` ranks a catalogue."""
 
     config_class = E2PConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["projector"]
+    _keep_in_fp32_modules_strict = ["projector", "item_head"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config, backbone=None):
@@ -88,6 +83,8 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
                 "token embeddings alone; upgrade transformers"
             )
         self.projector = PROJECTORS[config.projector_kind](config)
+        if config.num_items:
+            self.item_head = E2PItemHead(config)
         self.post_init()
 
     def _init_weights(self, module):
@@ -95,15 +92,21 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, directory, *args, config=None, **kwargs):
-        """Reads the projector here and, unless it is here as well, the LM from where the config names it.
+        """Reads projector and items here and, unless it is here as well, the LM from where the config names it.
 
         Raises:
           ValueError: the LM's weights are not those that the projector was trained in front of.
         """
         if config is None:
             config = E2PConfig.from_pretrained(directory)
+        local = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
+        ids = ()
+        if config.num_items:
+            ids = json.loads(Path(cached_file(directory, ITEMS, **local)).read_text(encoding="utf-8"))
         if config.backbone is None:
-            return super().from_pretrained(directory, *args, config=config, **kwargs)
+            loaded = super().from_pretrained(directory, *args, config=config, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded).item_ids = ids
+            return loaded
         named = config.backbone
         path = Path(named["path"])
         if not path.is_dir():
@@ -113,8 +116,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{path}: not the weights this projector was trained in front of (fingerprint "
                 f"{named['fingerprint'][:12]}); point config.json's `backbone` at those, or export with the backbone"
             )
-        local = {key: kwargs.pop(key) for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
-        for key in ("adapter_kwargs", "trust_remote_code", "_from_auto", "code_revision"):
+        for key in (*local, "adapter_kwargs", "trust_remote_code", "_from_auto", "code_revision"):
             kwargs.pop(key, None)
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", config.dtype))
         config.backbone = None  # it is in the model now, and in whatever `save_pretrained` writes
@@ -125,8 +127,12 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(config, AutoModelForCausalLM.from_pretrained(path, *args, **kwargs))
         model.generation_config = GenerationConfig.from_pretrained(directory, **local)
         weights = load_file(cached_file(directory, "model.safetensors", **local))
-        model.projector.load_state_dict({name.removeprefix("projector."): value for name, value in weights.items()})
-        model.projector.to(model.backbone.device)
+        for name, part in model.named_children():
+            if name != "backbone":
+                held = {key.partition(".")[2]: value for key, value in weights.items() if key.startswith(f"{name}.")}
+                part.load_state_dict(held)
+                part.to(model.backbone.device)
+        model.item_ids = ids
         return model.eval()
 
     def get_input_embeddings(self):
@@ -158,8 +164,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
         del inputs["input_ids"]
         positions = kwargs.pop("position_ids", None)
         if positions is None:
-            # Left to itself, an LM counts the padding on the left as positions; `generate` does not.
-            positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+            positions = positions_of(inputs["attention_mask"])
         elif positions.shape[-1] != inputs["attention_mask"].shape[1]:
             raise ValueError(
                 f"position_ids has {positions.shape[-1]} columns; needs {inputs['attention_mask'].shape[1]}, the soft "
@@ -167,28 +172,34 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return self.backbone(**inputs, position_ids=positions, **kwargs)
 
+    def setting(self, name, options):
+        """What `generate` with these options goes by."""
+        given = options.get("generation_config")
+        values = [options.get(name), getattr(given, name, None), getattr(self.generation_config, name)]
+        return next((value for value in values if value is not None), None)
+
     @torch.no_grad()
-    def generate(self, input_ids=None, attention_mask=None, user_embedding=None, **kwargs):
+    def generate(self, input_ids=None, attention_mask=None, user_embedding=None, item_ids=None, **kwargs):
         """As the LM's `generate`; the returned sequences begin with `input_ids`, without the soft tokens.
 
         Padding may stand on either side: what stands on the right is moved to the left for the LM. Lengths do not count
         the soft tokens.
+
+        With `config.item_token` an item stands in front of the reply, which `return_dict_in_generate=True` names, as
+        `item_ids`: the best one, or where tokens are sampled one that is, too; beams of a prompt share it.
+
+        Args:
+          item_ids: B ids, of the items to stand there in place of those.
         """
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
-        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, None, kwargs)
-        mask = inputs["attention_mask"]
-        count = mask.shape[1] - input_ids.shape[1]
-        empty = (mask.sum(dim=1) == self.config.num_soft_tokens).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"row {empty[0]} of input_ids is all padding: leave it out")
-        if kwargs.get("cache", kwargs.get("past_key_values")) is not None and (mask.diff(dim=1) < 0).any():
-            raise ValueError("a cache goes on from its last token: pad on the left")
-        behind = (mask == 0).flip(1).long().cumprod(dim=1).sum(dim=1).tolist()
-        inputs = {
-            name: torch.stack([row.roll(places, 0) for row, places in zip(rows, behind, strict=True)])
-            for name, rows in inputs.items()
-        }
+        inputs, places = self.prompts(input_ids, attention_mask, user_embedding, kwargs), None
+        if self.config.item_token:
+            inputs, places = self.with_items(inputs, item_ids, kwargs)
+        elif item_ids is not None:
+            raise ValueError("no item stands in front of replies here (config.item_token): leave item_ids out")
+        length = inputs["attention_mask"].shape[1]
+        count = length - input_ids.shape[1]
         self.backbone.generation_config = longer(self.generation_config, count)
         if kwargs.get("generation_config") is not None:
             kwargs["generation_config"] = longer(kwargs["generation_config"], count)
@@ -196,13 +207,31 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
             if kwargs.get(name):
                 kwargs[name] += count
         output = self.backbone.generate(**inputs, **kwargs)
-        new = (output if isinstance(output, torch.Tensor) else output.sequences)[:, mask.shape[1] :]
-        prompts = input_ids.to(new.device).repeat_interleave(len(new) // len(input_ids), dim=0)
+        new = (output if isinstance(output, torch.Tensor) else output.sequences)[:, length:]
+        each = len(new) // len(input_ids)
+        prompts = input_ids.to(new.device).repeat_interleave(each, dim=0)
         sequences = torch.cat([prompts, new], dim=1)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
+        if places is not None:
+            output.item_ids = [self.item_ids[place] for place in places for _ in range(each)]
         return output
+
+    def prompts(self, input_ids, attention_mask, user_embedding, options):
+        """`with_prefix` for `generate`: the padding on the left."""
+        inputs = self.with_prefix(input_ids, attention_mask, user_embedding, None, options)
+        mask = inputs["attention_mask"]
+        empty = (mask.sum(dim=1) == self.config.num_soft_tokens).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"row {empty[0]} of input_ids is all padding: leave it out")
+        if options.get("cache", options.get("past_key_values")) is not None and (mask.diff(dim=1) < 0).any():
+            raise ValueError("a cache goes on from its last token: pad on the left")
+        behind = (mask == 0).flip(1).long().cumprod(dim=1).sum(dim=1).tolist()
+        return {
+            name: torch.stack([row.roll(places, 0) for row, places in zip(rows, behind, strict=True)])
+            for name, rows in inputs.items()
+        }
 
     def with_prefix(self, input_ids, attention_mask, user_embedding, labels, options):
         """`input_ids`, `inputs_embeds`, `attention_mask` and `labels` with the soft tokens in place.
@@ -262,13 +291,7 @@ class E2PForCausalLM(PreTrainedModel, GenerationMixin):
                     "input_ids: the soft tokens are put in here"
                 )
             return attention_mask.to(input_ids.device).ne(0).long()
-        given = options.get("generation_config")
-
-        def setting(name):
-            values = [options.get(name), getattr(given, name, None), getattr(self.generation_config, name)]
-            return next((value for value in values if value is not None), None)
-
-        pad, stops = setting("pad_token_id"), setting("eos_token_id")
+        pad, stops = self.setting("pad_token_id", options), self.setting("eos_token_id", options)
         padding = torch.zeros_like(input_ids, dtype=torch.bool) if pad is None else input_ids == pad
         if pad not in (stops if isinstance(stops, list) else [stops]):
             return (~padding).long()
