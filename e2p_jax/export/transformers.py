@@ -194,13 +194,8 @@ ids, scores = model.rank_items(**inputs, user_embedding=vectors, top_k=10)  # li
 {said}"""
 
 _SAID = """
-`generate` puts the best item's token in front of the reply, for words about it. Which one it was, and another one:
-
-```python
-output = model.generate(**inputs, user_embedding=vectors, max_new_tokens=32, return_dict_in_generate=True)
-print(output.item_ids)
-model.generate(**inputs, user_embedding=vectors, max_new_tokens=32, item_ids=[ranked[1] for ranked in ids])
-```
+`generate` puts the best item in front of the reply, so that its words follow: with `return_dict_in_generate=True` the
+output's `item_ids` name it, and `generate(..., item_ids=[...])` has others there.
 """
 
 _QUANTIZED = """
@@ -213,6 +208,8 @@ def model_card(run: Run) -> str:
     """Writes what the model is, a runnable example, and what `e2p train` measured."""
     config = run.inputs.config.portable()
     backbone, kind = run.inputs.published()[0], config.backbone.quantization
+    catalogue = run.inputs.catalogue
+    items = _ITEMS.format(count=len(catalogue), said=_SAID * config.items.token) if catalogue else ""
     return _CARD.format(
         backbone=Path(backbone).name if Path(backbone).is_absolute() else backbone,
         width=run.model.embedding_width,
@@ -222,9 +219,7 @@ def model_card(run: Run) -> str:
         step=run.step,
         seed=config.train.seed,
         data=config.data.path,
-        items=_ITEMS.format(count=len(run.inputs.catalogue), said=_SAID if config.items.token else "")
-        if run.inputs.catalogue
-        else "",
+        items=items,
         quantization="" if kind == "none" else _QUANTIZED.format(kind=kind),
         results=_results(run),
     )

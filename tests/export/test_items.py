@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from helpers import assert_close, untrained_run
 from test_export_families import USERS, asked, encode, load
@@ -125,8 +126,10 @@ def test_saved_again_it_knows_its_items(exported: Exported, tmp_path: Path, caps
     model, _ = load(exported.directory)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "saved")
     exported.tokenizer.save_pretrained(tmp_path / "saved")
-    again, _ = load(tmp_path / "saved")
-    assert again.item_ids == IDS
+    options: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.bfloat16}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options)
+    assert again.item_ids == IDS and again.rank_items(**exported.prompts())[1].dtype == torch.float32
+    assert again.generate(**exported.prompts(), max_new_tokens=1).shape[0] == 3
     for name, value in exported.model.item_head.state_dict().items():
         assert torch.equal(again.item_head.state_dict()[name], value) and value.dtype == torch.float32, name
     export_transformers(exported.run, tmp_path / "whole", include_backbone=True)
@@ -143,5 +146,5 @@ def test_the_card_shows_how(exported: Exported, monkeypatch: pytest.MonkeyPatch,
     card = Path("README.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
     exec(code.replace("max_new_tokens=32", "max_new_tokens=1"), names := {})
-    assert names["ids"][0][0] == names["output"].item_ids[0] and len(names["ids"][0]) == 10
-    assert f"catalogue of {len(IDS)} items" in card and capsys.readouterr().out
+    assert len(names["ids"][1]) == names["scores"].shape[1] == 10 and capsys.readouterr().out
+    assert f"catalogue of {len(IDS)} items" in card and "output's `item_ids`" in card
