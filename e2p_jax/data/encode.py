@@ -281,6 +281,19 @@ class Encoder:
         rendered = self._render(talk, prompt=True)
         return self._with_slots(talk, rendered, np.zeros(len(rendered.ids), bool), record, condition, prompt=True)
 
+    def opening(self, record: Record, condition: Condition, reply: str) -> list[int]:
+        """The tokens of a reply to a conversation, short of what ends it.
+
+        Raises:
+          UserError: naming the record, whatever of it cannot become tokens.
+        """
+        said = {"role": "assistant", "content": reply}
+        example = self.encode(dataclasses.replace(record, messages=(*record.messages, said), items=()), condition)
+        targets = np.flatnonzero(example.is_target)
+        last = targets[targets - np.arange(len(targets)) == targets[-1] - len(targets) + 1]  # those of the last turn
+        tokens = example.tokens[last].tolist()
+        return tokens[: next((n for n, token in enumerate(tokens) if token in self.stops), len(tokens))]
+
     def answer(self, reply: str) -> str:
         """A generated reply without its thoughts."""
         end = self.structure.thoughts_end if self.thoughts else ""

@@ -185,9 +185,12 @@ def _rank_items(
     question = Question(config.data.path, [records[n] for n in places], catalogue)
     rows, in_catalogue = scorer.item_rows(), catalogue.rows(question.ids)
     drawn: dict[str, list[dict[str, np.ndarray]]] = {}
-    for (condition, _), dataset in packed.items():
+    progress = Progress(len(packed), 0, "rank items")
+    for number, ((condition, draw), dataset) in enumerate(packed.items(), 1):
         found = question.of_head(scorer.item_queries(dataset)[places], rows, in_catalogue)
         drawn.setdefault(condition, []).append(_spread(found, places, len(records)))
+        progress.update(number, f"{condition} {draw + 1}" if draw else condition, show=True)
+    progress.close()
     more = {
         name: {measure: np.stack([found[measure] for found in each]) for measure in each[0]}
         for name, each in drawn.items()

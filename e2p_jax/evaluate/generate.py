@@ -1,7 +1,7 @@
 """Generation with a key-value cache: several users a batch, greedy or sampled."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from e2p_jax.train.run import Run
 from e2p_jax.vectors.arrays import map_array
 
 SHORTEST_PROMPT = 64
+_OPENING = 16  # tokens, or a multiple
 
 
 class Draws(NamedTuple):
@@ -149,28 +150,54 @@ def _pick(
     return on_all(token), on_all(done | stopped)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "new_tokens"))
-def _decode(params: Any, *inputs: Any, new_tokens: int, pad: int, **static: Any) -> tuple[jax.Array, jax.Array]:
-    """[B, N] int32: the new tokens, the stopping one included, `pad` after it; [B] int32: the items in front of them,
-    -1 where there is none. All on the device.
+def _opened(state: Decoding, opening: jax.Array | None) -> Decoding:
+    """With the token that the reply opens with in place of the one that was chosen, where `opening` has one.
+
+    Args:
+      opening: [B, L] int32, -1 behind a reply's.
     """
+    if opening is None:
+        return state
+    given = opening[:, jnp.minimum(state.step, opening.shape[1] - 1)]
+    is_given = (given >= 0) & (state.step < opening.shape[1])
+    return state._replace(token=jnp.where(is_given, given, state.token), done=state.done & ~is_given)
+
+
+def _finish(
+    params: Any,
+    state: Decoding,
+    draws: Draws,
+    opening: jax.Array | None = None,
+    *,
+    new_tokens: int,
+    pad: int,
+    **static: Any,
+) -> tuple[Decoding, jax.Array]:
+    """The last state; [B, N] int32: the new tokens, the stopping one included, `pad` after it. All on the device."""
 
     def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
         state, out = carry
-        state = _advance(params, state, inputs[-1], pad=pad, **static)
+        state = _opened(_advance(params, state, draws, pad=pad, **static), opening)
         return state, out.at[:, state.step].set(state.token)
 
     def unfinished(carry: tuple[Decoding, jax.Array]) -> jax.Array:
         return (carry[0].step + 1 < new_tokens) & ~jnp.all(carry[0].done)
 
-    state = _start(params, *inputs, new_tokens=new_tokens, pad=pad, **static)
+    state = _opened(state, opening)
     out = jnp.full((len(state.token), new_tokens), pad, jnp.int32).at[:, 0].set(state.token)
-    state, out = jax.lax.while_loop(unfinished, body, (state, out))
-    return out, state.items
+    return jax.lax.while_loop(unfinished, body, (state, out))
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "new_tokens"))
+def _decode(params: Any, *inputs: Any, **static: Any) -> tuple[jax.Array, jax.Array]:
+    """[B, N] int32: as `_finish`; [B] int32: the items in front of the tokens, -1 where there is none."""
+    state = _start(params, *inputs, **static)
+    return _finish(params, state, inputs[-1], **static)[1], state.items
 
 
 _start_once = jax.jit(_start, static_argnames=(*_STATIC, "new_tokens"))
 _advance_once = jax.jit(_advance, static_argnames=_STATIC, donate_argnames="state")
+_finish_once = jax.jit(_finish, static_argnames=(*_STATIC, "new_tokens"), donate_argnames="state")
 
 
 def padded_length(longest: int, shortest: int = SHORTEST_PROMPT) -> int:
@@ -214,6 +241,7 @@ def generate_tokens(
     stops: tuple[int, ...],
     pad: int,
     num_tokens: int,
+    openings: Callable[[Sequence[int]], np.ndarray] | None = None,
 ) -> tuple[list[list[int]], list[int]]:
     """Continues each prompt until a stop token or `sampling.max_new_tokens`.
 
@@ -221,6 +249,8 @@ def generate_tokens(
       prompts: B prompts, slots included.
       vectors: [B, E] float32; read where the prompt has slots.
       num_tokens: K.
+      openings: the rows of the items in front of R replies, R at least B -> [R, L] int32, the tokens that they open
+        with, -1 behind them.
 
     Returns:
       The new tokens of each, without the stop token; the row of the item in front of each, -1 where there is none.
@@ -228,16 +258,15 @@ def generate_tokens(
     Raises:
       UserError: prompt and reply do not fit the backbone's positions.
     """
-    out, items = _decode(
-        params,
-        *_left_padded(prompts, vectors, pad, num_tokens),
-        Draws.of(sampling),
-        graph=graph,
-        new_tokens=sampling.max_new_tokens,
-        top_k=sampling.top_k,
-        stops=stops,
-        pad=pad,
-    )
+    inputs, draws = _left_padded(prompts, vectors, pad, num_tokens), Draws.of(sampling)
+    static: dict[str, Any] = {"graph": graph, "top_k": sampling.top_k, "stops": stops, "pad": pad}
+    static["new_tokens"] = sampling.max_new_tokens
+    if openings is None:
+        out, items = _decode(params, *inputs, draws, **static)
+    else:
+        state = _start_once(params, *inputs, draws, **static)
+        items = np.array(state.items)  # a copy: the state is given away
+        _, out = _finish_once(params, state, draws, openings(items.tolist()), **static)
     replies = []
     for row in np.asarray(out)[: len(prompts)].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), len(row))
@@ -268,7 +297,8 @@ def reply(
       UserError: a prompt too long for the backbone.
     """
     encoder: Encoder = run.inputs.encoder
-    prompts = _encode(run, list(spelled_out(records, condition)), [condition] * len(records), sampling)
+    records = list(spelled_out(records, condition))
+    prompts = _encode(run, records, [condition] * len(records), sampling)
     replies: list[Reply] = []
     size = min(batch, len(prompts))
     for first in range(0, len(prompts), batch):
@@ -283,6 +313,7 @@ def reply(
                 stops=encoder.stops,
                 pad=encoder.pad_id,
                 num_tokens=encoder.num_tokens,
+                openings=_titles(run, [records[n] for n in part], [condition] * len(part)),
             )
         texts = [str(encoder.tokenizer.decode(each, skip_special_tokens=True)).strip() for each in tokens]
         catalogue = run.inputs.catalogue
@@ -315,6 +346,9 @@ def stream(
     with jax.set_mesh(run.model.mesh):
         prompts = _left_padded(encoded, vectors, encoder.pad_id, encoder.num_tokens)
         state = _start_once(run.model.params, *prompts, draws, new_tokens=sampling.max_new_tokens, **static)
+        titles = _titles(run, records, conditions)
+        opening = None if titles is None else jnp.asarray(titles(np.asarray(state.items).tolist()))
+        state = _opened(state, opening)
     replies: list[list[int]] = [[] for _ in records]
     for left in reversed(range(sampling.max_new_tokens)):
         token, done = jax.device_get((state.token, state.done))
@@ -325,7 +359,28 @@ def stream(
         if done.all() or not left:
             return
         with jax.set_mesh(run.model.mesh):
-            state = _advance_once(run.model.params, state, draws, **static)
+            state = _opened(_advance_once(run.model.params, state, draws, **static), opening)
+
+
+def _titles(
+    run: Run, records: Sequence[Record], conditions: Sequence[Condition]
+) -> Callable[[Sequence[int]], np.ndarray] | None:
+    """What replies open with where the log names the items in front of them: their titles, as replies to these records
+    have them in training.
+    """
+    titles, catalogue, encoder = run.titles, run.inputs.catalogue, run.inputs.encoder
+    if titles is None or catalogue is None:
+        return None
+
+    def openings(items: Sequence[int]) -> np.ndarray:
+        names = catalogue.table.index.ids(list(items[: len(records)]))
+        asked = zip(records, conditions, names, strict=True)
+        rows = [encoder.opening(each, front, titles[item]) if item in titles else [] for each, front, item in asked]
+        wide = max(-(-max(map(len, rows)) // _OPENING), 1) * _OPENING
+        rows += [rows[-1]] * (len(items) - len(rows))  # those that fill up the devices
+        return np.array([row + [-1] * (wide - len(row)) for row in rows], np.int32)
+
+    return openings
 
 
 def _encode(run: Run, records: Sequence[Record], conditions: Sequence[Condition], sampling: Sampling) -> list[Example]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from e2p_jax.datasets.interactions.log import INTERACTIONS, Interactions, load_interactions
+from e2p_jax.datasets.interactions.log import Interactions, is_interactions, load_interactions
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError, shown
 from e2p_jax.evaluate.rank import rank_statistics, ranks
@@ -21,11 +21,6 @@ KNOWN = ("history", "train")  # what a run has seen of a user when it is asked
 FIRST = 10  # places of a list that are recommended
 ALL = "all_"  # what names of measures among all items begin with
 Way = Callable[[str], np.ndarray]  # a user's id -> [I] scores of a log's items
-
-
-def is_interactions(path: str) -> bool:
-    """Tells whether `data.path` is what `e2p prepare interactions` wrote."""
-    return (Path(path).expanduser() / INTERACTIONS).is_file()
 
 
 class Question:
@@ -76,17 +71,21 @@ class Question:
 
         `popularity@10`: how many users are known to have had an item there, on average, over how many the true one.
         `coverage@10`: the share of the catalogue that stands there in some list; an item counts once, shared by the
-        lists that it stands in. `cold_...`: of records whose true item nobody is known to have had. The first and the
-        last need a log.
+        lists that it stands in. `cold_...`: of records whose true item nobody is known to have had; `cold_own_...`: its
+        place among all such items alone. All but the second need a log.
 
         Args:
           among: one of `among`.
           scores: N arrays, of what `asked` has of each record; higher is better, NaN comes last.
         """
-        rank, first, true = [], [], []
+        rank, own_rank, first, true = [], [], [], []
         for record, given in enumerate(scores):
             items, worst = self.asked(among, record), np.where(np.isnan(given), np.inf, -given)
             rank.append(ranks(worst[None])[0])
+            if self.known is not None and self.popularity[items[0]] == 0:
+                own_rank.append(ranks(worst[None, self.popularity[items] == 0])[0])
+            else:
+                own_rank.append(0)
             last = np.partition(worst, FIRST - 1)[FIRST - 1] if len(worst) > FIRST else np.inf
             near = np.flatnonzero(worst <= last)
             first.append(items[near[np.lexsort((items[near], worst[near]))[:FIRST]]])
@@ -99,7 +98,9 @@ class Question:
             means = [self.popularity[items].mean() for items in first]
             found["popularity@10"] = np.stack([means, self.popularity[true]], axis=1)
             if (cold := self.popularity[true] == 0).any():
-                found |= {f"cold_{name}": found[name] * cold[:, None] for name in ("hits@10", "mrr")}
+                among_cold = rank_statistics(np.array(own_rank))
+                for name in ("hits@10", "mrr"):
+                    found |= {f"cold_{name}": found[name] * cold[:, None], f"cold_own_{name}": among_cold[name]}
         return {among + name: values for name, values in found.items()}
 
     def of_head(self, queries: np.ndarray, rows: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:

@@ -67,6 +67,8 @@ MEASURES: dict[str, Measure] = {
             ("popularity@10", "popularity@10", _ratio, 2),
             ("cold_hits@10", "cold Hits@10 %", _percent, 1),
             ("cold_mrr", "cold MRR", _ratio, 3),
+            ("cold_own_hits@10", "cold among cold Hits@10 %", _percent, 1),
+            ("cold_own_mrr", "cold among cold MRR", _ratio, 3),
         )
     },
     "user_rank": Measure("rank of the user", _ratio, 2),

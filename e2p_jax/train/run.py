@@ -18,6 +18,7 @@ from etils import epath
 from e2p_jax import config as config_lib
 from e2p_jax.config import Condition, Config, MeshConfig, TrainConfig
 from e2p_jax.data.conditions import user_vectors
+from e2p_jax.datasets.interactions.log import is_interactions, load_titles
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.files import in_bucket, run_directory, write_text
@@ -140,6 +141,14 @@ class Run:
         """Statistics of the vectors that the projector was trained on."""
         projector = self.model.params["projector"]
         return Population(*(np.asarray(projector[name]) for name in ("input_mean", "input_std")))
+
+    @property
+    def titles(self) -> dict[str, str] | None:
+        """Of items, by id, where an item stands in front of replies and a log has them: replies open with these."""
+        path = self.inputs.config.data.path
+        if not self.inputs.encoder.item_token or not is_interactions(path):
+            return None
+        return load_titles(Path(path).expanduser())
 
     def vectors(self, records: Sequence[Record], condition: Condition) -> Vectors:
         """What a condition gives each record's user; raises `UserError` as `user_vectors` does."""

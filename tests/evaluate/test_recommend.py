@@ -75,6 +75,8 @@ def test_what_is_recommended_by_hand(folder: Path, monkeypatch: pytest.MonkeyPat
     assert popular["popularity@10"].tolist() == [[4, 1], [1, 1], [2, 0]]
     assert popular["coverage@10"].tolist() == [[1, 8 / 3]] * 3
     assert popular["cold_hits@10"].tolist() == [[0, 0], [0, 0], [1, 1]] and popular["cold_mrr"][2].tolist() == [0.5, 1]
+    # j1 is none of the cold items, so that nobody's is alone there.
+    assert popular["cold_own_mrr"].tolist() == [[0, 0], [0, 0], [1, 1]]
     twice = Question(str(folder), [records()[0]] * 2).recommenders(None)["popularity"]
     assert twice["coverage@10"].tolist() == [[0.5, 4], [0.5, 4]] and "cold_mrr" not in twice
     assert MEASURES["coverage@10"].value(twice["coverage@10"].sum(axis=0)) == 100 / 8

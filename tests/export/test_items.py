@@ -1,6 +1,7 @@
 """The head over a catalogue in torch, against e2p_jax itself."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from flax import nnx
 from helpers import assert_close, untrained_run
 from test_export_families import USERS, asked, encode, load
 
+from e2p_jax.datasets.interactions.log import Interactions, save_interactions
 from e2p_jax.evaluate.generate import Sampling, _left_padded, reply, vectors_for
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
@@ -107,6 +109,34 @@ def test_words_follow_the_item_that_is_picked(exported: Exported):
     assert torch.equal(right[:, start:], plain[:, start:])
     short = model.generate(**inputs, max_length=start + 3, do_sample=False)
     assert torch.equal(short, plain[:, : start + 3])  # no item is counted
+
+
+def test_words_open_with_the_titles_of_a_log(exported: Exported, tmp_path: Path):
+    """One item has none there."""
+    named, nothing = [item for item in IDS if item != "9"], np.zeros(0, np.int32)
+    titles = [f"film {n}: part {n * n} <b>" for n in range(len(named))]
+    log = Interactions([], named, titles, nothing, nothing, nothing.astype(np.float32), None, nothing)
+    (tmp_path / "log").mkdir()
+    save_interactions(tmp_path / "log", log)
+    config = exported.run.inputs.config.change(data={"path": str(tmp_path / "log")})
+    run = dataclasses.replace(exported.run, inputs=dataclasses.replace(exported.run.inputs, config=config))
+    export_transformers(run, tmp_path / "out", include_backbone=False)
+    (model, tokenizer), inputs = load(tmp_path / "out"), exported.prompts()
+    ours = reply(run, asked(), exported.vectors.numpy(), "e2p", Sampling(max_new_tokens=40))
+    for each in ours:
+        assert each.text.startswith(titles[named.index(str(each.item))])
+    start, long = inputs["input_ids"].shape[1], ANSWER | {"max_new_tokens": 40}
+
+    def said(**options: Any) -> list[str]:
+        out = model.generate(**inputs, **long | options)
+        return [text.strip() for text in tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+
+    assert said() == [each.text for each in ours]
+    for text, each in zip(said(num_beams=2, num_return_sequences=2)[::2], ours, strict=True):
+        assert text.startswith(titles[named.index(str(each.item))])
+    assert not said(item_ids=["9"] * 3)[0].startswith("film")
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "items.json").read_text())["openings"][IDS.index("9")] == []
 
 
 def test_what_knows_no_place_for_an_item_is_refused(exported: Exported, lively_backbone: Path, tmp_path: Path):

@@ -18,9 +18,10 @@ from e2p_jax.cli import main
 from e2p_jax.config import BackboneConfig, Config, DataConfig, ItemsConfig, MeshConfig, TrainConfig
 from e2p_jax.data.packing import Budget, empty_rows, fill_row
 from e2p_jax.datasets import synthetic
+from e2p_jax.datasets.interactions.log import Interactions, load_titles, save_interactions
 from e2p_jax.datasets.records import read_jsonl
 from e2p_jax.errors import UserError
-from e2p_jax.evaluate.generate import Draws, _left_padded, _start_once, generate_tokens
+from e2p_jax.evaluate.generate import Draws, _left_padded, _start_once, generate_tokens, reply, stream
 from e2p_jax.evaluate.rank import candidate_examples
 from e2p_jax.options import Sampling
 from e2p_jax.prefix import mlp
@@ -207,6 +208,32 @@ def test_words_follow_the_item_that_the_head_picks(run: Path, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["item"] in ITEMS
 
 
+def test_words_open_with_the_title_that_the_log_has(run: Path, tmp_path: Path) -> None:
+    """Behind it they go on by themselves; an item that the log does not have leaves all words to them."""
+    opened = open_run(run, "last")
+    titles = [f"The {item}, part {n} <|end|>" for n, item in enumerate(ITEMS)]  # text is text
+    nothing = np.zeros(0, np.int32)
+    inputs = dataclasses.replace(opened.inputs, config=opened.inputs.config.change(data={"path": str(tmp_path)}))
+    logged = dataclasses.replace(opened, inputs=inputs)
+    records = [
+        dataclasses.replace(synthetic.record(user), messages=({"role": "user", "content": "hi"},)) for user in USERS
+    ]
+    vectors, how = opened.vectors(records, "e2p").gather(), Sampling(max_new_tokens=40)
+    free = reply(opened, records, vectors, "e2p", how)
+    for known in (len(ITEMS), 0):
+        log = Interactions([], ITEMS[:known], titles[:known], *[nothing] * 2, nothing.astype(np.float32), None, nothing)
+        save_interactions(tmp_path, log)
+        load_titles.cache_clear()
+        said = reply(logged, records, vectors, "e2p", how)
+        assert [each.item for each in said] == [each.item for each in free]
+        for each, of_its_own in zip(said, free, strict=True):
+            if known:
+                assert each.text.startswith(titles[ITEMS.index(str(each.item))].lower().replace("<|", "< |"))
+            else:
+                assert each == of_its_own
+        assert list(stream(logged, records, vectors, ["e2p"] * len(records), how))[-1] == [each.text for each in said]
+
+
 def test_one_export_holds_the_head_and_the_others_say_that_it_is_lost(
     config: Config, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,7 +243,7 @@ def test_one_export_holds_the_head_and_the_others_say_that_it_is_lost(
     opened, held = open_run(run, "last"), safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(held["item_head.rows"], opened.model.merged.items.rows())
     np.testing.assert_array_equal(held["item_head.said"], opened.model.params["items"]["said"])
-    assert json.loads((tmp_path / "out" / "items.json").read_text()) == ITEMS
+    assert json.loads((tmp_path / "out" / "items.json").read_text()) == {"ids": ITEMS, "openings": []}
     user, prompt = ["--user", "user-5"], ["--prompt", "hi"]
     others = {"vllm": prompt, "sglang": prompt, "peft": ["--out", str(tmp_path / "adapters")]}
     for name, flags in others.items():

@@ -7,6 +7,7 @@ user's consumption.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def save_interactions(directory: Path, interactions: Interactions) -> None:
         columns["fold"] = pa.array(interactions.folds)
     pq.write_table(pa.table(items), directory / ITEMS)
     pq.write_table(pa.table(columns), directory / INTERACTIONS)
+
+
+def is_interactions(path: str) -> bool:
+    """Tells whether `data.path` is what `e2p prepare interactions` wrote."""
+    return (Path(path).expanduser() / INTERACTIONS).is_file()
+
+
+@functools.lru_cache(maxsize=1)
+def load_titles(directory: Path) -> dict[str, str]:
+    """The title of every item, by its id.
+
+    Raises:
+      UserError: the directory has none.
+    """
+    try:
+        rows = pq.read_table(directory / ITEMS)
+        return dict(zip(rows["item_id"].to_pylist(), rows["title"].to_pylist(), strict=True))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise UserError(f"{directory / ITEMS}: missing or unreadable ({error}); prepare the data anew") from error
 
 
 def load_interactions(directory: Path) -> Interactions:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-ITEMS = "items.json"  # the items' ids, in the order of their rows
+ITEMS = "items.json"  # in the order of their rows: ids, and the tokens that replies open with, none where they are free
 
 
 class Float32(nn.Module):
@@ -45,15 +45,35 @@ class E2PItemHead(Float32):
             return self.token(self.rows[places] + self.said[places])
 
 
-class WithItems:
-    """What `E2PForCausalLM` does with `item_head`; `item_ids` are there if the model was read from a directory."""
+class Opening(LogitsProcessor):
+    """Replies begin with these tokens: B lists, each for as many rows, behind `start` tokens."""
 
-    item_ids = ()
+    def __init__(self, openings, start):
+        self.openings, self.start = openings, start
+
+    def __call__(self, input_ids, scores):
+        step, each = input_ids.shape[1] - self.start, len(scores) // len(self.openings)
+        for row, opening in enumerate(self.openings):
+            if step < len(opening):
+                rows = scores[row * each : (row + 1) * each]
+                rows[:, : opening[step]] = rows[:, opening[step] + 1 :] = -torch.inf
+        return scores
+
+
+class WithItems:
+    """What `E2PForCausalLM` does with `item_head`; ids and openings are there if it was read from a directory."""
+
+    item_ids = item_openings = ()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.item_ids:
-            (Path(save_directory) / ITEMS).write_text(json.dumps(self.item_ids) + "\n", encoding="utf-8")
+            held = {"ids": self.item_ids, "openings": self.item_openings}
+            (Path(save_directory) / ITEMS).write_text(json.dumps(held) + "\n", encoding="utf-8")
+
+    def read_items(self, path):
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        self.item_ids, self.item_openings = held["ids"], held["openings"]
 
     @torch.no_grad()
     def rank_items(self, input_ids, attention_mask=None, user_embedding=None, top_k=10):
@@ -107,7 +127,11 @@ class WithItems:
         own = self.setting("use_cache", options) is False or self.setting("cache_implementation", options)
         if "cache" in output and not several and not own:
             options["cache"] = output.cache
-        return {name: torch.cat([value, last[name]], dim=1) for name, value in inputs.items()}, places.tolist()
+        inputs, places = {name: torch.cat([each, last[name]], dim=1) for name, each in inputs.items()}, places.tolist()
+        if self.item_openings:
+            opening = Opening([self.item_openings[place] for place in places], inputs["inputs_embeds"].shape[1])
+            options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), opening])
+        return inputs, places
 
 
 def positions_of(mask):

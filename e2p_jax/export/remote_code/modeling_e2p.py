@@ -100,12 +100,11 @@ class E2PForCausalLM(WithItems, PreTrainedModel, GenerationMixin):
         if config is None:
             config = E2PConfig.from_pretrained(directory)
         local = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
-        ids = ()
-        if config.num_items:
-            ids = json.loads(Path(cached_file(directory, ITEMS, **local)).read_text(encoding="utf-8"))
+        items = cached_file(directory, ITEMS, **local) if config.num_items else None
         if config.backbone is None:
             loaded = super().from_pretrained(directory, *args, config=config, **kwargs)
-            (loaded[0] if isinstance(loaded, tuple) else loaded).item_ids = ids
+            if items:
+                (loaded[0] if isinstance(loaded, tuple) else loaded).read_items(items)
             return loaded
         named = config.backbone
         path = Path(named["path"])
@@ -132,7 +131,8 @@ class E2PForCausalLM(WithItems, PreTrainedModel, GenerationMixin):
                 held = {key.partition(".")[2]: value for key, value in weights.items() if key.startswith(f"{name}.")}
                 part.load_state_dict(held)
                 part.to(model.backbone.device)
-        model.item_ids = ids
+        if items:
+            model.read_items(items)
         return model.eval()
 
     def get_input_embeddings(self):
