@@ -281,17 +281,19 @@ class Encoder:
         rendered = self._render(talk, prompt=True)
         return self._with_slots(talk, rendered, np.zeros(len(rendered.ids), bool), record, condition, prompt=True)
 
-    def opening(self, record: Record, condition: Condition, reply: str) -> list[int]:
-        """The tokens of a reply to a conversation, short of what ends it.
+    def opening(self, reply: str, source: str) -> list[int]:
+        """The tokens of a reply, short of what ends it: the same to any question, or its targets would be wrong.
+
+        Args:
+          source: of the reply, for errors.
 
         Raises:
-          UserError: naming the record, whatever of it cannot become tokens.
+          UserError: naming the source, whatever of it cannot become tokens.
         """
-        said = {"role": "assistant", "content": reply}
-        example = self.encode(dataclasses.replace(record, messages=(*record.messages, said), items=()), condition)
-        targets = np.flatnonzero(example.is_target)
-        last = targets[targets - np.arange(len(targets)) == targets[-1] - len(targets) + 1]  # those of the last turn
-        tokens = example.tokens[last].tolist()
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
+        talk = Talk(messages, (), kinds_of(messages), source)
+        rendered = self._render(talk, prompt=False)
+        tokens = rendered.ids[self._targets(talk, rendered)].tolist()
         return tokens[: next((n for n, token in enumerate(tokens) if token in self.stops), len(tokens))]
 
     def answer(self, reply: str) -> str:

@@ -313,7 +313,7 @@ def reply(
                 stops=encoder.stops,
                 pad=encoder.pad_id,
                 num_tokens=encoder.num_tokens,
-                openings=_titles(run, [records[n] for n in part], [condition] * len(part)),
+                openings=_titles(run, len(part)),
             )
         texts = [str(encoder.tokenizer.decode(each, skip_special_tokens=True)).strip() for each in tokens]
         catalogue = run.inputs.catalogue
@@ -346,7 +346,7 @@ def stream(
     with jax.set_mesh(run.model.mesh):
         prompts = _left_padded(encoded, vectors, encoder.pad_id, encoder.num_tokens)
         state = _start_once(run.model.params, *prompts, draws, new_tokens=sampling.max_new_tokens, **static)
-        titles = _titles(run, records, conditions)
+        titles = _titles(run, len(records))
         opening = None if titles is None else jnp.asarray(titles(np.asarray(state.items).tolist()))
         state = _opened(state, opening)
     replies: list[list[int]] = [[] for _ in records]
@@ -362,20 +362,14 @@ def stream(
             state = _opened(_advance_once(run.model.params, state, draws, **static), opening)
 
 
-def _titles(
-    run: Run, records: Sequence[Record], conditions: Sequence[Condition]
-) -> Callable[[Sequence[int]], np.ndarray] | None:
-    """What replies open with where the log names the items in front of them: their titles, as replies to these records
-    have them in training.
-    """
-    titles, catalogue, encoder = run.titles, run.inputs.catalogue, run.inputs.encoder
-    if titles is None or catalogue is None:
+def _titles(run: Run, count: int) -> Callable[[Sequence[int]], np.ndarray] | None:
+    """What so many replies open with where the log names the items in front of them: their titles, as in training."""
+    opening, catalogue = run.opening, run.inputs.catalogue
+    if opening is None or catalogue is None:
         return None
 
     def openings(items: Sequence[int]) -> np.ndarray:
-        names = catalogue.table.index.ids(list(items[: len(records)]))
-        asked = zip(records, conditions, names, strict=True)
-        rows = [encoder.opening(each, front, titles[item]) if item in titles else [] for each, front, item in asked]
+        rows = list(map(opening, catalogue.table.index.ids(list(items[:count]))))
         wide = max(-(-max(map(len, rows)) // _OPENING), 1) * _OPENING
         rows += [rows[-1]] * (len(items) - len(rows))  # those that fill up the devices
         return np.array([row + [-1] * (wide - len(row)) for row in rows], np.int32)

@@ -146,7 +146,8 @@ class Question:
         places, nothing = catalogue.rows(self.ids), np.zeros(0, int)
         given = np.where(places[:, None] >= 0, catalogue.given()[places], 0.0).astype(np.float64)
         unit = given / np.maximum(np.linalg.norm(given, axis=1, keepdims=True), 1e-12)
-        return lambda user: unit @ given[self.had.get(user, nothing)].sum(axis=0)
+        absent = np.where(places < 0, np.nan, 0.0)  # last of all
+        return lambda user: unit @ given[self.had.get(user, nothing)].sum(axis=0) + absent
 
 
 def named_titles(path: str, replies: Sequence[str], records: Sequence[Record]) -> dict[str, np.ndarray]:

@@ -1,12 +1,10 @@
 """A run as a Hugging Face model directory: config, projector, tokenizer, modelling code, model card."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.tensor_files import Checkpoint, Spelling, fingerprint, spelling
 from e2p_jax.backbone.weights import has_name, open_checkpoint
 from e2p_jax.config import ProjectorConfig
-from e2p_jax.datasets.records import Record
 from e2p_jax.export.common import refuse_foreign, refuse_not_finite, save_tokenizer, settings_of
 from e2p_jax.export.slot import reply_opening, user_turn
 from e2p_jax.files import replace_directory
@@ -57,8 +54,9 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
         (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (temporary / "generation_config.json").write_text(json.dumps(_generation_config(run), indent=2) + "\n")
         if catalogue := run.inputs.catalogue:
-            ids = list(catalogue.table.ids)
-            (temporary / "items.json").write_text(json.dumps({"ids": ids, "openings": _openings(run, ids)}) + "\n")
+            held: dict[str, Any] = {"ids": list(catalogue.table.ids)}
+            held["openings"] = list(map(run.opening, held["ids"])) if run.opening else []
+            (temporary / "items.json").write_text(json.dumps(held) + "\n")
         save_tokenizer(run, temporary)
         for source in REMOTE_CODE.glob("*_e2p.py"):
             shutil.copyfile(source, temporary / source.name)
@@ -67,13 +65,6 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
         (temporary / "README.md").write_text(model_card(run))
         for path in temporary.iterdir():
             path.chmod(0o644)
-
-
-def _openings(run: Run, ids: Sequence[str]) -> list[list[int]]:
-    """The tokens that replies open with for each item, none where an item has no title; empty without titles."""
-    asked, titles = Record("", (), ({"role": "user", "content": "?"},)), run.titles
-    opening = functools.partial(run.inputs.encoder.opening, asked, "none")
-    return [] if titles is None else [opening(titles[item]) if item in titles else [] for item in ids]
 
 
 def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from e2p_jax.files import in_bucket, run_directory, write_text
 from e2p_jax.locks import locked
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import make_mesh
+from e2p_jax.terminal import say
 from e2p_jax.train import identity
 from e2p_jax.train.checkpoint import Checkpoints, newest_step
 from e2p_jax.train.partition import join, split
@@ -143,12 +144,15 @@ class Run:
         return Population(*(np.asarray(projector[name]) for name in ("input_mean", "input_std")))
 
     @property
-    def titles(self) -> dict[str, str] | None:
-        """Of items, by id, where an item stands in front of replies and a log has them: replies open with these."""
-        path = self.inputs.config.data.path
-        if not self.inputs.encoder.item_token or not is_interactions(path):
+    def opening(self) -> Callable[[str], list[int]] | None:
+        """Where items stand in front of replies and a log has titles: an item's id -> the tokens that the reply behind
+        it opens with, none for an item without a title.
+        """
+        path, encoder = self.inputs.config.data.path, self.inputs.encoder
+        if not encoder.item_token or not is_interactions(path):
             return None
-        return load_titles(Path(path).expanduser())
+        titles = load_titles(Path(path).expanduser())
+        return lambda item: encoder.opening(titles[item], f"title of item {item!r}") if item in titles else []
 
     def vectors(self, records: Sequence[Record], condition: Condition) -> Vectors:
         """What a condition gives each record's user; raises `UserError` as `user_vectors` does."""
@@ -201,6 +205,9 @@ def open_run(
     if items is not None:
         config = config.change(data={"items": items})
     inputs = _in_order(directory, read_inputs(_on_this_machine(config)))
+    data = Path(config.data.path)
+    if inputs.catalogue is not None and config.items.token and data.is_absolute() and not data.exists():
+        say(f"warning: {data}: not there; if it was a log, put it back: replies do not open with titles without it")
     identity.check_inputs(directory, names, begun, inputs)
     model = frozen_model(inputs, names["embedding_width"], backbone, shared)
     identity.check_weights(directory, names, model)

@@ -105,6 +105,10 @@ def test_vectors_of_items_by_hand(folder: Path):
     # Standardised, of spreads 3.12 and 1.25. ann's r1, r2 and pop come to a vector along the first: of her candidates
     # j2 is nearer than r3, pop at a right angle. cat's j1, j2 and pop come to (-1, 0): j3, not r2, not nobody's.
     np.testing.assert_allclose(found["mrr"][:, 0], [1 / 2, 1])
+    # What has no vector is last, behind what points away from the user.
+    last = dataclasses.replace(asked[1], candidates=("nobody's", "r2", "j3"))
+    found = Question(str(folder), [last], Catalogue(table, 7)).recommenders(None)["item vectors"]
+    np.testing.assert_allclose(found["mrr"][:, 0], [1 / 3])
 
 
 def test_items_are_ranked_by_hand(folder: Path):

@@ -16,7 +16,9 @@ from flax import nnx
 from helpers import assert_close, untrained_run
 from test_export_families import USERS, asked, encode, load
 
-from e2p_jax.datasets.interactions.log import Interactions, save_interactions
+from e2p_jax.data.encode import Encoder
+from e2p_jax.datasets.interactions.log import Interactions, load_titles, save_interactions
+from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import Sampling, _left_padded, reply, vectors_for
 from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
@@ -134,9 +136,20 @@ def test_words_open_with_the_titles_of_a_log(exported: Exported, tmp_path: Path)
     assert said() == [each.text for each in ours]
     for text, each in zip(said(num_beams=2, num_return_sequences=2)[::2], ours, strict=True):
         assert text.startswith(titles[named.index(str(each.item))])
+    for text, each in zip(said(no_repeat_ngram_size=1), ours, strict=True):  # nor does another processor hinder it
+        assert text.startswith(titles[named.index(str(each.item))])
+    assert len(said(num_beams=2, do_sample=True)) == 3
     assert not said(item_ids=["9"] * 3)[0].startswith("film")
     model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "items.json").read_text())["openings"][IDS.index("9")] == []
+    titles[0] = "<s>"
+    save_interactions(tmp_path / "log", log)
+    load_titles.cache_clear()
+    encoder = Encoder.from_config(config.change(data={"control_text": "refuse"}), run.inputs.encoder.tokenizer)
+    refusing = dataclasses.replace(run.inputs, encoder=encoder)
+    with pytest.raises(UserError, match=r"^title of item 'film 1': .* control token"):
+        export_transformers(dataclasses.replace(run, inputs=refusing), tmp_path / "refused", False)
+    load_titles.cache_clear()
 
 
 def test_what_knows_no_place_for_an_item_is_refused(exported: Exported, lively_backbone: Path, tmp_path: Path):

@@ -234,6 +234,17 @@ def test_words_open_with_the_title_that_the_log_has(run: Path, tmp_path: Path) -
         assert list(stream(logged, records, vectors, ["e2p"] * len(records), how))[-1] == [each.text for each in said]
 
 
+def test_a_log_that_is_gone_is_missed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its titles the words may name another item than the one that is picked."""
+    shutil.copytree(run, tmp_path / "run")
+    path, values = tmp_path / "run" / "config.json", json.loads((run / "config.json").read_text())
+    for place, is_said in ((values["data"]["path"], False), (str(tmp_path / "moved"), True)):
+        values["data"]["path"] = place
+        path.write_text(json.dumps(values))
+        open_run(tmp_path / "run", "last")
+        assert (f"{place}: not there; if it was a log" in capsys.readouterr().err) == is_said
+
+
 def test_one_export_holds_the_head_and_the_others_say_that_it_is_lost(
     config: Config, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,8 @@ class Opening(LogitsProcessor):
         for row, opening in enumerate(self.openings):
             if step < len(opening):
                 rows = scores[row * each : (row + 1) * each]
-                rows[:, : opening[step]] = rows[:, opening[step] + 1 :] = -torch.inf
+                rows.fill_(-torch.inf)
+                rows[:, opening[step]] = 0.0  # whatever another processor, say of repetitions, made of it
         return scores
 
 
