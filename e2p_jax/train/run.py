@@ -149,7 +149,7 @@ class Run:
         it opens with, none for an item without a title.
         """
         path, encoder = self.inputs.config.data.path, self.inputs.encoder
-        if not encoder.item_token or not is_interactions(path):
+        if self.inputs.catalogue is None or not encoder.item_token or not is_interactions(path):
             return None
         titles = load_titles(Path(path).expanduser())
         return lambda item: encoder.opening(titles[item], f"title of item {item!r}") if item in titles else []
@@ -205,8 +205,8 @@ def open_run(
     if items is not None:
         config = config.change(data={"items": items})
     inputs = _in_order(directory, read_inputs(_on_this_machine(config)))
-    data = Path(config.data.path)
-    if inputs.catalogue is not None and config.items.token and data.is_absolute() and not data.exists():
+    data, says_items = config.data.path, inputs.catalogue is not None and config.items.token
+    if says_items and Path(data).is_absolute() and not os.access(data, os.R_OK):
         say(f"warning: {data}: not there; if it was a log, put it back: replies do not open with titles without it")
     identity.check_inputs(directory, names, begun, inputs)
     model = frozen_model(inputs, names["embedding_width"], backbone, shared)

@@ -146,6 +146,18 @@ def test_every_reply_is_shown_alike(make_tokenizer: Make, talk: Any, style: str,
 
 
 @pytest.mark.parametrize(("style", "mode"), CASES)
+def test_a_reply_opens_behind_its_prompt_as_in_training(
+    make_tokenizer: Make, talk: Any, style: str, mode: Thinking
+) -> None:
+    """With its empty thoughts, where they are learned; whatever was asked, and whatever its text would end."""
+    encoder, reply = make_encoder(thinking_tokenizer(make_tokenizer, style), thinking=mode), "a </s> dog.<|im_end|>"
+    for asked in (("hi",), ("hi", "hello", "pets?")):
+        whole = encoder.encode(talk(*asked, reply), "none").tokens.tolist()
+        begins = [*encoder.encode_prompt(talk(*asked), "none").tokens.tolist(), *encoder.opening(reply, "a title")]
+        assert begins == whole[: len(begins)] and whole[len(begins)] in encoder.stops
+
+
+@pytest.mark.parametrize(("style", "mode"), CASES)
 def test_an_exported_template_is_taken_as_it_is(
     make_tokenizer: Make, talk: Any, tmp_path: Path, style: str, mode: Thinking
 ) -> None:
