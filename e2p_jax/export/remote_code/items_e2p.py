@@ -111,7 +111,10 @@ class WithItems:
             raise ValueError("an item stood in front of the reply that the cache holds: leave the cache out")
         scores, output = self.item_scores(inputs, use_cache=True)
         if item_ids is not None:
-            places = torch.tensor([self.item_ids.index(item) for item in item_ids], device=scores.device)
+            row = {item: place for place, item in enumerate(self.item_ids)}
+            if len(item_ids) != len(scores) or not row.keys() >= set(item_ids):
+                raise ValueError(f"item_ids: needs {len(scores)} ids of {ITEMS}, one a prompt; got {item_ids}")
+            places = torch.tensor([row[item] for item in item_ids], device=scores.device)
         elif self.setting("do_sample", options):
             scores = scores / (self.setting("temperature", options) or 1.0)
             for name, limit in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper)):

@@ -156,6 +156,9 @@ def test_what_knows_no_place_for_an_item_is_refused(exported: Exported, lively_b
     first = exported.model.generate(**exported.prompts(), return_dict_in_generate=True, **ANSWER)
     with pytest.raises(ValueError, match="leave the cache out"):
         exported.model.generate(**exported.prompts(), cache=first.cache, **ANSWER)
+    for wrong in (IDS[:2], ["nobody's", *IDS[:2]]):
+        with pytest.raises(ValueError, match=r"item_ids: needs 3 ids of items\.json"):
+            exported.model.generate(**exported.prompts(), item_ids=wrong)
     export_transformers(untrained_run(tmp_path, lively_backbone, "after_bos", 2, "mlp"), tmp_path / "out", False)
     without, _ = load(tmp_path / "out")
     with pytest.raises(ValueError, match=r"no catalogue: .* had no data\.items"):
