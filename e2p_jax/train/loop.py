@@ -82,6 +82,12 @@ def read_data(inputs: Inputs) -> Data:
                 f"{inputs.catalogue.table.source}: no record of {absent[0]} names an item of it; give records `items`, "
                 "or leave data.items out"
             )
+        if unnamed := len(inputs.catalogue) - len(np.unique(read.examples.items)):
+            warnings.append(
+                f"data.items: {unnamed:,} of {len(inputs.catalogue):,} items are in no training record: they are "
+                "learned as wrong answers and rank last; leave what is new out of the table, and give the whole one to "
+                "`e2p evaluate --items`"
+            )
     return Data(train, held_out, without, population, warnings, read.dropped_messages, read.skipped, inputs.catalogue)
 
 

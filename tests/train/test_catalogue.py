@@ -156,6 +156,13 @@ def test_the_query_stands_where_the_reply_begins(config: Config) -> None:
             assert len(ids[ids >= 0]) == 2 and (ids[ids >= 0] == example.items).all()
 
 
+def test_items_that_no_training_record_names_are_counted(config: Config, tmp_path: Path) -> None:
+    assert not any("items" in warning for warning in read_data(read_inputs(config)).warnings)
+    save_table(tmp_path / "more", [*ITEMS, "new 1", "new 2"], GIVEN, name="items", version="2")
+    more = config.change(data={"items": str(tmp_path / "more")})
+    assert any("2 of 14 items are in no training record" in w for w in read_data(read_inputs(more)).warnings)
+
+
 def test_an_item_that_is_not_in_the_table_does_not_stand_in_front(config: Config) -> None:
     encoder = read_inputs(config).encoder
     record = next(iter(read_jsonl(Path(config.data.path), "train")))
