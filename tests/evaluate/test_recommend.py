@@ -98,12 +98,13 @@ def test_item_neighbours_by_hand(folder: Path):
 
 def test_vectors_of_items_by_hand(folder: Path):
     """Cosines to the mean of the user's items, of which nobody need have had the one that is asked for."""
-    vectors = {"r1": (3, 1), "r2": (3, -1), "r3": (1, 2), "j1": (-3, 1), "j2": (2, -1), "j3": (-6, -2), "pop": (0, 0)}
+    vectors = {"r1": (3, 1), "r2": (3, -1), "r3": (2.5, 6), "j1": (-3, 1), "j2": (2, -1), "pop": (0, 0)}
+    vectors["j3"] = (-7.5, -6)
     table = UserTable([f"id-{title}" for title in vectors], np.array([*vectors.values()], np.float32), "items", "null")
     asked = [dataclasses.replace(each, items=(f"id-{ASKED[each.user_id]}",)) for each in records()]
     found = Question(str(folder), asked, Catalogue(table, 7)).recommenders(None)["item vectors"]
-    # Standardised, of spreads 3.12 and 1.25. ann's r1, r2 and pop come to a vector along the first: of her candidates
-    # j2 is nearer than r3, pop at a right angle. cat's j1, j2 and pop come to (-1, 0): j3, not r2, not nobody's.
+    # Standardised, of spreads 3.65 and 3.30. ann's r1, r2 and pop come to a vector along the first: of her candidates
+    # j2 is nearer than r3, which is longer, pop at a right angle. cat's j1, j2 and pop come to (-1, 0): j3, not r2.
     np.testing.assert_allclose(found["mrr"][:, 0], [1 / 2, 1])
     # What has no vector is last, behind what points away from the user.
     last = dataclasses.replace(asked[1], candidates=("nobody's", "r2", "j3"))

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_calls
 import torch
 import transformers
 from flax import nnx
 from helpers import assert_close, untrained_run
-from test_export_families import USERS, asked, encode, load
+from test_calls import ANSWER
+from test_export_families import USERS, asked, load
 
 from e2p_jax.data.encode import Encoder
 from e2p_jax.datasets.interactions.log import Interactions, load_titles, save_interactions
@@ -25,21 +27,12 @@ from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run, open_run
 
 IDS = ["film 1", " film 1", "a\rb", "a\u2028b", '"', "\\n", "\u00e9t\u00e9", "\U0001f600", "null", "9", "9.0", "{}"]
-ANSWER: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    run: Run
-    directory: Path  # the backbone is named there
-    model: Any
-    tokenizer: Any
-    vectors: torch.Tensor
-
+class Exported(test_calls.Exported):
     def prompts(self, side: str = "left") -> dict[str, Any]:
-        """Three of three lengths, with their users' vectors."""
-        self.tokenizer.padding_side = side
-        return {**encode(self.tokenizer, asked(), add_generation_prompt=True), "user_embedding": self.vectors}
+        """With their users' vectors."""
+        return {**super().prompts(side), "user_embedding": self.vectors}
 
 
 @pytest.fixture(scope="module")
