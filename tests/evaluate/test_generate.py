@@ -25,10 +25,12 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import (
     SHORTEST_PROMPT,
+    Decoding,
     Draws,
     _advance_once,
     _decode,
     _left_padded,
+    _opened,
     _start_once,
     choose,
     generate,
@@ -280,3 +282,14 @@ def test_generation_stops_at_whatever_ends_a_reply(learned_run: Path):
     (cut,) = generate(stopped, [record], vector, "e2p", Sampling(max_new_tokens=12))
     *_, last = stream(stopped, [record], vector, ["e2p"], Sampling(max_new_tokens=12))
     assert 0 < len(cut) < len(reply) and reply.startswith(cut) and last == [cut]
+
+
+def test_a_stop_does_not_end_what_a_reply_opens_with():
+    """The title goes on where the model would have stopped; behind it a stop is one."""
+    done, token = jnp.array([True, True, False]), jnp.array([7, 7, 7], jnp.int32)
+    opening = np.array([[3, 4, 5], [3, -1, -1], [-1, -1, -1]], np.int32)
+    for step, tokens, ended in ((1, [4, 7, 7], [False, True, False]), (3, [7, 7, 7], [True, True, False])):
+        state = Decoding(jnp.int32(step), token, done, token, token, {})
+        opened = _opened(state, jnp.asarray(opening))
+        assert opened.token.tolist() == tokens and opened.done.tolist() == ended
+    assert _opened(state, None) is state
