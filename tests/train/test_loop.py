@@ -3,12 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +14,11 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from e2p_jax.backbone import lora
 from e2p_jax.config import (
-    AdapterConfig,
     BackboneConfig,
     Config,
     DataConfig,
     EvaluateConfig,
-    MeshConfig,
     TrainConfig,
     from_json,
 )
@@ -123,29 +115,22 @@ def test_backbone_is_untouched_and_absent_from_checkpoints(before: dict[str, str
 
 def test_training_lowers_the_loss(config: Config, tmp_path: Path):
     everything = ("projector/**", "backbone/**")  # in front of a random backbone there is little to learn
-    settings = dataclasses.replace(config.train, trainable=everything, steps=30, eval_every=30, learning_rate=1e-2)
+    settings = dataclasses.replace(
+        config.train, trainable=everything, steps=30, eval_every=30, checkpoint_every=30, learning_rate=1e-2
+    )
     lines = numbers(train(dataclasses.replace(config, train=settings), tmp_path / "run"))
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1.0
 
 
 def test_resumed_run_equals_unbroken_one(config: Config, trained: Path, tmp_path: Path):
-    """Kill -9 in mid-run, rerun the same command: the same metrics, bit for bit."""
+    """From what a run leaves that dies before its last checkpoint: the same metrics, bit for bit.
+
+    Runs that are killed are in tests/launch.
+    """
     run = tmp_path / "killed"
-    script = (
-        "import dataclasses, sys; from pathlib import Path; from e2p_jax.config import from_json;"
-        "from e2p_jax.train.loop import train;"
-        "train(from_json(Path(sys.argv[1]).read_text(), Path(sys.argv[1])), Path(sys.argv[2]))"
-    )
-    (tmp_path / "config.json").write_text(config.to_json())
-    command = [sys.executable, "-c", script, str(tmp_path / "config.json"), str(run)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ) as process:
-        deadline = time.monotonic() + 240
-        while not (run / "checkpoints" / "2").is_dir():
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert not (run / "checkpoints" / "6").is_dir(), "the run was finished before it was killed"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "checkpoints" / "6")
     train(config, run)
     assert numbers(run) == numbers(trained)
     a, b = open_run(run, "last"), open_run(trained, "last")
@@ -195,39 +180,33 @@ def test_best_checkpoint_is_picked_by_users_who_are_not_reported(config: Config,
     assert all("eval/dev/nll" in line for line in reference if "eval/validation/nll" in line)
 
 
-@pytest.mark.parametrize("trainable", ["backbone/**", "lora/**"])
-def test_what_trains_of_a_bfloat16_backbone_is_kept_in_float32(config: Config, tmp_path: Path, trainable: str):
+def test_what_trains_of_a_bfloat16_backbone_is_kept_in_float32(config: Config, tmp_path: Path):
     """Steps far below bfloat16's resolution add up; activations stay in bfloat16."""
-    backbone = dataclasses.replace(config.backbone, dtype="bfloat16")
-    adapter = lora.Settings(rank=2) if trainable == "lora/**" else AdapterConfig()
-    settings = dataclasses.replace(config.train, trainable=(trainable,), learning_rate=1e-5)
-    data = dataclasses.replace(config.data, condition="none")
-    run = train(
-        dataclasses.replace(config, backbone=backbone, adapter=adapter, train=settings, data=data), tmp_path / "run"
-    )
-    opened = open_run(run, "last")
+    changes = {"backbone": {"dtype": "bfloat16"}, "adapter": {"kind": "lora"}, "data": {"condition": "none"}}
+    settings = {"trainable": ("backbone/**", "lora/**"), "learning_rate": 1e-5}
+    opened = open_run(train(config.change(**changes, train=settings), tmp_path / "run"), "last")
     start = build_model(opened.inputs, Population.standard(64))
-    part = trainable.split("/")[0]
-    for now, before in zip(
-        jax.tree.leaves(opened.model.params[part]), jax.tree.leaves(start.params[part]), strict=True
-    ):
-        assert now.dtype == np.float32
-        moved = np.abs(np.asarray(now) - np.asarray(before))
-        assert 0 < moved.max() < 1e-4
+    for part in ("backbone", "lora"):
+        for now, before in zip(
+            jax.tree.leaves(opened.model.params[part]), jax.tree.leaves(start.params[part]), strict=True
+        ):
+            assert now.dtype == np.float32
+            moved = np.abs(np.asarray(now) - np.asarray(before))
+            assert 0 < moved.max() < 1e-4
     assert nnx.merge(opened.model.graph, opened.model.params).backbone.embed(np.zeros((1, 4), int)).dtype == "bfloat16"
 
 
 def test_best_checkpoint_is_kept(config: Config, tmp_path: Path):
     """A learning rate that ruins the model: the best checkpoint is an early one, and is still there at the end."""
-    ruinous = {"trainable": ("projector/**", "backbone/**"), "learning_rate": 1.0, "warmup_steps": 11}
-    settings = dataclasses.replace(config.train, steps=12, eval_every=1, **ruinous)
+    ruinous = {"trainable": ("projector/**", "backbone/**"), "learning_rate": 1.0, "warmup_steps": 6}
+    settings = dataclasses.replace(config.train, steps=7, eval_every=1, **ruinous)
     trained = train_model(dataclasses.replace(config, train=settings), tmp_path / "run")
     run = trained.directory
     nll = {line["step"]: line["eval/dev/nll"] for line in numbers(run) if "eval/dev/nll" in line}
     checkpoints = Checkpoints(run)
     best = checkpoints.step_of("best")
-    assert best == min(nll, key=nll.get) < 12
-    assert checkpoints.step_of("last") == 12
+    assert best == min(nll, key=nll.get) < 5
+    assert checkpoints.step_of("last") == 7
     checkpoints.close()
     assert trained.step == best  # what training hands on is what opening the run gives
     chex.assert_trees_all_equal(trained.model.params, open_run(run).model.params)
@@ -250,9 +229,9 @@ def test_bad_records_are_refused_or_skipped_and_reported(config: Config, tmp_pat
     assert len(data.train.examples) == len(read_data(read_inputs(config)).train.examples)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(fsdp=2, tensor=2)])
-def test_mesh_is_invisible(config: Config, tmp_path: Path, mesh: MeshConfig, reference: list):
-    sharded = numbers(train(dataclasses.replace(config, mesh=mesh), tmp_path / "sharded"))
+def test_a_mesh_and_remat_are_invisible(config: Config, tmp_path: Path, reference: list):
+    """Both at once; another mesh is in tests/launch/test_resume.py."""
+    sharded = numbers(train(config.change(mesh={"fsdp": 4}, backbone={"remat": True}), tmp_path / "sharded"))
     for a, b in zip(reference, sharded, strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
@@ -273,7 +252,7 @@ def test_one_compiled_program_is_called_and_traced_where_asked(
     assert [dict(event.stats)["step_num"] for event in events] == [3, 4]
 
 
-def test_every_split_is_evaluated_with_one_trace_each(config: Config, tmp_path: Path):
+def test_every_split_is_evaluated_with_one_trace_each_and_when_it_is_asked_for(config: Config, tmp_path: Path):
     """The splits differ in how many segments a row holds, and so in the shapes of their batches."""
     short = [{"user_id": f"user-{user}", "prompt": "hi", "response": "yes.", "split": "short"} for user in range(6)]
     lines = Path(config.data.path).read_text() + "".join(json.dumps(record) + "\n" for record in short)
@@ -282,9 +261,13 @@ def test_every_split_is_evaluated_with_one_trace_each(config: Config, tmp_path: 
     data = dataclasses.replace(config.data, path=str(tmp_path / "records.jsonl"), eval_splits=splits)
     held_out = read_data(read_inputs(dataclasses.replace(config, data=data))).held_out
     assert len({dataset.budget for dataset, _ in held_out.values()}) == 2
-    lines = numbers(train(dataclasses.replace(config, data=data), tmp_path / "run"))
+    config = dataclasses.replace(config, data=data).change(train={"log_every": 2, "eval_every": 2})
+    lines = numbers(train(config, tmp_path / "run"))
     evaluated = [line for line in lines if "eval/validation/nll" in line]
-    assert len(evaluated) == 2 and all(line["eval/short/nll"] != line["eval/validation/nll"] for line in evaluated)
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 4, 6]
+    assert [line["step"] for line in evaluated] == [2, 4, 6] and all(
+        line["eval/short/nll"] != line["eval/validation/nll"] for line in evaluated
+    )
 
 
 def test_evaluation_equals_what_training_reported(config: Config, trained: Path):
@@ -394,6 +377,17 @@ def test_every_field_of_the_model_changes_its_parameters(
     assert not same(parameters(config.change(**change)), start[1])
 
 
+SHORT = {"steps": 2, "warmup_steps": 1, "eval_every": 2}
+
+
+@pytest.fixture(scope="module")
+def two_steps(
+    tiny_backbone: Path, corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, float]]:
+    config = small_config(tiny_backbone, corpus).change(train=SHORT)
+    return numbers(train(config, tmp_path_factory.mktemp("short") / "run"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -405,16 +399,14 @@ def test_every_field_of_the_model_changes_its_parameters(
         {"train": {"clip_norm": 1e-3}},
         {"train": {"null_user_rate": 0.5}},
         {"train": {"rows": 8}},
-        {"train": {"log_every": 2}},
-        {"train": {"eval_every": 2}},
         {"train": {"accumulation": 2}},  # each micro-batch draws its own dropout
         {"train": {"trainable": ("projector/**", "backbone/final_norm")}},
     ],
     ids=str,
 )
-def test_every_field_of_the_steps_changes_the_result(config: Config, tmp_path: Path, change: dict, reference: list):
+def test_every_field_of_the_steps_changes_the_result(config: Config, tmp_path: Path, change: dict, two_steps: list):
     """What a learning rate and weight decay are made of is in tests/train/test_optimizer.py."""
-    assert numbers(train(config.change(**change), tmp_path / "run")) != reference
+    assert numbers(train(config.change(train=SHORT).change(**change), tmp_path / "run")) != two_steps
 
 
 def test_a_quantised_backbone_stays_frozen(config: Config, tmp_path: Path):
@@ -422,20 +414,6 @@ def test_a_quantised_backbone_stays_frozen(config: Config, tmp_path: Path):
     backbone = dataclasses.replace(config.backbone, quantization="int8")
     with pytest.raises(UserError, match=r"train\.trainable names weights of the backbone, and backbone\.quantization"):
         train(dataclasses.replace(config, train=settings, backbone=backbone), tmp_path / "run")
-
-
-def test_accumulation_is_invisible_without_dropout(config: Config, tmp_path: Path):
-    config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, dropout=0.0))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, rows=8))
-    split = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
-    for a, b in zip(numbers(train(config, tmp_path / "a")), numbers(train(split, tmp_path / "b")), strict=True):
-        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
-
-
-def test_remat_is_invisible(config: Config, tmp_path: Path, reference: list):
-    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, remat=True))
-    for a, b in zip(numbers(train(config, tmp_path / "run")), reference, strict=True):
-        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
 
 
 def test_users_without_a_vector_are_refused_or_the_null_user(config: Config, tmp_path: Path, reference: list):
@@ -469,10 +447,7 @@ def test_attention_of_another_device_is_refused(config: Config, tmp_path: Path):
         train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["records", "vectors", "dev"])
-def test_resuming_knows_the_data_by_what_it_holds(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-):
+def test_resuming_knows_the_data_by_what_it_holds(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Wherever it lies, and by whatever path; a position means nothing in other records or another order of rows."""
     vectors = np.stack([synthetic.vector(user) for user in USERS])
     names = [f"user-{user}" for user in USERS]
@@ -495,14 +470,16 @@ def test_resuming_knows_the_data_by_what_it_holds(
     dev = {record.user_id for record in read_data(read_inputs(moved)).held_out["dev"][1]}
     assert 0 < len(dev) < 4
     edits = {"records": lambda user: user not in dev, "dev": lambda user: user in dev, "vectors": lambda user: False}
-    lines = [
-        line.replace("good", "bad") if edits[what](json.loads(line)["user_id"]) else line
-        for line in text.splitlines(keepends=True)
-    ]
-    edited = "".join(lines)
-    assert (edited == text) == (what == "vectors")
-    other = lie(tmp_path / "other", edited, vectors[::-1] if what == "vectors" else vectors, str(tmp_path / "other"))
-    said = "dev" if what == "dev" else "training"
-    with pytest.raises(UserError, match=rf"run: its position is one in other {said} data: .* since step 6; restore"):
-        train(other, run)
-    assert from_json((run / "config.json").read_bytes(), run / "config.json") == moved
+    for what, edit in edits.items():
+        edited = "".join(
+            line.replace("good", "bad") if edit(json.loads(line)["user_id"]) else line
+            for line in text.splitlines(keepends=True)
+        )
+        assert (edited == text) == (what == "vectors")
+        other = lie(tmp_path / what, edited, vectors[::-1] if what == "vectors" else vectors, str(tmp_path / what))
+        said = "dev" if what == "dev" else "training"
+        with pytest.raises(
+            UserError, match=rf"run: its position is one in other {said} data: .* since step 6; restore"
+        ):
+            train(other, run)
+        assert from_json((run / "config.json").read_bytes(), run / "config.json") == moved
