@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = f"{xla_flags(devices=4)} {os.environ.get('XLA_FLAGS', 
 # XLA runs collectives on one thread a core: with fewer cores than devices they may wait for each other for ever.
 os.environ["PJRT_NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's models are tiny, and its threads would wait for each other by spinning
 # One for all processes of the tests and for those that they start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
