@@ -308,7 +308,7 @@ def test_reading_needs_neither_jax_nor_torch(make_run: Callable, small_shards: N
 
 def test_benchmark_measures(tmp_path: Path):
     script = Path(__file__).parent.parent.parent / "benchmarks" / "prefix_table.py"
-    sizes = ["--users", "3000", "--width", "8", "--model-width", "16", "--num-tokens", "2"]
+    sizes = ["--users", "3000", "--width", "8", "--model-width", "512", "--num-tokens", "4"]  # small shards
     command = [sys.executable, str(script), *sizes, "--workdir", str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     figures = json.loads(done.stdout or done.stderr)

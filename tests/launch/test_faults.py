@@ -45,7 +45,7 @@ def wait_for(happened: Callable[[], object], timeout: float = 400) -> None:
 
 @pytest.fixture(scope="module")
 def longer(config: Config) -> Config:
-    settings = dataclasses.replace(config.train, steps=60, eval_every=30, checkpoint_every=10)
+    settings = dataclasses.replace(config.train, steps=30, eval_every=15, checkpoint_every=10)
     return dataclasses.replace(config, train=settings)
 
 
@@ -99,10 +99,10 @@ def test_sigterm_saves_and_the_rerun_is_bit_for_bit(
         monkeypatch.setattr(Checkpoints, "save", save_and_tell)
     with pytest.raises(Preempted, match="saved at step") as caught:
         train(longer, run)
-    expected = {"step": 7, "evaluation": 30, "checkpoint": 11}.get(moment)
+    expected = {"step": 7, "evaluation": 15, "checkpoint": 11}.get(moment)
     assert expected is None or f"saved at step {expected}," in str(caught.value)
     monkeypatch.undo()
-    assert 0 < last_step(run) < 60
+    assert 0 < last_step(run) < 30
     train(longer, run)
     assert numbers(run) == unbroken
 
@@ -205,21 +205,24 @@ def test_only_what_a_rerun_can_help_is_run_again(
     assert (tmp_path / "log").read_text().count("started") == starts
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["loss", "error"])
-def test_an_error_outweighs_a_lost_process(environment: pytest.MonkeyPatch, tmp_path: Path, first: int) -> None:
-    """Whichever is seen first."""
-    (tmp_path / "program").write_text(f"((JAX_PROCESS_ID == {first})) || sleep 1\nexit $((JAX_PROCESS_ID ? 1 : 75))\n")
+def test_an_error_outweighs_a_lost_process_and_one_that_meets_nobody_is_ended(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whichever of error and loss is seen first; all launchers wait for the others' end at once."""
     environment.setenv("E2P", "bash")
-    command = [LAUNCH / "local.sh", "2", "--restarts", "3", "--", tmp_path / "program"]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == 1
-
-
-def test_a_process_that_never_meets_the_others_is_ended(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "program").write_text("((JAX_PROCESS_ID)) && exit 3; sleep 100 & wait\n")
-    environment.setenv("E2P", "bash")
-    started = time.monotonic()
-    done = subprocess.run([LAUNCH / "local.sh", "2", "--", tmp_path / "program"], check=False)
-    assert done.returncode == 3 and time.monotonic() - started < 20
+    programs = {
+        "loss": ("((JAX_PROCESS_ID == 0)) || sleep 1; exit $((JAX_PROCESS_ID ? 1 : 75))", 1),
+        "error": ("((JAX_PROCESS_ID == 1)) || sleep 1; exit $((JAX_PROCESS_ID ? 1 : 75))", 1),
+        "alone": ("((JAX_PROCESS_ID)) && exit 3; sleep 100 & wait", 3),
+    }
+    started, launchers = time.monotonic(), {}
+    for name, (program, _) in programs.items():
+        (tmp_path / name).write_text(f"{program}\n")
+        launchers[name] = subprocess.Popen([LAUNCH / "local.sh", "2", "--restarts", "3", "--", tmp_path / name])
+    assert {name: launcher.wait() for name, launcher in launchers.items()} == {
+        n: code for n, (_, code) in programs.items()
+    }
+    assert time.monotonic() - started < 20
 
 
 def test_signals_reach_the_program_and_end_the_restarts(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
