@@ -137,7 +137,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Projector and tiny backbone trained until a user's own vector tells what the user says; evaluated on the same."""
+    """Projector and tiny backbone trained until a user's own vector tells what the user says; evaluated on the same.
+
+    One for all test processes; nobody changes it.
+    """
+    import fcntl
+
     import numpy as np
 
     from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, TrainConfig
@@ -147,11 +152,9 @@ def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
     from e2p_jax.train.loop import train
     from e2p_jax.vectors.table import save_table
 
-    learned = range(24)
-    folder = tmp_path_factory.mktemp("learned")
-    write_jsonl([synthetic.record(user) for user in learned], folder / "records.jsonl")
-    vectors = np.stack([synthetic.vector(user) for user in learned])
-    save_table(folder / "table", [f"user-{user}" for user in learned], vectors, name="synthetic", version="1")
+    base, users = tmp_path_factory.getbasetemp(), range(24)
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "learned"
+    folder.mkdir(exist_ok=True)
     config = Config(
         backbone=BackboneConfig(path=str(tiny_backbone)),
         data=DataConfig(
@@ -173,4 +176,12 @@ def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
         ),
         evaluate=EvaluateConfig(bootstrap_samples=200, prompts=("do you have any pets?",)),
     )
-    return train(config, folder / "run")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "trained").exists():
+            write_jsonl([synthetic.record(user) for user in users], folder / "records.jsonl")
+            vectors = np.stack([synthetic.vector(user) for user in users])
+            save_table(folder / "table", [f"user-{user}" for user in users], vectors, name="synthetic", version="1")
+            train(config, folder / "run")
+            (folder / "trained").touch()
+    return folder / "run"

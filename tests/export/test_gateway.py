@@ -239,7 +239,7 @@ def test_unknown_users_by_policy(open_gateway: Callable, engine: Engine):
 
 
 def test_an_unknown_user_is_the_null_user(open_gateway: Callable, make_run: Callable, engine: Engine, tmp_path: Path):
-    export_prefixes(make_run(null=0.2), tmp_path / "prefixes", "float32")
+    export_prefixes(make_run(null=0.3), tmp_path / "prefixes", "float32")
     client, table = open_gateway(unknown="null", table=tmp_path / "prefixes"), PrefixTable(tmp_path / "prefixes")
     assert table.null is not None
     wanted = EngineClient(table, "my-model", unknown="null").vllm_completion("nobody", ASKED["messages"])
