@@ -182,11 +182,28 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build
 
 
+SHAPE = (2, 24)  # of whatever is read at once, so that one program reads it all
+
+
+@nnx.jit
+def read(decoder: Decoder, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """[B, T, V] after input embeddings."""
+    hidden, _ = decoder(x, positions, segments)
+    return decoder.logits(hidden)
+
+
+def read_tokens(decoder: Decoder, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> jax.Array:
+    integers = (jnp.asarray(values, jnp.int32) for values in (tokens, positions, segments))
+    tokens, positions, segments = integers
+    assert tokens.shape == SHAPE
+    return read(decoder, decoder.embed(tokens), positions, segments)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits(pairs: Any, name: str) -> None:
     theirs, ours = pairs(name)
-    tokens = random_tokens(2, 24)
-    assert_close(logits(ours, *whole_rows(tokens)), hf_logits(theirs, input_ids=tokens.astype(np.int64)))
+    tokens = random_tokens(*SHAPE)
+    assert_close(read_tokens(ours, *whole_rows(tokens)), hf_logits(theirs, input_ids=tokens.astype(np.int64)))
 
 
 @pytest.mark.parametrize("name", SLOTS)
@@ -208,23 +225,28 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, name:
 
 @pytest.mark.parametrize("name", MASKS)
 def test_two_packed_segments_are_two_texts(pairs: Any, name: str) -> None:
+    """In either order, and padding after them."""
     theirs, ours = pairs(name)
-    first, second = random_tokens(1, 11, seed=1), random_tokens(1, 9, seed=2)
-    tokens = np.concatenate([first, second, np.zeros((1, 4), np.int32)], axis=1)
-    positions = np.concatenate([np.arange(11), np.arange(9), np.zeros(4)])[None].astype(np.int32)
-    segments = np.repeat([1, 2, 0], [11, 9, 4])[None].astype(np.int32)
-    packed = logits(ours, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
-    assert_close(packed[:, :11], hf_logits(theirs, input_ids=first.astype(np.int64)))
-    assert_close(packed[:, 11:20], hf_logits(theirs, input_ids=second.astype(np.int64)))
+    texts = random_tokens(1, 11, seed=1), random_tokens(1, 9, seed=2)
+    alone = [hf_logits(theirs, input_ids=text.astype(np.int64)) for text in texts]
+    padding = np.zeros((1, 4), np.int32)
+    tokens = np.concatenate([np.concatenate([*order, padding], axis=1) for order in (texts, texts[::-1])])
+    positions = [[*range(a), *range(b), *[0] * 4] for a, b in ((11, 9), (9, 11))]
+    segments = [np.repeat([1, 2, 0], [a, b, 4]) for a, b in ((11, 9), (9, 11))]
+    packed = read_tokens(ours, tokens, np.array(positions), np.array(segments))
+    assert_close(packed[:1, :11], alone[0])
+    assert_close(packed[:1, 11:20], alone[1])
+    assert_close(packed[1:, :9], alone[1])
+    assert_close(packed[1:, 9:20], alone[0])
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_left_padded_rows(pairs: Any, name: str) -> None:
     theirs, ours = pairs(name)
-    tokens = random_tokens(2, 14, seed=3)
-    present = np.arange(14)[None] >= np.array([[0], [5]])
+    tokens = random_tokens(*SHAPE, seed=3)
+    present = np.arange(SHAPE[1])[None] >= np.array([[0], [5]])
     positions = np.maximum(np.cumsum(present, axis=1) - 1, 0)
-    padded = logits(ours, jnp.asarray(tokens), jnp.asarray(positions, jnp.int32), jnp.asarray(present, jnp.int32))
+    padded = read_tokens(ours, tokens, positions, present)
     reference = hf_logits(
         theirs, input_ids=tokens.astype(np.int64), attention_mask=present.astype(np.int64), position_ids=positions
     )
@@ -271,27 +293,21 @@ def test_slots_are_the_given_input_embeddings(pairs: Any, name: str) -> None:
         rngs=nnx.Rngs(0),
     )
     model = PrefixModel(ours, projector)
-    tokens = random_tokens(1, 16, seed=5)
-    vectors = np.random.default_rng(6).normal(size=(1, 2, USER_WIDTH)).astype(np.float32)
-    segments = np.repeat([1, 2], [9, 7])[None].astype(np.int32)
-    positions = np.concatenate([np.arange(9), np.arange(7)])[None].astype(np.int32)
-    slots = np.full((1, 16), -1, np.int32)
-    slots[0, [0, 1, 12, 13]] = [0, 1, 2, 3]  # before the first text, inside the second
+    tokens = random_tokens(*SHAPE, seed=5)
+    vectors = np.random.default_rng(6).normal(size=(2, 2, USER_WIDTH)).astype(np.float32)
+    segments = np.array([np.repeat([1, 2], [9, 15])] * 2, np.int32)
+    positions = np.array([[*range(9), *range(15)]] * 2, np.int32)
+    slots = np.full(SHAPE, -1, np.int32)
+    slots[:, [0, 1, 12, 13]] = [0, 1, 2, 3]  # before the first text, inside the second
+    x = model.embed(jnp.asarray(tokens), jnp.asarray(slots), jnp.asarray(vectors))
+    scores = read(ours, x, jnp.asarray(positions), jnp.asarray(segments))
 
-    @nnx.jit
-    def forward(model: PrefixModel) -> jax.Array:
-        x = model.embed(jnp.asarray(tokens), jnp.asarray(slots), jnp.asarray(vectors))
-        hidden, _ = model.backbone(x, jnp.asarray(positions), jnp.asarray(segments))
-        return model.backbone.logits(hidden)
-
-    scores = forward(model)
-
-    soft = vectors[0] @ np.asarray(projector.skip[...])  # [2, 2 * D]: a fresh linear projector is one matrix
+    soft = vectors @ np.asarray(projector.skip[...])  # [2, 2, 2 * D]: a fresh linear projector is one matrix
     with torch.no_grad():
-        expected = theirs.get_input_embeddings()(torch.tensor(tokens[0])).numpy()  # scaled, where the family does
-    expected[[0, 1, 12, 13]] = soft.reshape(4, -1)
-    for start, end in [(0, 9), (9, 16)]:
-        reference = hf_logits(theirs, inputs_embeds=expected[None, start:end])
+        expected = theirs.get_input_embeddings()(torch.tensor(tokens)).numpy()  # scaled, where the family does
+    expected[:, [0, 1, 12, 13]] = soft.reshape(2, 4, -1)
+    for start, end in [(0, 9), (9, 24)]:
+        reference = hf_logits(theirs, inputs_embeds=expected[:, start:end])
         assert_close(scores[:, start:end], reference)
 
 
