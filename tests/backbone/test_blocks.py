@@ -39,10 +39,17 @@ def whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window:
     return attention(q, k, v, visibility(segments, segments, index, index), window, **options)
 
 
+HALVED = {"data": 2, "tensor": 2}
+
+
 @pytest.mark.parametrize(
-    ("window", "cap", "groups"), [(0, 0.0, 2), (0, 1.5, 4), (1, 0.0, 1), (100, 0.0, 2), (200, 1.5, 1)]
+    ("window", "cap", "groups", "mesh"),
+    [
+        *((0, 0.0, 2, None), (0, 1.5, 4, None), (1, 0.0, 1, None), (200, 1.5, 1, None)),
+        *((0, 1.5, 4, HALVED), (100, 0.0, 2, HALVED), (200, 1.5, 1, HALVED), (100, 0.0, 2, {"data": 4})),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "tensor": 2}, {"data": 4}], ids=str)
 def test_values_and_gradients(window: int, cap: float, groups: int, mesh: dict[str, int] | None) -> None:
     """On four devices each with two of the rows and half of the heads, but for one group of them; on four with three
     rows, which stay whole.

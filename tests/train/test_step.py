@@ -30,9 +30,10 @@ class Setting(NamedTuple):
     model: Model
     state: TrainState
     frozen: Any
-    step: Any  # (state, frozen, batch) -> (state, metrics), not yet compiled
+    step: Any  # (state, frozen, batch) -> (state, metrics), compiled when it is first called
 
 
+@functools.cache
 def prepare(
     *,
     mesh: Mesh | None = None,
@@ -52,14 +53,16 @@ def prepare(
     model = Model(mesh, graph, params, trainable_mask(whole, trainable), "random")
     optimizer = make_optimizer(config, model.mask)
     step = make_train_step(graph, model.mask, optimizer, optax.constant_schedule(1e-2), accumulation)
-    return Setting(model, *initial_state(model, config), step)
+    return Setting(model, *initial_state(model, config), jax.jit(step))
 
 
 def run(setting: Setting, batches: list[Batch]) -> tuple[TrainState, list[Metrics]]:
-    step, state, log = jax.jit(setting.step, donate_argnums=0), setting.state, []
+    state, log = setting.state, []
     with jax.set_mesh(setting.model.mesh):
         for batch in batches:
-            state, metrics = step(state, setting.frozen, jax.device_put(batch, row_sharding(setting.model.mesh)))
+            state, metrics = setting.step(
+                state, setting.frozen, jax.device_put(batch, row_sharding(setting.model.mesh))
+            )
             log.append(metrics)
     return state, log
 
@@ -146,10 +149,8 @@ def on_one_device(trainable: tuple[str, ...]) -> tuple[TrainState, list[Metrics]
 @pytest.mark.parametrize(
     ("axes", "trainable"),
     [
-        ({"data": 4}, ("projector/**",)),
-        ({"fsdp": 4}, ("projector/**",)),
         ({"data": 2, "tensor": 2}, ("projector/**",)),
-        ({"fsdp": 2, "tensor": 2}, ("projector/**",)),
+        ({"fsdp": 4}, ("projector/**",)),
         ({"fsdp": 2, "tensor": 2}, EVERYTHING),
     ],
     ids=str,
@@ -175,7 +176,7 @@ def test_dropout_is_new_every_step_and_repeats_from_the_same_state() -> None:
 def compiled(setting: Setting) -> Any:
     with jax.set_mesh(setting.model.mesh):
         placed = jax.device_put(batches(1)[0], row_sharding(setting.model.mesh))
-        return jax.jit(setting.step, donate_argnums=0).lower(setting.state, setting.frozen, placed).compile()
+        return setting.step.lower(setting.state, setting.frozen, placed).compile()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
