@@ -49,7 +49,7 @@ def test_one_absent_user_fails_no_others(make_run: Callable, tmp_path: Path):
 @pytest.mark.parametrize(("num_tokens", "kind", "null"), [(1, "mlp", 0.3), (3, "linear", 0.0)])
 def test_a_vector_is_projected_in_numpy(make_run: Callable, tmp_path: Path, num_tokens: int, kind: str, null: float):
     """As JAX does it, to float32 rounding: of users in the table, of others, and of ones far off."""
-    run = make_run("before_bos", num_tokens, kind, null=null)
+    run = make_run("after_bos", num_tokens, kind, null=null)
     export_prefixes(run, tmp_path / "table", "float32")
     table = PrefixTable(tmp_path / "table")
     vectors = np.stack([synthetic.vector(user) for user in range(60)])
@@ -63,15 +63,14 @@ def test_a_vector_is_projected_in_numpy(make_run: Callable, tmp_path: Path, num_
     assert (np.abs(made[:30] - table.lookup([f"user-{user}" for user in range(30)])) <= 2e-6 * scale[:30]).all()
     client = EngineClient(table, "mine")
     body = client.vllm_completion(vectors[45], HI)
-    assert np.array_equal(
-        load_prompt_embeds(body["prompt_embeds"], 32).numpy()[:num_tokens], table.project(vectors[45:46])[0]
-    )
+    sent = load_prompt_embeds(body["prompt_embeds"], 32).numpy()
+    assert np.array_equal(sent[1 : 1 + num_tokens], table.project(vectors[45:46])[0])
     assert len(base64.b64decode(client.vllm_completion("user-1", HI)["prompt_embeds"])) > 128
 
 
 def test_a_bound_on_soft_tokens_holds_in_numpy(make_run: Callable, tmp_path: Path):
     """Far off, a token has the bound's root mean square and the direction that it has without one."""
-    export_prefixes(make_run("before_bos", 3, "linear"), tmp_path / "table", "float32")
+    export_prefixes(make_run("after_bos", 3, "linear"), tmp_path / "table", "float32")
     table = PrefixTable(tmp_path / "table")
     settings, values = table.manifest["config"]["projector"], table._projector
     vectors = np.stack([synthetic.vector(1), 1000 * synthetic.vector(2)])
@@ -87,7 +86,7 @@ def test_a_bound_on_soft_tokens_holds_in_numpy(make_run: Callable, tmp_path: Pat
 @pytest.mark.parametrize(("num_tokens", "kind"), [(1, "mlp"), (3, "linear")])
 def test_no_finite_vector_is_too_long_for_the_bound(make_run: Callable, tmp_path: Path, num_tokens: int, kind: str):
     """Not where the squares of soft tokens are beyond float32: in JAX, NumPy and torch alike."""
-    run = make_run("before_bos", num_tokens, kind)
+    run = make_run("after_bos", num_tokens, kind)
     export_prefixes(run, tmp_path / "table", "float32")
     export_transformers(run, tmp_path / "out", include_backbone=True)
     vectors = np.stack([synthetic.vector(user) for user in range(4)]) * np.float32([[1], [1e3], [1e25], [0]])

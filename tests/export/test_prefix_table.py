@@ -225,7 +225,7 @@ def test_shards_are_plain_safetensors(make_run: Callable, small_shards: None, tm
 def test_parquet_holds_a_row_a_user(make_run: Callable, small_shards: None, tmp_path: Path, dtype: str):
     vectors, users = vectors_of(), [f"user-{user}" for user in range(COUNT)]
     users[20], vectors[20] = users[3], vectors[3]
-    run = make_run("before_bos", 3, "linear")
+    run = make_run("after_bos", 3, "linear")
     run = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, table=UserTable(users, vectors, "here")))
     export_prefixes(run, tmp_path / "out", dtype)
     table = PrefixTable(tmp_path / "out")
