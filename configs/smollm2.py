@@ -14,8 +14,9 @@ token in place of four, of the mean of the sentences:
     e2p train smollm2 --data.embeddings data/mean --projector.kind mlp --projector.num_tokens 1
 
 An H100 trains either in half a minute when it does nothing else, and compiles for as long; two idle CPU cores, at about
-400 tokens a second in bfloat16 (jax 0.11, Python 3.12, where the CPU has instructions for it), in four hours and a half,
-and to most of what there is in an hour (`--train.rows 4 --train.steps 240`). What it gives: docs/results.md.
+400 tokens a second in bfloat16 (jax 0.11, Python 3.12, where the CPU has instructions for it), in four hours and a
+half, or a seventh of it, which is most of the style, in an hour (`--train.rows 4 --train.steps 240`). What it gives:
+docs/results.md.
 """
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, PrefixConfig, TrainConfig
