@@ -60,3 +60,17 @@ class Beyond(NamedTuple):
             f"the token breaks the model for {self.broken} of {len(self.users)} users: it costs them more than "
             f"{BREAKS} nats a target beyond none; worst: {named}"
         )
+
+
+def mean_warning(nats: float) -> str | None:
+    """One line, if the mean of all vectors breaks the model: one of no user's, but users may be near it.
+
+    Args:
+      nats: a target, beyond nothing in front.
+    """
+    if nats <= BREAKS:
+        return None
+    return (
+        f"the mean of all users' vectors breaks the model: it costs {nats:+.2f} nats a target beyond none, and so may "
+        "the vector of a user of whom little or very much is known; see `mean` and train.null_user_rate"
+    )

@@ -42,6 +42,7 @@ from e2p_jax.train.words import begin_with_words
 from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Population, training_population
+from e2p_jax.vectors.source import Vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Data:
     train: PackedDataset
     held_out: dict[str, tuple[PackedDataset, list[Record]]]  # by split; `dev` picks the best checkpoint
     without: PackedDataset | None  # `dev` under `none`, where it has slots
+    at_mean: PackedDataset | None  # `dev` with the mean of the training users' vectors in place of its own
     population: Population  # of the training users' vectors
     warnings: list[str]  # about these
     dropped_messages: int
@@ -75,6 +77,10 @@ def read_data(inputs: Inputs) -> Data:
         packed, kept, _ = pack_conditions(others, [condition], inputs.encoder, inputs.table, population)
         held_out[name] = (packed[condition, 0], kept)
     without = _without(inputs, *held_out["dev"]) if read.dev and FRONTS[condition].vector else None
+    at_mean = None
+    if without and FRONTS[condition].reads_table:
+        mean = Vectors(population.mean[None], np.zeros(len(held_out["dev"][1]), np.int64))
+        at_mean = dataclasses.replace(held_out["dev"][0], vectors=mean)
     if inputs.catalogue is not None:
         named = {"training": train, **{f"split {name}": dataset for name, (dataset, _) in held_out.items()}}
         if absent := [name for name, dataset in named.items() if not dataset.budget.items]:
@@ -88,7 +94,8 @@ def read_data(inputs: Inputs) -> Data:
                 "learned as wrong answers and rank last; leave what is new out of the table, and give the whole one to "
                 "`e2p evaluate --items`"
             )
-    return Data(train, held_out, without, population, warnings, read.dropped_messages, read.skipped, inputs.catalogue)
+    dropped, skipped = read.dropped_messages, read.skipped
+    return Data(train, held_out, without, at_mean, population, warnings, dropped, skipped, inputs.catalogue)
 
 
 def _without(inputs: Inputs, dataset: PackedDataset, records: Sequence[Record]) -> PackedDataset:
@@ -235,12 +242,15 @@ def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoint
                 scores = _evaluate(data, number, evaluate, mesh, settings.rows, of_items)
                 by_split = {name: found.per_target for name, found in scores.items()}
                 nll = by_split.get("dev")  # without one, the last checkpoint is the best
-                beyond = None
+                beyond, mean = None, None
                 if watched and data.without is not None:
                     records = data.held_out["dev"][1]
                     without = without or score(data.without, records, evaluate, mesh, settings.rows)
                     beyond = Beyond.of(scores["dev"], without, [record.user_id for record in records])
-                recorder.evaluation(number, by_split, beyond)
+                    if last and data.at_mean is not None:
+                        at_mean = score(data.at_mean, records, evaluate, mesh, settings.rows)
+                        mean = at_mean.per_target - without.per_target
+                recorder.evaluation(number, by_split, beyond, mean)
             stop = stop_here(number) and not last
             if evaluated or number % settings.checkpoint_every == 0 or stop:
                 recorder.sync()

@@ -17,7 +17,7 @@ from e2p_jax.errors import UserError
 from e2p_jax.files import LineFile, in_bucket, write_bytes, write_text
 from e2p_jax.parallel.distributed import is_first
 from e2p_jax.terminal import Console
-from e2p_jax.train.beyond import NAMED, Beyond
+from e2p_jax.train.beyond import NAMED, Beyond, mean_warning
 
 
 class MetricsLog:
@@ -184,11 +184,14 @@ class Recorder:
             self._log.write(number, {**values, "train/tokens_per_second": speed})
         self.progress.update(number, f"loss {values['train/loss']:.4f}  {speed:,.0f} tok/s", show=True)
 
-    def evaluation(self, number: int, nll: dict[str, float], beyond: Beyond | None = None) -> None:
+    def evaluation(
+        self, number: int, nll: dict[str, float], beyond: Beyond | None = None, mean: float | None = None
+    ) -> None:
         """NLL per target by split, after step `number`; the time it took does not count as training.
 
         Args:
           beyond: of the users of `dev`.
+          mean: what the mean of all vectors costs them beyond nothing in front, nats a target.
         """
         self.flush()
         values: dict[str, Any] = {f"eval/{name}/nll": value for name, value in nll.items()}
@@ -198,6 +201,10 @@ class Recorder:
             values |= {"eval/dev/worst_user": worst[0][1], "eval/dev/broken_users": beyond.broken}
             if warning := beyond.warning():
                 values["eval/dev/broken"] = dict(worst[: beyond.broken])
+                self.progress.say(f"step {number}, dev: {warning}")
+        if mean is not None:
+            values["eval/dev/mean_vector"] = mean
+            if warning := mean_warning(mean):
                 self.progress.say(f"step {number}, dev: {warning}")
         if self._log:
             self._log.write(number, values)

@@ -69,6 +69,7 @@ def test_the_loop_names_dev_users_whose_token_breaks_the_model(
     opened = open_run(run, "last")
     dev = read_training(config, opened.inputs.encoder).dev
     (values,) = [evaluate(opened, dev, "dev", ["none", "e2p"]).to_dict()["beyond_none"]["e2p"]]
+    (mean,) = [evaluate(opened, dev, "dev", ["none", "mean"]).to_dict()]
     last = [line for line in read_metrics(run / "metrics.jsonl") if "eval/dev/nll" in line][-1]
     assert last["eval/dev/broken_users"] == len(dev) == values["broken"]
     assert last["eval/dev/broken"] == {
@@ -78,6 +79,9 @@ def test_the_loop_names_dev_users_whose_token_breaks_the_model(
     first = values["worst"][0]
     assert f"step 2, dev: the token breaks the model for {len(dev)} of {len(dev)} users" in said
     assert f"worst: '{first['user_id']}' {first['nats']:+.2f}" in said
+    per_target = {c: v["nll_per_target"] for c, v in mean["conditions"].items()}
+    assert last["eval/dev/mean_vector"] == pytest.approx(per_target["mean"] - per_target["none"], abs=1e-5)
+    assert said.count("the mean of all users' vectors breaks the model") == 1  # at the last step alone
 
     lines = read_metrics(run / "metrics.jsonl")
     train(config.change(train={"steps": 3}), run)
