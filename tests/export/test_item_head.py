@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -158,6 +159,22 @@ def test_what_knows_no_place_for_an_item_is_refused(exported: Exported, lively_b
         without.rank_items(**exported.prompts())
     with pytest.raises(ValueError, match="leave item_ids out"):
         without.generate(**exported.prompts(), item_ids=IDS[:3])
+
+
+def test_what_goes_to_a_hub_knows_its_items(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both ways of transformers, up to the requests themselves."""
+    model, _ = load(exported.directory)
+    sent: list[set[str]] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **__: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_commit",
+        lambda _, operations, **__: sent.append({added.path_in_repo for added in operations}),
+    )
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/model")
+    model.push_to_hub("someone/model")
+    for files in sent:
+        assert {"config.json", "model.safetensors", "modeling_e2p.py", "items.json"} <= files
+    assert len(sent) == 2
 
 
 def test_saved_again_it_knows_its_items(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

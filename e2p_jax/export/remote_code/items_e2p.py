@@ -68,9 +68,16 @@ class WithItems:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)
+        self._write_items(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        self._write_items(working_dir)  # `save_pretrained(push_to_hub=True)` uploads before it returns
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _write_items(self, directory):
         if self.item_ids:
             held = {"ids": self.item_ids, "openings": self.item_openings}
-            (Path(save_directory) / ITEMS).write_text(json.dumps(held) + "\n", encoding="utf-8")
+            (Path(directory) / ITEMS).write_text(json.dumps(held) + "\n", encoding="utf-8")
 
     def read_items(self, path):
         held = json.loads(Path(path).read_text(encoding="utf-8"))
