@@ -15,6 +15,8 @@ from e2p_jax.train.score import Scorer
 from e2p_jax.vectors.table import UserTable
 
 Case = tuple[str, Condition]
+FITTED = 4000  # users of both tables at most, beside the split's, that a rotation is fitted to
+TURNED = 0.8  # cosine from which the new space is the old one turned, if it was a fifth less before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Drift:
     users: int  # in both tables
     missing: int  # of the split, in one of the tables or both
     cosine: float  # mean over users, of standardised vectors, old to new
-    aligned_cosine: float  # the same after the rotation that fits best
+    aligned_cosine: float  # the same after the rotation that fits best, fitted to others than those it turns
     token_change: float  # root mean square change of a soft token, in units of how users' tokens differ
     nll_change: Difference  # new minus old, nats per target
     gain_old: Interval  # nats per target that the own vector is better than another user's, old table
@@ -46,7 +48,7 @@ class Drift:
             return f"no verdict: {left}; take more users"
         if not self.retrain:
             return f"keep the projector: {left}"
-        turned = self.aligned_cosine - self.cosine > 0.2
+        turned = self.aligned_cosine > max(TURNED, self.cosine + 0.2)
         rotated = "; the new space is mostly the old one turned, so aligning the new table would do as well"
         return f"retrain the projector: {left}{rotated if turned else ''}"
 
@@ -79,8 +81,8 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
         raise UserError(f"{new.source} and {old.source} have {len(names)} users of the split in common; 2 are needed")
     before, after = (table.lookup(names, names) for table in (old, new))
     mean, std = (part.astype(np.float64) for part in run.population)  # products of large new vectors are not in float32
-    a, b = ((vectors - mean) / std for vectors in (before, after))
-    left, _, right = np.linalg.svd(b.T @ a)
+    everybody = names + _others(names, old, new)
+    a, b = ((table.lookup(everybody, everybody) - mean) / std for table in (old, new))
     projector = run.model.merged.projector
     soft_old, soft_new = (np.asarray(projector(vectors)) for vectors in (before, after))
     spread = np.sqrt(np.mean((soft_old - soft_old.mean(axis=0)) ** 2))
@@ -96,8 +98,8 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     return Drift(
         users=len(names),
         missing=len(set(users)) - len(names),
-        cosine=_cosine(a, b),
-        aligned_cosine=_cosine(a, b @ left @ right),
+        cosine=_cosine(a[: len(names)], b[: len(names)]),
+        aligned_cosine=_cosine(a[: len(names)], _aligned(a, b)[: len(names)]),
         token_change=float(np.sqrt(np.mean((soft_new - soft_old) ** 2)) / spread),
         nll_change=change,
         gain_old=gain_old,
@@ -105,6 +107,25 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
         kept=share,
         retrain=retrain,
     )
+
+
+def _others(names: Sequence[str], old: UserTable, new: UserTable) -> list[str]:
+    """Users of both tables that are not among these, evenly spaced in the new one."""
+    rows = np.unique(np.linspace(0, len(new) - 1, FITTED).astype(np.int64))
+    others = sorted(set(new.index.ids(rows)) - set(names))
+    known = old.rows(others, others) >= 0
+    return [user for user, there in zip(others, known, strict=True) if there]
+
+
+def _aligned(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[N, E], [N, E] -> the second turned to the first, each half of its rows by the rotation that fits the other half
+    best (orthogonal Procrustes): fewer users than dimensions can be turned to anything.
+    """
+    out = np.empty_like(b)
+    for half in range(2):
+        left, _, right = np.linalg.svd(b[1 - half :: 2].T @ a[1 - half :: 2])
+        out[half::2] = b[half::2] @ left @ right
+    return out
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -43,13 +43,19 @@ def test_verdicts(learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys
 
     run = open_run(learned_run)  # turned in the standardised space, where the verdict looks
     mean, std = run.population
+    many = np.stack([synthetic.vector(user) for user in range(400)])
+    ids = [f"user-{user}" for user in range(400)]
     turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 64)))
-    turned = run_drift(learned_run, old, save(tmp_path / "turned", (vectors - mean) / std @ turn * std + mean), capsys)
-    assert turned["retrain"] and "aligning the new table would do" in turned["verdict"]
-    assert turned["aligned_cosine"] == pytest.approx(1, abs=1e-3) and abs(turned["cosine"]) < 0.5
+    whole = save(tmp_path / "whole", many, ids)
+    for count, tells in ((400, True), (24, False)):  # so few users can be turned to anything
+        new = save(tmp_path / f"turned-{count}", ((many - mean) / std @ turn * std + mean)[:count], ids[:count])
+        turned = run_drift(learned_run, whole, new, capsys)
+        assert turned["retrain"] and ("aligning the new table would do" in turned["verdict"]) == tells
+        assert (turned["aligned_cosine"] > 0.99) == tells and abs(turned["cosine"]) < 0.5 and turned["users"] == 24
 
     others = run_drift(learned_run, old, save(tmp_path / "others", vectors[::-1]), capsys)
     assert others["retrain"] and others["kept"][0] < 0.5 and others["nll_change"]["low"] > 0
+    assert "aligning" not in others["verdict"] and others["aligned_cosine"] < 0.5
 
 
 def test_missing_users_are_counted_and_left_out(
