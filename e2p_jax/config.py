@@ -145,6 +145,9 @@ class ProjectorConfig:
     """K: soft tokens per user."""
     noise: float = result(0.0, NOT_NEGATIVE)
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
+    shrink: float = result(0.0, SHARE)
+    """Share of training conversations whose vector is drawn towards the mean of all, by a factor from 0 to 1, so that
+    users near the mean (of very many texts, or of few) find a model that knows such tokens."""
     start: Literal["random", "words"] = result("random")
     """Before training: random; or words, a linear guess at the words of the records' `context` (their embeddings, rare
     ones above all), each soft token at its share of the texts. Where no user's vector stands in front it is random."""

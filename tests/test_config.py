@@ -130,6 +130,7 @@ REFUSED: list[tuple[Any, str]] = [
     (ProjectorConfig(num_tokens=0), "projector.num_tokens must be positive"),
     (mlp.Settings(hidden_size=0), "projector.hidden_size must be positive"),
     (ProjectorConfig(noise=-0.1), "projector.noise must not be negative"),
+    (ProjectorConfig(shrink=1.0), "projector.shrink must be in [0, 1)"),
     (mlp.Settings(dropout=1.0), "projector.dropout must be in [0, 1)"),
     (TrainConfig(steps=0, warmup_steps=0), "train.steps must be positive"),
     (TrainConfig(rows=0), "train.rows must be positive"),

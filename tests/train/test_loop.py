@@ -394,6 +394,7 @@ def two_steps(
         {"projector": {"dropout": 0.5}},
         {"projector": {"max_scale": 1.0}},
         {"projector": {"noise": 0.5}},
+        {"projector": {"shrink": 0.9}},
         {"train": {"learning_rate": 1e-4}},
         {"train": {"beta2": 0.5}},
         {"train": {"clip_norm": 1e-3}},
