@@ -16,7 +16,7 @@ from e2p_jax.vectors.table import UserTable
 
 Case = tuple[str, Condition]
 FITTED = 4000  # users of both tables at most, beside the split's, that a rotation is fitted to
-TURNED = 0.8  # cosine from which the new space is the old one turned, if it was a fifth less before
+TURNED = 0.8  # cosine after the rotation from which the new space is the old one turned, if it gained 0.2 at least
 
 
 @dataclasses.dataclass(frozen=True)
