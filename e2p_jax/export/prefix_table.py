@@ -56,6 +56,7 @@ from e2p_jax.train.run import Run
 from e2p_jax.vectors.table import UserTable
 
 SHARD_BYTES = 1 << 26  # about; a shard is one call of the compiled projection
+LEAST_ROWS = 4096  # of a call, in a shard of as many: far fewer are multiplied in another order, to other last bits
 KEEP_HOURS = 24.0
 FORMAT = 2  # of the manifest and what it names
 _DIGEST_BYTES = 16
@@ -151,7 +152,7 @@ def project_table(
     graph, state = nnx.split(projector)
     state = jax.device_put(jax.tree.map(np.asarray, state), NamedSharding(mesh, P()))
     size = rows_a_shard(projector, dtype)
-    padded = -(-size // mesh.size) * mesh.size
+    padded = -(-min(size, max(len(table), LEAST_ROWS)) // mesh.size) * mesh.size
     by_row = NamedSharding(mesh, P("rows"))
 
     def project(state: nnx.State, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:

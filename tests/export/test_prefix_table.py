@@ -99,6 +99,26 @@ def test_one_pass_over_all_devices(
     assert seen == [(8, (8, 1, 32), 4, False)] * 5 + [(5, (8, 1, 32), 4, False)]
 
 
+def test_a_small_table_is_computed_small_to_the_same_bytes(
+    make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A shard of a narrow model holds half a million users: a table of 45 is not filled up to that."""
+    write, seen = prefix_table._write, []
+
+    def look(out: Path, shard: prefix_table.Shard, projected: jax.Array) -> None:
+        seen.append(len(projected))
+        write(out, shard, projected)
+
+    monkeypatch.setattr(prefix_table, "_write", look)
+    run = with_table(make_run(), tmp_path, vectors_of())
+    export_prefixes(run, tmp_path / "out", "float32")
+    monkeypatch.setattr(prefix_table, "LEAST_ROWS", 1 << 16)
+    export_prefixes(run, tmp_path / "large", "float32")
+    assert seen == [4096, 1 << 16]
+    small, large = contents(tmp_path / "out"), contents(tmp_path / "large")
+    assert {name: held for name, (_, held) in small.items()} == {name: held for name, (_, held) in large.items()}
+
+
 def test_manifest_says_what_it_was_made_of_and_another_projector_makes_another_table(
     make_run: Callable, small_shards: None, tmp_path: Path
 ):
