@@ -104,7 +104,7 @@ def drift(
         return
     change = found.nll_change
     print(f"users of {name} in both tables: {found.users}, others: {found.missing}")
-    print(f"cosine, old to new vector: {found.cosine:.3f}, after the best rotation: {found.aligned_cosine:.3f}")
+    print(f"cosine, old to new vector: {found.cosine:.3f}, after the best linear map: {found.aligned_cosine:.3f}")
     print(f"change of the soft tokens, in units of how users' tokens differ: {found.token_change:.3f}")
     print(
         f"NLL per target, new minus old: {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}], "

@@ -15,8 +15,9 @@ from e2p_jax.train.score import Scorer
 from e2p_jax.vectors.table import UserTable
 
 Case = tuple[str, Condition]
-FITTED = 4000  # users of both tables at most, beside the split's, that a rotation is fitted to
-TURNED = 0.8  # cosine after the rotation from which the new space is the old one turned, if it gained 0.2 at least
+FITTED = 4000  # users of both tables at most, beside the split's, that a linear map is fitted to
+RIDGE = 1e-4  # of a dimension's variance: where users are hardly more than dimensions noise would decide all
+ALIGNED = 0.8  # cosine after the map from which the new space is the old one, mapped, if it gained 0.2 at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Drift:
     users: int  # in both tables
     missing: int  # of the split, in one of the tables or both
     cosine: float  # mean over users, of standardised vectors, old to new
-    aligned_cosine: float  # the same after the rotation that fits best, fitted to others than those it turns
+    aligned_cosine: float  # the same, less the mean, after the linear map that fits best, fitted to others than it maps
     token_change: float  # root mean square change of a soft token, in units of how users' tokens differ
     nll_change: Difference  # new minus old, nats per target
     gain_old: Interval  # nats per target that the own vector is better than another user's, old table
@@ -48,9 +49,9 @@ class Drift:
             return f"no verdict: {left}; take more users"
         if not self.retrain:
             return f"keep the projector: {left}"
-        turned = self.aligned_cosine > max(TURNED, self.cosine + 0.2)
-        rotated = "; the new space is mostly the old one turned, so aligning the new table would do as well"
-        return f"retrain the projector: {left}{rotated if turned else ''}"
+        mapped = self.aligned_cosine > max(ALIGNED, self.cosine + 0.2)
+        hint = "; the new space is mostly a linear map of the old one, so aligning the new table would do as well"
+        return f"retrain the projector: {left}{hint if mapped else ''}"
 
 
 def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, keep: float = 0.9) -> Drift:
@@ -99,7 +100,7 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
         users=len(names),
         missing=len(set(users)) - len(names),
         cosine=_cosine(a[: len(names)], b[: len(names)]),
-        aligned_cosine=_cosine(a[: len(names)], _aligned(a, b)[: len(names)]),
+        aligned_cosine=aligned_cosine(a, b, len(names)),
         token_change=float(np.sqrt(np.mean((soft_new - soft_old) ** 2)) / spread),
         nll_change=change,
         gain_old=gain_old,
@@ -117,15 +118,30 @@ def _others(names: Sequence[str], old: UserTable, new: UserTable) -> list[str]:
     return [user for user, there in zip(others, known, strict=True) if there]
 
 
-def _aligned(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[N, E], [N, E] -> the second turned to the first, each half of its rows by the rotation that fits the other half
-    best (orthogonal Procrustes): fewer users than dimensions can be turned to anything.
+def aligned_cosine(a: np.ndarray, b: np.ndarray, count: int) -> float:
+    """Tells how near a linear map of one table's vectors comes to another's.
+
+    A rotation would be too little: one of the vectors as they stand in a table is none of standardised vectors, whose
+    dimensions are scaled each by itself. Each half of the rows is mapped by what fits the other half best (ridge
+    regression, less the means): fewer users than dimensions can be mapped to anything.
+
+    Args:
+      a: [N, E] float64, old, standardised.
+      b: [N, E] float64, new, of the same users; the scale of a dimension does not matter.
+      count: how many rows from the first are judged.
+
+    Returns:
+      The mean cosine to the old vectors less their mean.
     """
-    out = np.empty_like(b)
+    b = b / np.maximum(b.std(axis=0), 1e-12)
+    old, mapped = np.empty_like(a), np.empty_like(a)
     for half in range(2):
-        left, _, right = np.linalg.svd(b[1 - half :: 2].T @ a[1 - half :: 2])
-        out[half::2] = b[half::2] @ left @ right
-    return out
+        x, y = b[1 - half :: 2], a[1 - half :: 2]
+        x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
+        products = (x - x_mean).T @ (x - x_mean) + RIDGE * len(x) * np.eye(x.shape[1])
+        fitted = np.linalg.solve(products, (x - x_mean).T @ (y - y_mean))
+        old[half::2], mapped[half::2] = a[half::2] - y_mean, (b[half::2] - x_mean) @ fitted
+    return _cosine(old[:count], mapped[:count])
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""`e2p drift`: an unchanged table, one that is turned, one of other users, and one with users missing."""
+"""`e2p drift`: an unchanged table, one that is mapped, one of other users, and one with users missing."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from e2p_jax.cli import main
 from e2p_jax.datasets import synthetic
-from e2p_jax.train.run import open_run
+from e2p_jax.evaluate.drift import ALIGNED, aligned_cosine
 from e2p_jax.vectors.table import save_table
 
 USERS = range(24)
@@ -41,14 +41,12 @@ def test_verdicts(learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys
     near = save(tmp_path / "near", vectors + 0.02 * np.random.default_rng(0).normal(size=vectors.shape))
     assert not run_drift(learned_run, old, near, capsys)["retrain"]
 
-    run = open_run(learned_run)  # turned in the standardised space, where the verdict looks
-    mean, std = run.population
     many = np.stack([synthetic.vector(user) for user in range(400)])
     ids = [f"user-{user}" for user in range(400)]
     turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 64)))
     whole = save(tmp_path / "whole", many, ids)
     for count, tells in ((400, True), (24, False)):  # so few users can be turned to anything
-        new = save(tmp_path / f"turned-{count}", ((many - mean) / std @ turn * std + mean)[:count], ids[:count])
+        new = save(tmp_path / f"turned-{count}", (many @ turn)[:count], ids[:count])
         turned = run_drift(learned_run, whole, new, capsys)
         assert turned["retrain"] and ("aligning the new table would do" in turned["verdict"]) == tells
         assert (turned["aligned_cosine"] > 0.99) == tells and abs(turned["cosine"]) < 0.5 and turned["users"] == 24
@@ -56,6 +54,33 @@ def test_verdicts(learned_run: Path, vectors: np.ndarray, tmp_path: Path, capsys
     others = run_drift(learned_run, old, save(tmp_path / "others", vectors[::-1]), capsys)
     assert others["retrain"] and others["kept"][0] < 0.5 and others["nll_change"]["low"] > 0
     assert "aligning" not in others["verdict"] and others["aligned_cosine"] < 0.5
+
+
+def test_a_linear_map_is_told_from_other_vectors():
+    """Spreads differ, means are far from zero: a rotation of such vectors is none of standardised ones."""
+    rng = np.random.default_rng(3)
+    spread, far = np.arange(1, 65) ** -1.0, rng.normal(size=64)
+    own, other = (rng.normal(size=(600, 64)) * spread + far for _ in range(2))
+    turn, _ = np.linalg.qr(rng.normal(size=(64, 64)))
+    old = (own - far) / spread
+
+    def cosine(new: np.ndarray, users: int = 600) -> float:
+        return aligned_cosine(old[:users], ((new.astype(np.float32) - far) / spread)[:users], 24)
+
+    mapped = [
+        own @ turn,
+        3 * own @ turn + 5,
+        own @ turn * rng.uniform(0.5, 2, 64),
+        old @ turn,
+        old @ turn * spread + far,
+    ]
+    assert min(map(cosine, mapped)) > 0.95
+    partly = np.where(np.arange(600)[:, None] % 3, other, own)
+    half = np.where(np.arange(64) % 2, other, own)
+    assert all(cosine(new @ turn) < ALIGNED for new in (partly, half, (own + other) / 2))
+    assert abs(cosine(other @ turn)) < 0.1
+    for users in (2, 3, 24, 40):  # as many as can be mapped to anything
+        assert cosine(own @ turn, users) < ALIGNED and abs(cosine(other @ turn, users)) < 0.3
 
 
 def test_missing_users_are_counted_and_left_out(
