@@ -183,7 +183,11 @@ class AbsentUser(UserError):
     """A user who is not in the table."""
 
 
-class DamagedManifest(UserError):
+class Damaged(UserError):
+    """A file of a table that is not what was written."""
+
+
+class DamagedManifest(Damaged):
     """A manifest that is not what was written."""
 
 
@@ -197,15 +201,15 @@ class CheckedRows:
     def __init__(self, path: Path, tensor: str):
         """
         Raises:
-          UserError: missing, truncated or malformed.
+          UserError: missing, or malformed; `Damaged` where it holds something else.
         """
         tensors = read_tensors(path, REMEDY)
         try:
             self.rows, self._sums = tensors[tensor], tensors["checksums"]
         except KeyError as error:
-            raise UserError(f"{path}: damaged: no {error}; {REMEDY}") from error
+            raise Damaged(f"{path}: damaged: no {error}; {REMEDY}") from error
         if self.rows.ndim < 2 or self._sums.shape != self.rows.shape[:1] or self._sums.dtype != np.int64:
-            raise UserError(f"{path}: damaged: {self._sums.shape} checksums for {self.rows.shape}; {REMEDY}")
+            raise Damaged(f"{path}: damaged: {self._sums.shape} checksums for {self.rows.shape}; {REMEDY}")
         self.path, self._sums = path, self._sums.view(np.uint64)
 
     def read(self, places: np.ndarray) -> np.ndarray:
@@ -215,7 +219,7 @@ class CheckedRows:
           places: [n] int64.
 
         Raises:
-          UserError: naming the file and the row that is not what was written.
+          Damaged: naming the file and the row that is not what was written.
         """
         rows = self.rows[places]
         self._hold(rows, places)
@@ -225,13 +229,13 @@ class CheckedRows:
         """Every row.
 
         Raises:
-          UserError: as `read` does.
+          Damaged: as `read` does.
         """
         self._hold(self.rows, np.arange(len(self.rows)))
 
     def _hold(self, rows: np.ndarray, places: np.ndarray) -> None:
         if len(wrong := np.flatnonzero(checksums(rows, self.path, places) != self._sums[places])):
-            raise UserError(f"{self.path}: damaged: row {places[wrong[0]]} is not what was written; {REMEDY}")
+            raise Damaged(f"{self.path}: damaged: row {places[wrong[0]]} is not what was written; {REMEDY}")
 
 
 def checksums(rows: np.ndarray, path: Path, places: np.ndarray) -> np.ndarray:

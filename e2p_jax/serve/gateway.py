@@ -27,7 +27,7 @@ from e2p_jax.errors import UserError, shown
 from e2p_jax.export.client import EngineClient, Messages
 from e2p_jax.export.demo_access import NAMES
 from e2p_jax.export.payloads import SAMPLING
-from e2p_jax.export.prefix_reader import AbsentUser, PrefixTable
+from e2p_jax.export.prefix_reader import AbsentUser, Damaged, PrefixTable
 from e2p_jax.serve import chat_api
 from e2p_jax.serve.metrics import CONTENT_TYPE, Metrics
 from e2p_jax.serve.relay import FAILURES, Gone, Refused, Relay, passed_back, read_object
@@ -229,6 +229,9 @@ class Gateway:
                 made = await relay.run()
             self.metrics.first_byte.add(relay.began - asked)
             return made
+        except Damaged as error:  # no fault of the client's, whom names of files do not concern
+            say(str(error))
+            raise Refused(500, "the table of soft tokens is damaged; the gateway's log says where") from error
         except UserError as error:
             raise Refused(400, str(error)) from error
         except FAILURES as error:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -278,6 +279,22 @@ def test_a_new_version_of_the_table_is_taken_up(
         assert "the table is served as it was" in said
         assert chat(client).status_code == 200 and engine.bodies[-1]["prompt_embeds"] == now
     assert "e2p_reloads_failed_total 0" not in client.get("/metrics").text.splitlines()
+
+
+def test_a_damaged_row_is_no_fault_of_the_client(
+    open_gateway: Callable, table: Path, engine: Engine, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    shutil.copytree(table, tmp_path / "prefixes")
+    (shard,) = PrefixTable(table).manifest["shards"]
+    path = tmp_path / "prefixes" / f"{shard['name']}.safetensors"
+    row = PrefixTable(table).lookup(["user-3"]).tobytes()
+    path.write_bytes(path.read_bytes().replace(row, bytes(len(row))))
+    client = open_gateway(table=tmp_path / "prefixes")
+    answer = chat(client)
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert str(tmp_path) not in answer.text and f"{path.name}: damaged" in capfd.readouterr().err
+    assert chat(client, user="user-4").status_code == 200
+    wait_for_metric(client, 'e2p_answers_total{status="500"} 1')
 
 
 def test_the_engines_failures_are_told(open_gateway: Callable, engine: Engine):
