@@ -68,9 +68,11 @@ def _nearest_tokens(run: Run, soft: np.ndarray) -> list[list[str]]:
     readable = np.array(
         [token not in special and text.isprintable() and text != "" for token, text in enumerate(texts)]
     )
+    soft = soft - mean
+    soft /= np.maximum(np.linalg.norm(soft, axis=2, keepdims=True), 1e-9)  # else a user's longest token decides alone
     out = []
     for first in range(0, len(soft), BLOCK):
-        near = np.max((soft[first : first + BLOCK] - mean) @ words.T, axis=1)  # [n, V]; one scale a user: ranks stay
+        near = np.max(soft[first : first + BLOCK] @ words.T, axis=1)  # [n, V]
         order = np.argsort(-np.where(readable[None], near, -np.inf), axis=1)[:, :NEAREST]
         out += [[texts[token] for token in row] for row in order]
     return out

@@ -16,6 +16,7 @@ from e2p_jax.cli import main
 from e2p_jax.config import Condition
 from e2p_jax.evaluate.cost import Training, training_cost
 from e2p_jax.evaluate.evaluation import Evaluation, evaluate_splits, save
+from e2p_jax.evaluate.users import _nearest_tokens
 from e2p_jax.report import collect as collect_lib
 from e2p_jax.report import report as report_lib
 from e2p_jax.report.collect import Collected, _open, collect
@@ -105,6 +106,17 @@ def test_of_several_runs_one_backbone_is_loaded(
     shutil.copytree(learned_run, tmp_path / "copy")
     run, trained = _open({"run": epath.Path(learned_run), "copy": epath.Path(tmp_path / "copy")}, "run")
     assert loaded == [True, False] and trained["copy"] == trained["run"] == training_cost(run)
+
+
+def test_the_nearest_words_are_those_of_any_soft_token_of_a_user(learned_run: Path):
+    """By direction: a long token that is near to no word does not hide a short one that is a word."""
+    run = open_run(learned_run)
+    words = np.asarray(run.model.merged.backbone.embed(np.arange(run.inputs.decoder.vocab_size)[None])[0])
+    (dog,) = run.inputs.encoder.tokenizer(" dog", add_special_tokens=False)["input_ids"]
+    mean = words.mean(axis=0)
+    far = 100 * np.random.default_rng(0).normal(size=len(mean)).astype(np.float32)
+    soft = np.stack([mean + far, mean + 0.1 * (words[dog] - mean)])[None]
+    assert _nearest_tokens(run, soft)[0][0] == "dog"
 
 
 def test_page_is_whole_by_itself(report: Path):
