@@ -1,7 +1,7 @@
 """Baselines of a run: the same config with another thing trained, or another thing in front.
 
-All go through the one mask and the one loop. Learning rates are a multiple of the config's own, which is the
-projector's.
+All go through the one mask and the one loop, and alone each is evaluated on what it was trained for. Learning rates are
+a multiple of the config's own, which is the projector's.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def e2p(config: Config) -> Config:
 
 def e2p_text(config: Config) -> Config:
     """The soft token with the context spelled out behind it."""
-    return config.change(data={"condition": "e2p+text"})
+    return config.change(data={"condition": "e2p+text"}, evaluate={"conditions": ("none", "text", "e2p+text")})
 
 
 def static(config: Config) -> Config:
@@ -29,6 +29,7 @@ def static(config: Config) -> Config:
         data={"condition": "static"},
         projector={"kind": "linear"},
         train={"trainable": ("projector/bias",), "learning_rate": rate},
+        evaluate={"conditions": ("none", "static")},
     )
 
 
@@ -38,13 +39,18 @@ def lora(config: Config) -> Config:
         adapter={"kind": "lora"},
         data={"condition": "none"},
         train={"trainable": ("lora/**",), "learning_rate": config.train.learning_rate / 3},
+        evaluate={"conditions": ("none", "text")},
     )
 
 
 def full(config: Config) -> Config:
     """All of the backbone, nothing in front."""
     rate = config.train.learning_rate / 10
-    return config.change(data={"condition": "none"}, train={"trainable": ("backbone/**",), "learning_rate": rate})
+    return config.change(
+        data={"condition": "none"},
+        train={"trainable": ("backbone/**",), "learning_rate": rate},
+        evaluate={"conditions": ("none", "text")},
+    )
 
 
 BASELINES: dict[str, Callable[[Config], Config]] = {

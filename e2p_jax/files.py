@@ -11,7 +11,7 @@ import importlib.util
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
     _refuse_bucket(path)
     with contextlib.ExitStack() as held, explain_refusal(path):
         path = path.resolve()
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
+        refuse_other_files(path, lambda name: True)
         work = path.with_name(f".{path.name}.writing")
         lock, new, old = work / "lock", work / "new", work / "old"
         held.enter_context(locked(lock))
@@ -184,12 +183,26 @@ def replace_directory(path: Path) -> Iterator[Path]:
             yield new
         with explain_refusal(path):
             if path.exists():
-                foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in new.iterdir()})
-                if foreign:
-                    names = ", ".join(foreign[:3])
-                    raise UserError(f"{path}: holds other files ({names}); choose an empty or new directory")
+                refuse_other_files(path, {p.name for p in new.iterdir()}.__contains__)
                 path.rename(old)
             new.rename(path)
+
+
+def refuse_other_files(path: Path, ours: Callable[[str], bool]) -> None:
+    """Refuses before the work a directory that `replace_directory` would refuse after it.
+
+    Args:
+      ours: whether a file of this name is one that will be written there again.
+
+    Raises:
+      UserError: there is another file in it, or it is one.
+    """
+    with explain_refusal(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, and a directory is to be written there; choose another place")
+        foreign = sorted(p.name for p in path.iterdir() if not ours(p.name)) if path.is_dir() else []
+    if foreign:
+        raise UserError(f"{path}: holds other files ({', '.join(foreign[:3])}); choose an empty or new directory")
 
 
 def _clear(new: Path, old: Path, path: Path) -> None:

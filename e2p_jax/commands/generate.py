@@ -22,7 +22,7 @@ def generate(
     prompt: str | None = None,
     input: Path | None = None,
     embeddings: Embeddings = None,
-    condition: Condition = "e2p",
+    condition: Condition | None = None,
     checkpoint: Checkpoint = "best",
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -34,10 +34,12 @@ def generate(
         same prompt in one batch.
       prompt: The user turn to answer.
       input: JSON Lines of {user_id, prompt} or {user_id, messages} to answer in place of --user and --prompt.
-      condition: What stands in front: e2p, none, or any that `e2p evaluate` knows.
+      condition: What stands in front: e2p, none, or any that `e2p evaluate` knows; where it is text, the `context` of
+        --input. Default: what did in training.
       sampling: How tokens are chosen.
       as_json: Print one JSON line per answer: user_id, response, and of a run with `items.token` the item.
     """
+    from e2p_jax.data.conditions import FRONTS
     from e2p_jax.datasets.records import Record, read_prompts
     from e2p_jax.evaluate import generate as generation
     from e2p_jax.train.run import open_run
@@ -45,6 +47,7 @@ def generate(
     if (input is None) == (not user or prompt is None):
         raise UsageError("give --user and --prompt, or --input FILE.jsonl")
     opened = open_run(run, checkpoint, embeddings)
+    condition = condition or opened.inputs.config.data.condition
     if input is not None:
         records = read_prompts(input)
         users, where = [r.user_id for r in records], [r.source for r in records]
@@ -53,6 +56,8 @@ def generate(
         names, vectors = generation.asked_for(opened, user, condition)
         message = {"role": "user", "content": prompt or ""}
         records = [Record(name, (), (message,), source=f"--user {name}") for name in names]
+    if FRONTS[condition].context and not any(record.context for record in records):
+        raise UserError(f"condition {condition} puts texts in front, and none are given: --input with `context`")
     replies = generation.reply(opened, records, vectors, condition, sampling)
     for record, (text, item) in zip(records, replies, strict=True):
         if as_json:

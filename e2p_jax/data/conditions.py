@@ -119,7 +119,11 @@ def other_users(users: Sequence[str], draw: int = 0) -> list[str]:
     """
     circle = sorted(set(users))
     if len(circle) < 2:
-        raise UserError("conditions 'shuffled' and 'text+shuffled' need at least two users in the split")
+        raise UserError(
+            "conditions 'shuffled' and 'text+shuffled' need at least two users to draw another from, 'shuffled' some "
+            f"who have a vector, and the split has {len(circle)}; leave them out (--conditions none e2p; `e2p train`: "
+            "--evaluate.conditions)"
+        )
     order = np.random.default_rng([0, 1]).permutation(len(circle))
     others = np.roll(order, -1 - draw % (len(circle) - 1))
     following = {circle[a]: circle[b] for a, b in zip(order, others, strict=True)}

@@ -314,7 +314,7 @@ class Encoder:
         messages = [self.structure.calling.write(m) if "tool_calls" in m else m for m in messages]
         if FRONTS[condition].context and record.context:
             context = self.context_prompt.replace("{context}", "\n".join(record.context))
-            if messages[0]["role"] == "system":
+            if messages and messages[0]["role"] == "system":
                 messages[0]["content"] = f"{context}\n{messages[0]['content']}"
             else:
                 messages.insert(0, {"role": "system", "content": context})

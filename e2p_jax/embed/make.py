@@ -10,10 +10,11 @@ import numpy as np
 
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError, shown
+from e2p_jax.files import refuse_other_files
 from e2p_jax.options import EncoderSettings
 from e2p_jax.registry import ENCODERS, TEXT_ENCODER
 from e2p_jax.vectors.population import Population, training_population
-from e2p_jax.vectors.table import UserTable, save_table
+from e2p_jax.vectors.table import FILES, UserTable, save_table
 
 _BLOCK = 1 << 16  # rows
 _ROUNDING = 0.1  # of how vectors vary in a dimension, that a shorter dtype may take or add
@@ -35,8 +36,10 @@ def make_table(data: str, encoder: str, out: Path, settings: EncoderSettings) ->
       encoder: one of `registry.ENCODERS`, or what sentence-transformers loads.
 
     Raises:
-      UserError: the data, the encoder or a setting is at fault, no user gets a vector, or the dtype cannot hold them.
+      UserError: `out` holds something else, the data, the encoder or a setting is at fault, no user gets a vector, or
+        the dtype cannot hold them.
     """
+    refuse_other_files(out, FILES.__contains__)
     chosen = ENCODERS.get(encoder, TEXT_ENCODER)
     flags = chosen.of(dataclasses.asdict(settings) | {"encoder": encoder})
     users, vectors, *items = chosen.load()(data, **flags)

@@ -20,7 +20,7 @@ from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.conditions import FRONTS
 from e2p_jax.datasets.records import Record
-from e2p_jax.evaluate.evaluation import Evaluation, evaluate, rank_without, read_splits
+from e2p_jax.evaluate.evaluation import Evaluation, evaluate, notes_on, rank_without, read_splits
 from e2p_jax.files import write_bytes
 from e2p_jax.json_files import digest
 from e2p_jax.parallel.distributed import is_first
@@ -84,6 +84,7 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> l
             sum(len(r.messages) for r in records) - sum(len(r.messages) for r in kept[name]),
             samples,
             rank_without(config, inputs.table, inputs.catalogue, kept[name]),
+            notes_on(BASELINES["e2p"](config), kept[name], fronts),
         )
         for name, records in splits.items()
     ]

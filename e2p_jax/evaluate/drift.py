@@ -68,9 +68,9 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
       keep: share of the gain.
 
     Raises:
-      UserError: widths that differ, or fewer than two users in both tables.
+      UserError: widths that differ, fewer than two users in both tables, or a run that was trained on no vectors.
     """
-    width = run.model.embedding_width
+    width, condition = run.model.embedding_width, run.own_condition()
     for table in (old, new):
         if table.width != width:
             raise UserError(f"{table.source}: vectors have width {table.width}, but the run's projector takes {width}")
@@ -88,7 +88,7 @@ def drift(run: Run, records: Sequence[Record], old: UserTable, new: UserTable, k
     soft_old, soft_new = (np.asarray(projector(vectors)) for vectors in (before, after))
     spread = np.sqrt(np.mean((soft_old - soft_old.mean(axis=0)) ** 2))
 
-    statistics = _statistics(run, kept, {"old": old, "new": new})
+    statistics = _statistics(run, kept, condition, {"old": old, "new": new})
     owners, samples = [record.user_id for record in kept], run.inputs.config.evaluate.bootstrap_samples
     change = difference("nll_per_target", statistics["new", "e2p"], statistics["old", "e2p"], owners, samples)
     new_pair, old_pair = ((statistics[version, "e2p"], statistics[version, "shuffled"]) for version in ("new", "old"))
@@ -149,15 +149,19 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(np.sum(a * b, axis=1) / np.maximum(norms, 1e-12)))
 
 
-def _statistics(run: Run, records: Sequence[Record], tables: dict[str, UserTable]) -> dict[Case, np.ndarray]:
-    """NLL and targets of every record, [N, 2], with its own and another user's vector of each table."""
-    examples = [run.inputs.encoder.fit(record, ["e2p"]).examples["e2p"] for record in records]
+def _statistics(
+    run: Run, records: Sequence[Record], condition: Condition, tables: dict[str, UserTable]
+) -> dict[Case, np.ndarray]:
+    """NLL and targets of every record, [N, 2], with its own and another user's vector of each table; its context stands
+    in front as text where it did in training.
+    """
+    examples = [run.inputs.encoder.fit(record, [condition]).examples[condition] for record in records]
     targets = np.array([int(example.is_target.sum()) for example in examples])
-    conditions: tuple[Condition, ...] = ("e2p", "shuffled")
+    whose: tuple[Condition, ...] = ("e2p", "shuffled")
     groups = {
-        (name, condition): (examples, user_vectors(records, condition, table, run.population))
+        (name, vector): (examples, user_vectors(records, vector, table, run.population))
         for name, table in tables.items()
-        for condition in conditions
+        for vector in whose
     }
     nll = Scorer(run).nll(groups)
     return {case: np.stack([values, targets], axis=1) for case, values in nll.items()}

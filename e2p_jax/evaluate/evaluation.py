@@ -31,7 +31,7 @@ from e2p_jax.evaluate.measures import (
     text_statistics,
     value_text,
 )
-from e2p_jax.evaluate.rank import candidate_nll, rank_statistics, rank_users, ranks, with_candidates
+from e2p_jax.evaluate.rank import candidate_nll, check_users, rank_statistics, rank_users, ranks, with_candidates
 from e2p_jax.files import write_text
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.distributed import is_first
@@ -46,6 +46,7 @@ from e2p_jax.vectors.table import UserTable
 BASELINES = ("none", "shuffled")  # what differences are shown to
 SHARED = ("e2p", "shuffled", "text", "text+shuffled")  # what the share is of
 REPLY = Sampling(max_new_tokens=32)
+_LONGEST_WORD = 32  # bytes on average: words of any language that has spaces between them are shorter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Evaluation:
     bootstrap_samples: int
     recommenders: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     """Statistics by measure of what ranks the same candidates without a language model."""
+    notes: tuple[str, ...] = ()
+    """What is to be known before a row is believed (`notes_on`)."""
 
     @property
     def users(self) -> list[str]:
@@ -100,6 +103,7 @@ class Evaluation:
             "targets": int(any_scores.targets.sum()),
             "words": int(any_scores.words.sum()),
             "dropped_messages": self.dropped_messages,
+            "notes": list(self.notes),
             "conditions": {name: self._condition(name) for name in self.scores},
             "recommenders": {name: self._recommender(by) for name, by in self.recommenders.items()},
             "beyond_none": {name: found.to_dict() for name, found in self.beyond().items()},
@@ -141,7 +145,7 @@ class Evaluation:
         for condition, scores in self.scores.items():
             for record, nll, targets in zip(self.records, scores.nll, scores.targets, strict=True):
                 values = {"user_id": record.user_id, "nll": float(nll), "target_tokens": int(targets)}
-                lines.append(json.dumps({**values, "condition": condition}) + "\n")
+                lines.append(json.dumps({**values, "condition": condition, "split": self.split}) + "\n")
         return "".join(lines)
 
 
@@ -149,11 +153,12 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
     """Scores records under each condition, with one compiled step for all of them, and takes `evaluate.measures`.
 
     Raises:
-      UserError: a user without a vector, or a record that cannot fit.
+      UserError: a user without a vector, a record that cannot fit, or too few to rank among: before anything is scored.
     """
     inputs = run.inputs
     most = inputs.config.evaluate.derangements
     packed, kept, dropped = pack_conditions(records, conditions, inputs.encoder, inputs.table, run.population, most)
+    places, measured = _measured(inputs.config.evaluate, kept, conditions)
     scorer = Scorer(run)
     drawn: dict[Condition, list[Scores]] = {condition: [] for condition in conditions}
     progress = Progress(len(packed), 0, f"evaluate {split_name}")
@@ -165,13 +170,36 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
         condition: dataclasses.replace(each[0], drawn=np.concatenate([one.drawn for one in each]))
         for condition, each in drawn.items()
     }
-    scores = _measure(run, scorer, kept, scores, conditions)
+    scores = _measure(run, scorer, places, measured, scores, conditions)
     if "items" in inputs.config.evaluate.measures:
         scores = _rank_items(run, scorer, packed, kept, scores)
     samples = inputs.config.evaluate.bootstrap_samples
-    return Evaluation(
-        split_name, kept, scores, dropped, samples, rank_without(inputs.config, inputs.table, inputs.catalogue, kept)
-    )
+    ranked = rank_without(inputs.config, inputs.table, inputs.catalogue, kept)
+    return Evaluation(split_name, kept, scores, dropped, samples, ranked, notes_on(inputs.config, kept, conditions))
+
+
+def notes_on(config: Config, records: Sequence[Record], conditions: Sequence[Condition]) -> tuple[str, ...]:
+    """Says of records, scored by a run of this config, which rows of the table are not what their names promise."""
+    notes, trained = [], config.data.condition
+    spelled = [name for name in conditions if FRONTS[name].context]
+    if spelled and (bare := sum(not record.context for record in records)):
+        said = f"{bare} of {len(records)} conversations have no `context`, and nothing is spelled out for them"
+        notes.append(f"{', '.join(spelled)}: {said}")
+    users = [name for name in conditions if FRONTS[name].reads_table]
+    if users and FRONTS[trained].vector != "own":
+        notes.append(f"{', '.join(users)}: trained under data.condition={trained}, on no users' vectors")
+    measures = [name for name in config.evaluate.measures if name != "items"]
+    if measures and not any(map(_replied, records)):
+        notes.append(f"{', '.join(measures)}: not measured, no conversation ends with a reply in text")
+    if len({record.user_id for record in records}) == 1:
+        notes.append("one user alone: intervals and p values say nothing")
+    words = sum(record.reply_words for record in records)
+    if (long := sum(record.reply_bytes for record in records) / max(words, 1)) > _LONGEST_WORD:
+        notes.append(
+            f"PPL per word: a word of the replies has {long:.0f} bytes, as of a language without spaces between words; "
+            "compare bits per byte"
+        )
+    return tuple(notes)
 
 
 def _rank_items(
@@ -248,21 +276,40 @@ def _spread(statistics: dict[str, np.ndarray], places: np.ndarray, count: int) -
     return out
 
 
+def _measured(
+    settings: EvaluateConfig, records: Sequence[Record], conditions: Sequence[Condition]
+) -> tuple[np.ndarray, list[Record]]:
+    """Numbers of the records that `measures` but `items` take, and these records, with candidates to be ranked.
+
+    Raises:
+      UserError: there are too few replies or users to rank among, or a record's candidates are wrong.
+    """
+    places = _asked(settings, records)
+    chosen = [records[n] for n in places]
+    if "ranking" in settings.measures:
+        chosen = with_candidates(chosen, settings.candidates)
+    if "users" in settings.measures and chosen and any(FRONTS[name].vector == "own" for name in conditions):
+        check_users(chosen, settings.candidates)
+    return places, chosen
+
+
 def _measure(
-    run: Run, scorer: Scorer, records: Sequence[Record], scores: dict[str, Scores], conditions: Sequence[Condition]
+    run: Run,
+    scorer: Scorer,
+    places: np.ndarray,
+    chosen: list[Record],
+    scores: dict[str, Scores],
+    conditions: Sequence[Condition],
 ) -> dict[str, Scores]:
-    """Adds `evaluate.measures`, taken of records that end with an assistant turn."""
-    settings = run.inputs.config.evaluate
-    last = _asked(settings, records)
-    if not settings.measures or not len(last):
+    """Adds `evaluate.measures` of the `chosen` records, which stand at `places` and end with an assistant turn."""
+    settings, path = run.inputs.config.evaluate, run.inputs.config.data.path
+    if not settings.measures or not chosen:
         return scores
-    chosen, path = [records[n] for n in last], run.inputs.config.data.path
     more: dict[str, dict[str, np.ndarray]] = {condition: {} for condition in conditions}
     replies: dict[str, tuple[str, ...]] = dict.fromkeys(conditions, ())
     if "ranking" in settings.measures:
-        asked = with_candidates(chosen, settings.candidates)
-        question = Question(path, asked) if is_interactions(path) else None
-        for condition, nll in candidate_nll(run, asked, conditions).items():
+        question = Question(path, chosen) if is_interactions(path) else None
+        for condition, nll in candidate_nll(run, chosen, conditions).items():
             likely = [-row[~np.isnan(row)] for row in nll]
             more[condition] |= question.measure("", likely) if question else rank_statistics(ranks(nll))
     for condition in conditions:
@@ -279,7 +326,7 @@ def _measure(
             if is_interactions(path):
                 more[condition] |= named_titles(path, replies[condition], chosen)
     return {
-        c: dataclasses.replace(s, more=_spread(more[c], last, len(records)), replies=replies[c])
+        c: dataclasses.replace(s, more=_spread(more[c], places, len(s.targets)), replies=replies[c])
         for c, s in scores.items()
     }
 
@@ -322,13 +369,15 @@ def render(evaluation: Evaluation) -> list[rich.table.Table]:
         table.caption += f"\n{worst_text(values['beyond_none'])}"
     if values["share"]:
         table.caption += f"\n{share_text(values['share'])}"
+    table.caption += "".join(f"\nnote: {note}" for note in values["notes"])
     table.add_column("condition")
     for column in ("NLL per target", "PPL per word", "minus none", "p", "minus shuffled", "p"):
         table.add_column(column, justify="right")
 
     for name, row in values["conditions"].items():
         differences = [text for baseline in BASELINES for text in _cells(row.get(f"minus_{baseline}"))]
-        table.add_row(name, f"{row['nll_per_target']:.4f}", f"{row['word_perplexity']:.2f}", *differences)
+        numbers = (value_text(measure, {"value": row[measure]}) for measure in ("nll_per_target", "word_perplexity"))
+        table.add_row(name, *numbers, *differences)
     return [table, *_further(values)]
 
 

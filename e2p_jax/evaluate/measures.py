@@ -33,6 +33,11 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
+def perplexity_of(sums: np.ndarray) -> np.ndarray:
+    """The ratio's exponential, held to that of 700 nats: floats have no more, and text without spaces is one word."""
+    return np.exp(np.minimum(_ratio(sums), 700.0))  # type: ignore[no-any-return]
+
+
 def _percent(sums: np.ndarray) -> np.ndarray:
     return 100 * _ratio(sums)
 
@@ -52,7 +57,7 @@ def bleu(sums: np.ndarray) -> np.ndarray:
 
 MEASURES: dict[str, Measure] = {
     "nll_per_target": Measure("NLL per target", _ratio, 4),
-    "word_perplexity": Measure("PPL per word", lambda sums: np.exp(_ratio(sums)), 2),
+    "word_perplexity": Measure("PPL per word", perplexity_of, 2),
     "bits_per_byte": Measure("bits per byte", lambda sums: _ratio(sums) / np.log(2), 4),
     **{
         among + name: Measure(said + label, value, digits)
@@ -186,15 +191,19 @@ def p_text(p: float, least: float) -> str:
     return f"<= {math.ceil(round(least * 10**digits, 6)) / 10**digits:g}"
 
 
+def _number(number: float, digits: int) -> str:
+    return f"{number:.{digits}f}" if abs(number) < 1e9 else f"{number:.1e}"
+
+
 def value_text(name: str, entry: Mapping[str, float] | None) -> str:
     """A measure's value as tables show it."""
-    return f"{entry['value']:.{MEASURES[name].digits}f}" if entry else ""
+    return _number(entry["value"], MEASURES[name].digits) if entry else ""
 
 
 def interval_text(name: str, entry: Mapping[str, float] | None) -> str:
     """Its interval, where there is one."""
     digits = MEASURES[name].digits
-    return f"[{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]" if entry and "low" in entry else ""
+    return f"[{_number(entry['low'], digits)}, {_number(entry['high'], digits)}]" if entry and "low" in entry else ""
 
 
 def interval(name: str, statistics: np.ndarray, users: Sequence[str], samples: int) -> Interval:

@@ -12,7 +12,7 @@ from e2p_jax.config import Condition
 from e2p_jax.data.conditions import spelled_out
 from e2p_jax.data.encode import Encoder, Example
 from e2p_jax.datasets.records import Record
-from e2p_jax.errors import UserError
+from e2p_jax.errors import UserError, shown
 from e2p_jax.evaluate.branches import branch_nll
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
@@ -39,7 +39,7 @@ def with_candidates(records: Sequence[Record], count: int) -> list[Record]:
     uniformly: what ConvAI2 does. Records that bring candidates keep them.
 
     Raises:
-      UserError: too few other replies.
+      UserError: too few other replies, or a record whose first candidate is not its reply.
     """
     replies = [record.messages[-1]["content"] for record in records]
     out = []
@@ -49,9 +49,18 @@ def with_candidates(records: Sequence[Record], count: int) -> list[Record]:
             others = sorted({r for r, o in zip(replies, records, strict=True) if o.user_id != record.user_id})
             others = [reply for reply in others if reply != replies[row]]
             if len(others) < count - 1:
-                raise UserError(f"{record.source}: {len(others)} other replies, evaluate.candidates={count} needs more")
+                raise UserError(
+                    f"{record.source}: {len(others)} other replies, evaluate.candidates={count} needs more; lower it"
+                )
             drawn = rng.choice(len(others), count - 1, replace=False)
             record = dataclasses.replace(record, candidates=(replies[row], *(others[i] for i in drawn)))
+        elif record.candidates[0].strip() != replies[row].strip():
+            raise UserError(
+                f"{record.source}: the first of `candidates`, {shown(record.candidates[0])}, is not the last reply, "
+                f"{shown(replies[row])}; put the true one first"
+            )
+        elif len(record.candidates) < 2:
+            raise UserError(f"{record.source}: the true reply is the only one of `candidates`; give others, or none")
         out.append(record)
     return out
 
@@ -106,6 +115,12 @@ def candidate_nll(run: Run, records: Sequence[Record], conditions: Sequence[Cond
     return out
 
 
+def check_users(records: Sequence[Record], count: int) -> None:
+    """Raises a UserError where the records have fewer users than that."""
+    if (users := len({record.user_id for record in records})) < count:
+        raise UserError(f"evaluate.candidates={count}: the split has {users} users only; lower it")
+
+
 def rank_users(run: Run, scorer: Scorer, records: Sequence[Record], condition: Condition, count: int) -> np.ndarray:
     """[N] rank of the record's own user among `count`, by the likelihood that the record has with each one's vector:
     the others are drawn uniformly from the split.
@@ -113,10 +128,9 @@ def rank_users(run: Run, scorer: Scorer, records: Sequence[Record], condition: C
     Raises:
       UserError: the split has fewer users.
     """
+    check_users(records, count)
     by_user = {record.user_id: record for record in records}
     users = sorted(by_user)
-    if len(users) < count:
-        raise UserError(f"evaluate.candidates={count}: the split has {len(users)} users only; lower it")
     asked = []
     for row, record in enumerate(records):
         others = [user for user in users if user != record.user_id]

@@ -100,7 +100,9 @@ def ask(run: Run, people: Sequence[Record], prompts: Sequence[str], condition: C
 
 
 def show_answers(run: Run, console: rich.console.Console) -> None:
-    """Prints `evaluate.prompts`, greedily answered as two users of the first held-out split, and without a prefix."""
+    """Prints `evaluate.prompts`, greedily answered as two users of the first held-out split with what stood in front in
+    training, and without a prefix.
+    """
     config = run.inputs.config
     if not config.evaluate.prompts:
         return
@@ -113,11 +115,13 @@ def show_answers(run: Run, console: rich.console.Console) -> None:
     second = min(people.values(), key=lambda r: len(set(r.context) & set(first.context)) + (r is first) * 1000)
     table = rich.table.Table(title="Two held-out users, the same prompts", title_justify="left", show_lines=True)
     table.add_column("prompt")
-    for person in (first, second):
-        table.add_column(f"{person.user_id}\n" + "\n".join(person.context))
+    condition, answers = config.data.condition, []
+    if condition != "none":
+        for person in (first, second):
+            table.add_column(f"{person.user_id}\n" + "\n".join(person.context))
+        answers = ask(run, [first, second], config.evaluate.prompts, condition)
     table.add_column("without prefix")
-    columns: list[tuple[Record, Condition]] = [(first, "e2p"), (second, "e2p"), (first, "none")]
-    answers = [ask(run, [person], config.evaluate.prompts, condition)[0] for person, condition in columns]
+    answers += ask(run, [first], config.evaluate.prompts, "none")
     for prompt, *replies in zip(config.evaluate.prompts, *answers, strict=True):
         table.add_row(prompt, *replies)
     console.print(table)

@@ -12,8 +12,19 @@ import jax.numpy as jnp
 from e2p_jax.backbone.weights import COMPANIONS
 from e2p_jax.errors import UserError
 from e2p_jax.files import explain_refusal
-from e2p_jax.train.partition import PyTree, path_name
+from e2p_jax.train.partition import PyTree, path_name, refuse_trained_backbone
 from e2p_jax.train.run import Run
+
+
+def refuse_not_of_users(run: Run) -> None:
+    """For exports of soft tokens in front of the backbone as it was published.
+
+    Raises:
+      UserError: the run trained the backbone, or on no users' vectors (and no items, which are exported, too).
+    """
+    refuse_trained_backbone(run.model.mask)
+    if run.inputs.catalogue is None:
+        run.own_condition()
 
 
 def refuse_not_finite(run: Run, params: PyTree, dtype: jnp.dtype | None = None) -> None:

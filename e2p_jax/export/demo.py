@@ -85,8 +85,9 @@ def find_people(run: Run) -> dict[str, tuple[str, ...]]:
     """User id -> context, of the first held-out split's users who have a vector, in its order.
 
     Raises:
-      UserError: fewer than two.
+      UserError: fewer than two, or the run was trained on no users' vectors.
     """
+    run.own_condition()
     data, table = run.inputs.config.data, run.inputs.table
     if table is None:
         raise UserError("the run names no table of user vectors; give --embeddings TABLE")

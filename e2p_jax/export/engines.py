@@ -12,8 +12,7 @@ from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import asked_for
 from e2p_jax.export import payloads
-from e2p_jax.export.common import settings_of
-from e2p_jax.train.partition import refuse_trained_backbone
+from e2p_jax.export.common import refuse_not_of_users, settings_of
 from e2p_jax.train.run import Run
 
 _BEGINNINGS = ("Why?", "hi", "7 days", "(so)", "\u00e9t\u00e9", "\U0001f600", "\u4f60", "'s", "<x>")  # of a user's turn
@@ -60,7 +59,7 @@ def export_engine(
         endpoint cannot serve.
     """
     encoder = run.inputs.encoder
-    refuse_trained_backbone(run.model.mask)
+    refuse_not_of_users(run)
     if format == "sglang":
         payloads.refuse_sglang(model_type(run), str(run.directory))
     if format == "vllm-chat" and not can_chat(encoder):

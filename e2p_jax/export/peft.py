@@ -15,11 +15,10 @@ from e2p_jax.data.encode import Encoder
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate.generate import asked_for
-from e2p_jax.export.common import refuse_foreign, refuse_not_finite
+from e2p_jax.export.common import refuse_foreign, refuse_not_finite, refuse_not_of_users
 from e2p_jax.export.payloads import soft_tokens
 from e2p_jax.files import replace_directory
 from e2p_jax.terminal import say
-from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
 CAVEAT = (
@@ -81,7 +80,7 @@ def export_peft(run: Run, out: Path, users: Sequence[str]) -> None:
     """
     users = list(dict.fromkeys(users))
     config, decoder = run.inputs.config, run.inputs.decoder
-    refuse_trained_backbone(run.model.mask)
+    refuse_not_of_users(run)
     if not users:
         raise UserError("--format peft writes one adapter per user: name them with --user")
     if config.prefix.placement not in ("before_bos", "after_bos"):

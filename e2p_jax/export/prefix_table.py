@@ -34,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e2p_jax.errors import UserError
+from e2p_jax.export.common import refuse_not_of_users
 from e2p_jax.export.engines import can_chat, model_type, serving_template
 from e2p_jax.export.prefix_files import (
     files_of,
@@ -51,7 +52,6 @@ from e2p_jax.files import explain_full_disk, write_text
 from e2p_jax.parallel import distributed
 from e2p_jax.parallel.mesh import replicated
 from e2p_jax.prefix.projector import Projector
-from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 from e2p_jax.vectors.table import UserTable
 
@@ -95,7 +95,7 @@ def export_prefixes(run: Run, out: Path, dtype: str, keep_hours: float = KEEP_HO
         the table that was there is as it was.
     """
     table = run.inputs.table
-    refuse_trained_backbone(run.model.mask)
+    refuse_not_of_users(run)
     if not table:
         raise UserError("the run names no table of user vectors, or an empty one; give --embeddings TABLE")
     before, mended = open_out(out, run.model.fingerprint)

@@ -16,13 +16,13 @@ from e2p_jax.backbone.flax_checkpoint import FlaxCheckpoint
 from e2p_jax.backbone.tensor_files import Checkpoint, Spelling, fingerprint, spelling
 from e2p_jax.backbone.weights import has_name, open_checkpoint
 from e2p_jax.config import ProjectorConfig
-from e2p_jax.export.common import refuse_foreign, refuse_not_finite, save_tokenizer, settings_of
+from e2p_jax.evaluate.measures import value_text
+from e2p_jax.export.common import refuse_foreign, refuse_not_finite, refuse_not_of_users, save_tokenizer, settings_of
 from e2p_jax.export.slot import reply_opening, user_turn
 from e2p_jax.files import replace_directory
 from e2p_jax.prefix.projector import kind_of
 from e2p_jax.registry import PROJECTORS
 from e2p_jax.tensors import SHARD_BYTES, write_tensors
-from e2p_jax.train.partition import refuse_trained_backbone
 from e2p_jax.train.run import Run
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -41,10 +41,10 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
         come along; what is worked out of a file's tensors is written in the dtype that the run opens them in.
 
     Raises:
-      UserError: the run trained the backbone itself, its projector or head over items holds NaN, or `out` holds
-        something else.
+      UserError: the run trained the backbone itself or on no users' vectors, its projector or head over items holds
+        NaN, or `out` holds something else.
     """
-    refuse_trained_backbone(run.model.mask)
+    refuse_not_of_users(run)
     refuse_foreign(out, lambda there: settings_of(there).get("model_type") == "e2p")
     refuse_not_finite(run, {name: run.model.params[name] for name in run.model.params.keys() & {"projector", "items"}})
     include_backbone = include_backbone or not has_name(run.inputs.directory, run.inputs.published()[0])
@@ -234,7 +234,6 @@ def _results(run: Run) -> str:
     lines = ["", "| split | condition | NLL per target token | perplexity per word |", "|---|---|---|---|"]
     for split in json.loads(path.read_text())["splits"]:
         for name, values in split["conditions"].items():
-            lines.append(
-                f"| {split['split']} | {name} | {values['nll_per_target']:.4f} | {values['word_perplexity']:.2f} |"
-            )
+            perplexity = value_text("word_perplexity", {"value": values["word_perplexity"]})
+            lines.append(f"| {split['split']} | {name} | {values['nll_per_target']:.4f} | {perplexity} |")
     return "\n".join(lines) + "\n"

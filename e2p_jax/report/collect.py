@@ -1,7 +1,6 @@
 """Everything a report shows, measured or read from run directories."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from e2p_jax.evaluate.cost import Cost, Training, bytes_per_user, serving_cost, 
 from e2p_jax.evaluate.evaluation import read_splits
 from e2p_jax.evaluate.robustness import Point, robustness
 from e2p_jax.evaluate.users import UserMap, ask, map_users
-from e2p_jax.files import run_directory
+from e2p_jax.files import in_bucket, run_directory
+from e2p_jax.json_files import read_object
 from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.run import Run, open_run
 
@@ -24,7 +24,7 @@ COSTED: tuple[Condition, ...] = ("none", "e2p", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A run, or a comparison of several, as the command line names it."""
+    """A run, or a comparison of several."""
 
     name: str
     runs: dict[str, epath.Path]
@@ -60,31 +60,44 @@ class Collected:
     without: list[str]  # answers without a prefix
 
 
-def find_source(place: epath.PathLike) -> Source:
+def named(places: Sequence[epath.PathLike]) -> dict[str, epath.Path]:
+    """Directories, each once, by as much of the ends of their paths as tells all apart."""
+    paths = dict.fromkeys(path if in_bucket(path) else path.resolve() for path in map(run_directory, places))
+    parts = 1
+    while len(names := {"/".join(path.parts[-parts:]): path for path in paths}) < len(paths):
+        parts += 1
+    return names
+
+
+def find_source(place: epath.PathLike, name: str | None = None) -> Source:
     """A run directory, or that of `e2p compare`.
+
+    Args:
+      name: that it has in the report.
 
     Raises:
       UserError: neither, or nothing was evaluated there yet.
     """
     path = run_directory(place)
-    runs = {path.name: path} if (path / "config.json").is_file() else {}
+    name = name or path.name
+    runs = {name: path} if (path / "config.json").is_file() else {}
     compared = [scores.parent for scores in (path / "scores", *sorted(path.glob("seed-*/scores"))) if scores.is_dir()]
     if not runs:
         places = [config.parent for each in compared for config in sorted(each.glob("*/config.json"))]
-        runs = {f"{path.name}/{place.relative_to(path)}": place for place in places}
+        runs = {f"{name}/{place.relative_to(path)}": place for place in places}
     if not runs:
         raise UserError(f"{path}: neither a run directory nor one that `e2p compare` made")
     table = path / "report" / "evaluation.json"
     if not table.is_file():
         raise UserError(f"{path}: has no table of conditions (report/evaluation.json); rerun the command that made it")
-    splits = json.loads(table.read_text(encoding="utf-8"))["splits"]
+    splits = read_object(table, "rerun the command that made it").get("splits")
     if not splits:
         raise UserError(
             f"{table}: holds no conditions; rerun the command that made it with --evaluate.conditions none e2p"
         )
     if any("measures" not in row for split in splits for row in split["conditions"].values()):
         raise UserError(f"{table}: written by an older version; rerun the command that made it")
-    return Source(path.name, runs, splits)
+    return Source(name, runs, splits)
 
 
 def collect(paths: Sequence[epath.PathLike]) -> Collected:
@@ -93,7 +106,7 @@ def collect(paths: Sequence[epath.PathLike]) -> Collected:
     Raises:
       UserError: a path that is no run, or no run was trained on users' vectors.
     """
-    sources = [find_source(path) for path in paths]
+    sources = [find_source(path, name) for name, path in named(paths).items()]
     runs = {name: path for source in sources for name, path in source.runs.items()}
     learning, training = curves(runs)
     main = next((name for name, path in runs.items() if _has_users(path)), None)

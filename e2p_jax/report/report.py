@@ -13,7 +13,7 @@ from etils import epath
 
 from e2p_jax.evaluate.evaluation import BASELINES, share_text, worst_text
 from e2p_jax.evaluate.measures import MEASURES, interval_text, p_text, value_text
-from e2p_jax.files import replace_directory
+from e2p_jax.files import refuse_other_files, replace_directory
 from e2p_jax.report.collect import Collected, collect
 from e2p_jax.report.figures import Figures
 from e2p_jax.terminal import printable
@@ -38,6 +38,7 @@ def write_report(paths: Sequence[epath.PathLike], out: Path) -> Path:
     Raises:
       UserError: what `collect` refuses, or `out` holds something else.
     """
+    refuse_other_files(out, lambda name: name.endswith((".html", ".png", ".csv")))
     found = collect(paths)
     with replace_directory(out) as temporary:
         figures = Figures(temporary)

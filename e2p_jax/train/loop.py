@@ -139,6 +139,7 @@ def train_model(config: Config, run: epath.PathLike, shared: Shared | None = Non
     run = run_directory(run)
     chex.clear_trace_counter()  # it counts by call site: a second run in this process traces its own steps
     inputs = read_inputs(config)
+    _refuse_idle(config)
     data = read_data(inputs)
     distributed.check_same("training data", data.train.digest)
     model = build_model(inputs, data.population, shared)
@@ -150,6 +151,17 @@ def train_model(config: Config, run: epath.PathLike, shared: Shared | None = Non
             model = _train(config, run, data, model, checkpoints, profile)
             step, model = restore_parameters(checkpoints, "best", model, config.train)
     return Run(run, step, inputs, model)
+
+
+def _refuse_idle(config: Config) -> None:
+    """Raises a UserError where nothing in front is the projector's, and it alone is to be trained."""
+    named, condition = config.train.trainable, config.data.condition
+    alone = all(pattern.startswith("projector/") for pattern in named) and not config.data.items
+    if alone and FRONTS[condition].vector is None:
+        raise UserError(
+            f"data.condition={condition} puts no soft tokens in front, and the projector alone is to be trained: it "
+            "would learn nothing; set data.condition=e2p, or name in train.trainable what else trains"
+        )
 
 
 def _train(config: Config, run: epath.Path, data: Data, model: Model, checkpoints: Checkpoints, profile: int) -> Model:

@@ -17,7 +17,7 @@ from etils import epath
 
 from e2p_jax import config as config_lib
 from e2p_jax.config import Condition, Config, MeshConfig, TrainConfig
-from e2p_jax.data.conditions import user_vectors
+from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.datasets.interactions.log import is_interactions, load_titles
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
@@ -142,6 +142,20 @@ class Run:
         """Statistics of the vectors that the projector was trained on."""
         projector = self.model.params["projector"]
         return Population(*(np.asarray(projector[name]) for name in ("input_mean", "input_std")))
+
+    def own_condition(self) -> Condition:
+        """What it was trained under, with users' own vectors in front: e2p or e2p+text.
+
+        Raises:
+          UserError: it was not, and its projector knows nothing of a user.
+        """
+        condition = self.inputs.config.data.condition
+        if FRONTS[condition].vector != "own":
+            raise UserError(
+                f"{self.directory}: was trained under data.condition={condition}, on no users' vectors, so that its "
+                "soft tokens of users mean nothing; name a run that was trained under e2p"
+            )
+        return condition
 
     @property
     def opening(self) -> Callable[[str], list[int]] | None:

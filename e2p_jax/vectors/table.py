@@ -26,6 +26,7 @@ from e2p_jax.vectors.index import UserIndex
 _BLOCK = 1 << 12  # rows looked up or gathered at once: they stay in the processor's cache until they are float32
 _WINDOW = 1 << 26  # bytes of a mapped file that are gathered from, about, before they are given back
 _PAGE = 1 << 21  # bytes that looking at one row maps at most
+FILES = ("embeddings.npy", "ids.txt", "meta.json", "index.npy")  # of a directory; the last can be made again
 _SAME = 1e-3  # of a vector's length: two copies of it may differ by what float16 rounds away
 
 
@@ -257,7 +258,7 @@ def _other_forms(user: str) -> list[str]:
 
 
 def _open_directory(place: Path, missing: Literal["error", "null"]) -> UserTable:
-    absent = [name for name in ("embeddings.npy", "ids.txt", "meta.json") if not (place / name).is_file()]
+    absent = [name for name in FILES[:-1] if not (place / name).is_file()]
     if absent:
         raise UserError(f"{place}: not a table of user vectors; missing {', '.join(absent)}")
     vectors, meta = map_array(place / "embeddings.npy"), _read_meta(place / "meta.json")

@@ -99,7 +99,8 @@ def test_evaluate_per_example(run: Path, place: Path, tmp_path: Path, capsys: py
     table = json.loads(shown.out)["splits"][0]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["user_id"] for line in lines] == [f"user-{user}" for user in USERS] * 3
-    assert all(set(line) == {"user_id", "nll", "target_tokens", "condition"} for line in lines)
+    assert all(set(line) == {"user_id", "nll", "target_tokens", "condition", "split"} for line in lines)
+    assert {line["split"] for line in lines} == {"all"}
     for condition in conditions:
         mine = [line for line in lines if line["condition"] == condition]
         mean = sum(line["nll"] for line in mine) / sum(line["target_tokens"] for line in mine)

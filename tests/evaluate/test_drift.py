@@ -1,5 +1,6 @@
 """`e2p drift`: an unchanged table, one that is mapped, one of other users, and one with users missing."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import pytest
 
 from e2p_jax.cli import main
 from e2p_jax.datasets import synthetic
-from e2p_jax.evaluate.drift import ALIGNED, aligned_cosine
-from e2p_jax.vectors.table import save_table
+from e2p_jax.errors import UserError
+from e2p_jax.evaluate.drift import ALIGNED, _statistics, aligned_cosine, drift
+from e2p_jax.evaluate.evaluation import evaluate
+from e2p_jax.train.run import open_run
+from e2p_jax.vectors.table import open_table, save_table
 
 USERS = range(24)
 IDS = [f"user-{user}" for user in USERS]
@@ -127,3 +131,21 @@ def test_no_verdict_where_there_is_nothing_to_keep(
         f"no verdict: {100 * share:.0f} % [{100 * low:.0f} %, {100 * high:.0f} %] of what a user's own vector is worth "
         "is left; take more users"
     )
+
+
+def test_a_run_is_judged_as_it_was_trained(learned_run: Path, vectors: np.ndarray, tmp_path: Path):
+    """With the context spelled out where it was in training; without users' vectors there, not at all."""
+    run, records = open_run(learned_run), [synthetic.record(user) for user in range(6)]
+    table, kept = open_table(save(tmp_path / "old", vectors), "null"), {}
+    for condition in ("e2p", "e2p+text", "static"):
+        config = run.inputs.config.change(data={"condition": condition}, evaluate={"bootstrap_samples": 20})
+        other = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, config=config))
+        if condition == "static":
+            with pytest.raises(UserError, match=r"trained under data\.condition=static, on no users' vectors"):
+                drift(other, records, table, table)
+        else:
+            kept[condition] = drift(other, records, table, table).gain_old.value
+            scores = evaluate(other, records, "all", [condition]).scores[condition]
+            own = _statistics(other, records, condition, {"old": table})["old", "e2p"]
+            np.testing.assert_allclose(own[:, 0], scores.nll, rtol=1e-5)
+    assert kept["e2p"] != kept["e2p+text"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 import torch
 from flax import nnx
 from helpers import SIZES, USER_WIDTH, mesh_of, prefix_model
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM
 
 from e2p_jax.backbone import weights
+from e2p_jax.cli import main
 from e2p_jax.config import MeshConfig
 from e2p_jax.data.encode import Example, load_tokenizer
 from e2p_jax.datasets import synthetic
@@ -38,6 +41,7 @@ from e2p_jax.evaluate.generate import (
     padded_length,
     stream,
 )
+from e2p_jax.evaluate.users import show_answers
 from e2p_jax.options import Sampling
 from e2p_jax.parallel.mesh import make_mesh, param_sharding
 from e2p_jax.plan.hlo import Program
@@ -293,3 +297,24 @@ def test_a_stop_does_not_end_what_a_reply_opens_with():
         opened = _opened(state, jnp.asarray(opening))
         assert opened.token.tolist() == tokens and opened.done.tolist() == ended
     assert _opened(state, None) is state
+
+
+def test_what_stood_in_front_in_training_does_by_default(
+    learned_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One token for all in a run that learned one for all; the printed answers after training go by it, too."""
+    shutil.copytree(learned_run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"condition": "e2p"', '"condition": "mean"'))
+    users = [f"user-{user}" for user in range(6)]
+    command = ["generate", str(tmp_path / "run"), "--prompt", "do you have any pets?", "--user", *users]
+    assert main(command) == 0
+    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert len(said) == 6 and len(set(said)) == 1
+    assert main([*command, "--condition", "text"]) == 1
+    assert "condition text puts texts in front, and none are given" in capsys.readouterr().err
+
+    run, screen = open_run(learned_run), rich.console.Console(file=io.StringIO(), width=200)
+    config = run.inputs.config.change(data={"condition": "none"})
+    show_answers(dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, config=config)), screen)
+    assert "without prefix" in screen.file.getvalue() and "user-" not in screen.file.getvalue()

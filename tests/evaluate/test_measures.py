@@ -1,5 +1,7 @@
 """Intervals, tests and values against SciPy, sacreBLEU and plain arithmetic."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -7,16 +9,20 @@ import pytest
 import sacrebleu
 import scipy.stats
 
+from e2p_jax.config import Config
 from e2p_jax.datasets.records import Record
+from e2p_jax.evaluate.evaluation import notes_on
 from e2p_jax.evaluate.measures import (
     MEASURES,
     Difference,
     bootstrap,
     difference,
     interval,
+    interval_text,
     p_text,
     permutation_p,
     text_statistics,
+    value_text,
 )
 from e2p_jax.train.score import Scores
 
@@ -118,3 +124,37 @@ def test_corpus_bleu_from_its_statistics(talk_records: tuple[list[str], list[Rec
         expected = sacrebleu.corpus_bleu(replies[part], [truths[part]]).score
         assert MEASURES["bleu"].value(statistics[part].sum(axis=0)) == pytest.approx(expected)
     assert 5 < expected < 95
+
+
+def test_text_without_spaces_has_a_perplexity_that_can_be_written():
+    """A reply in Chinese is one word of hundreds of nats: floats end at 709."""
+    s = Scores(np.array([[1200.0, 4000.0]]), np.array([120, 300]), np.array([1, 1]), np.array([200, 500]))
+    entry = interval("word_perplexity", s.statistics["word_perplexity"], ["a", "b"], 50)._asdict()
+    json.dumps(entry, allow_nan=False)
+    assert len(value_text("word_perplexity", entry)) < 10 and len(interval_text("word_perplexity", entry)) < 25
+    assert value_text("word_perplexity", {"value": 12345.678}) == "12345.68"
+    apart = difference("word_perplexity", *[s.statistics["word_perplexity"]] * 2, ["a", "b"], 50)
+    assert apart.mean == 0
+
+
+TALK = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "i ski."})
+
+
+def test_rows_that_are_not_what_they_promise_are_noted():
+    one, bare = Record("ann", ("i ski.",), TALK), Record("bob", (), TALK)
+    config, conditions = Config(), ("none", "e2p", "text", "text+shuffled")
+    assert notes_on(config, [one, dataclasses.replace(one, user_id="cat")], conditions) == ()
+    (note,) = notes_on(config, [one, bare], conditions)
+    assert note.startswith("text, text+shuffled: 1 of 2 conversations have no `context`")
+    assert notes_on(config, [one, bare], ("none", "e2p")) == ()
+    (note,) = notes_on(config.change(data={"condition": "static"}), [one, bare], ("e2p", "shuffled", "static"))
+    assert note == "e2p, shuffled: trained under data.condition=static, on no users' vectors"
+    (note,) = notes_on(config, [one], ("none", "e2p"))
+    assert note.startswith("one user alone")
+    unanswered = [dataclasses.replace(r, messages=(*TALK, {"role": "user", "content": "bye"})) for r in (one, bare)]
+    asked = config.change(evaluate={"measures": ("texts", "ranking")})
+    (note,) = notes_on(asked, unanswered, ("e2p",))
+    assert note.startswith("texts, ranking: not measured") and notes_on(asked, [one, bare], ("e2p",)) == ()
+    spoken = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "\u6211\u559c\u6b22\u6ed1\u96ea" * 8})
+    (note,) = notes_on(config, [dataclasses.replace(r, messages=spoken) for r in (one, bare)], ("e2p",))
+    assert note.startswith("PPL per word: a word of the replies has 120 bytes")

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e2p_jax.config import BackboneConfig, Config, DataConfig
+from e2p_jax.config import BackboneConfig, Condition, Config, DataConfig
 from e2p_jax.datasets import synthetic
 from e2p_jax.errors import UserError
 from e2p_jax.evaluate import rank as ranking
+from e2p_jax.evaluate.evaluation import evaluate
 from e2p_jax.prefix import mlp
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Scorer
@@ -96,3 +97,33 @@ def test_the_users_own_vector_is_ranked_among_others(run: Run, scorer: Scorer):
 def test_too_few_replies_to_draw_from():
     with pytest.raises(UserError, match=r"other replies, evaluate\.candidates=20 needs more"):
         ranking.with_candidates([synthetic.record(user) for user in range(3)], 20)
+
+
+def test_the_true_one_comes_first():
+    """As the published dialogues have it last, another's rank would be taken for the reply's own."""
+    records = [synthetic.record(user) for user in range(3)]
+    true, wrong = records[0].messages[-1]["content"], ("something else.", "nothing.")
+    (kept,) = ranking.with_candidates([dataclasses.replace(records[0], candidates=(true, *wrong))], 20)
+    assert kept.candidates == (true, *wrong)
+    for candidates, said in (((*wrong, true), "'something else.', is not the last reply"), ((true,), "the only one")):
+        with pytest.raises(UserError, match=said):
+            ranking.with_candidates([dataclasses.replace(records[0], candidates=candidates)], 20)
+
+
+@pytest.mark.parametrize(("measure", "said"), [("ranking", "needs more"), ("users", "has 2 users only")])
+def test_too_few_to_rank_among_is_said_before_anything_is_scored(
+    run: Run, capsys: pytest.CaptureFixture[str], measure: str, said: str
+):
+    config = run.inputs.config.change(evaluate={"measures": (measure,)})
+    asked = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, config=config))
+    with pytest.raises(UserError, match=said):
+        evaluate(asked, [synthetic.record(user) for user in range(2)], "few", ["e2p"])
+    assert "evaluate few" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("condition", ["none", "text"])
+def test_a_reply_with_nothing_before_it_is_ranked(run: Run, condition: Condition):
+    alone = ({"role": "assistant", "content": "i ski."},)
+    record = dataclasses.replace(synthetic.record(0), messages=alone, candidates=("i ski.", "no."))
+    found = ranking.candidate_examples({condition: record}, run.inputs.encoder)[condition]
+    assert all(example.is_target.any() for example in found)

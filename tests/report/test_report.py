@@ -14,12 +14,16 @@ from etils import epath
 
 from e2p_jax.cli import main
 from e2p_jax.config import Condition
+from e2p_jax.embed.make import make_table
+from e2p_jax.errors import UserError
 from e2p_jax.evaluate.cost import Training, training_cost
 from e2p_jax.evaluate.evaluation import Evaluation, evaluate_splits, save
 from e2p_jax.evaluate.users import _nearest_tokens
+from e2p_jax.options import EncoderSettings
 from e2p_jax.report import collect as collect_lib
 from e2p_jax.report import report as report_lib
-from e2p_jax.report.collect import Collected, _open, collect
+from e2p_jax.report.collect import Collected, _open, collect, find_source, named
+from e2p_jax.report.report import write_report
 from e2p_jax.terminal import printable
 from e2p_jax.train.run import Run, open_run
 
@@ -240,3 +244,26 @@ def test_refusals(learned_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     shutil.copy(learned_run / "config.json", tmp_path / "asked-nothing")
     assert main(["report", str(tmp_path / "asked-nothing"), "--out", str(tmp_path / "out")]) == 1
     assert f"e2p: {asked_nothing}: holds no conditions; rerun the command that made it" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+    """By as much of their paths as it takes; one that is named twice is there once."""
+    a, b, other = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / "other"
+    for place in (a, b, other):
+        place.mkdir(parents=True)
+    assert list(named([a, b, other, a / ".." / "run"]).items()) == [("a/run", a), ("b/run", b), ("b/other", other)]
+    assert list(named([str(a)])) == ["run"]
+    (a / "config.json").touch()
+    (a / "report").mkdir()
+    (a / "report" / "evaluation.json").write_text('{"splits": [{"cond')
+    with pytest.raises(UserError, match=r"evaluation.json: line 1: malformed JSON .* rerun the command that made it"):
+        find_source(a, "a/run")
+
+
+def test_a_place_with_other_files_is_refused_before_the_work(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(UserError, match=r"out: holds other files \(precious\)"):
+        write_report([tmp_path / "no run"], tmp_path / "out")
+    with pytest.raises(UserError, match=r"out: holds other files \(precious\)"):
+        make_table("no data", "backbone", tmp_path / "out", EncoderSettings())

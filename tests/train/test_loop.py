@@ -417,6 +417,14 @@ def test_a_quantised_backbone_stays_frozen(config: Config, tmp_path: Path):
         train(dataclasses.replace(config, train=settings, backbone=backbone), tmp_path / "run")
 
 
+@pytest.mark.parametrize("condition", ["none", "text"])
+def test_a_projector_that_stands_nowhere_is_not_trained(config: Config, tmp_path: Path, condition: str):
+    """Its gradient would be zero in every step, and the run end as if it had learned."""
+    with pytest.raises(UserError, match=rf"data\.condition={condition} puts no soft tokens in front"):
+        train(config.change(data={"condition": condition}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_users_without_a_vector_are_refused_or_the_null_user(config: Config, tmp_path: Path, reference: list):
     """Four training and two held-out users have no vector: they stay in, and in nobody's statistics."""
     known = [user for user in USERS if user % 4]
