@@ -292,7 +292,8 @@ class Gateway:
             fields, default = values, {}
         else:
             path, body = _COMPLETIONS, self._client.vllm_completion(user, messages, room)
-            fields, default = chat_api.completion_fields(values), {"max_tokens": body["max_tokens"]} if room else {}
+            # Without a word of it a completion ends after 16 tokens; null is all that there is room for (vLLM).
+            fields, default = chat_api.completion_fields(values), {"max_tokens": body["max_tokens"] if room else None}
         stops = values.get("stop_token_ids") or []
         if not isinstance(stops, list):
             raise UserError("stop_token_ids must be a list of whole numbers")

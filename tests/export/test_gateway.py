@@ -37,6 +37,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.cards: list[dict[str, Any]] = [{"id": "my-model", "max_model_len": ROOM}]
         self.headers: list[dict[str, str]] = []
         self.gone, self.go_on = threading.Event(), threading.Event()
         self.answer: Callable[[web.Request, dict[str, Any]], Any] = self.complete
@@ -49,7 +50,7 @@ class Engine:
             return await self.answer(request, body)
 
         async def models(_: web.Request) -> web.Response:
-            return web.json_response({"object": "list", "data": [{"id": "my-model", "max_model_len": ROOM}]})
+            return web.json_response({"object": "list", "data": self.cards})
 
         async def health(_: web.Request) -> web.Response:
             return web.Response()
@@ -212,6 +213,14 @@ def test_the_users_soft_tokens_are_in_the_prompt(open_gateway: Callable, table: 
     chat(open_gateway(cache_salt=False))
     assert "cache_salt" in engine.bodies[0] and "cache_salt" not in engine.bodies[-1]
     assert client.get("/v1/models").json()["data"][0]["id"] == "my-model"
+
+
+def test_a_reply_is_not_cut_where_the_engine_does_not_tell_its_room(open_gateway: Callable, engine: Engine):
+    """As vLLM does not of a LoRA adapter; where nothing is said, a completion ends after 16 tokens, a chat does not."""
+    engine.cards.append({"id": "my-adapter", "max_model_len": None})
+    client = open_gateway()
+    assert chat(client, model="my-adapter").status_code == 200 and engine.bodies[0]["max_tokens"] is None
+    assert chat(client, model="my-adapter", max_tokens=3).status_code == 200 and engine.bodies[1]["max_tokens"] == 3
 
 
 def test_a_stream_comes_through_as_it_is_made(open_gateway: Callable, engine: Engine):
