@@ -30,7 +30,7 @@ from e2p_jax.export.payloads import SAMPLING
 from e2p_jax.export.prefix_reader import AbsentUser, Damaged, PrefixTable
 from e2p_jax.serve import chat_api
 from e2p_jax.serve.metrics import CONTENT_TYPE, Metrics
-from e2p_jax.serve.relay import FAILURES, Gone, Refused, Relay, passed_back, read_object
+from e2p_jax.serve.relay import Gone, Refused, Relay, passed_back, read_object
 from e2p_jax.terminal import say
 
 USER_HEADER = "x-e2p-user"
@@ -144,7 +144,7 @@ class Gateway:
         """The engine's answer, from when its headers are there; a POST of what there is to post.
 
         Raises:
-          One of `relay.FAILURES`, when it is entered or read.
+          aiohttp.ClientError: when it is entered or read.
         """
         wait = timeout or self.settings.timeout
         return self._session.request(
@@ -167,7 +167,7 @@ class Gateway:
             return await self._get(request.rel_url.raw_path, _passed_on(request))
         except UserError as error:
             return Refused(400, str(error)).response()
-        except FAILURES as error:
+        except aiohttp.ClientError as error:
             return self._unreachable(error).response()
 
     async def health(self, _: web.Request) -> web.Response:
@@ -175,7 +175,7 @@ class Gateway:
         try:
             answer = await self._get("/health", {}, _ALIVE_SECONDS)
             fault = None if answer.status == 200 else f"the engine answers {answer.status}"
-        except FAILURES as error:
+        except aiohttp.ClientError as error:
             fault = str(self._unreachable(error))
         said = {"status": fault or "ok", "users": len(self._client.table)}
         return web.json_response(said, status=503 if fault else 200)
@@ -234,7 +234,7 @@ class Gateway:
             raise Refused(500, "the table of soft tokens is damaged; the gateway's log says where") from error
         except UserError as error:
             raise Refused(400, str(error)) from error
-        except FAILURES as error:
+        except aiohttp.ClientError as error:
             raise self._unreachable(error) from error
 
     async def _model(self, name: Any, headers: dict[str, str]) -> tuple[str, int | None]:

@@ -14,8 +14,6 @@ from e2p_jax.json_files import object_in
 from e2p_jax.serve import chat_api
 
 _PASSED_BACK = ("content-type", "retry-after")
-# What asking the engine, and reading its answer, may raise.
-FAILURES = (aiohttp.ClientError,)
 _BODY_SECONDS = 10  # that a body may take to come
 
 
@@ -52,7 +50,7 @@ class Relay:
         """Returns what was sent, and its status: 502 if the engine's answer broke off.
 
         Raises:
-          one of FAILURES: the engine failed before anything was sent.
+          aiohttp.ClientError: the engine failed before anything was sent.
           Gone: the client.
         """
         answer = self._answer
@@ -84,7 +82,7 @@ class Relay:
                     event = f"data: {json.dumps(chat_api.chat_chunk(chunk, begun))}".encode()
                 async with self._reading():
                     await response.write(event + b"\n\n")
-        except (*FAILURES, ValueError, LookupError, TypeError) as error:
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
             if not self.began:
                 raise
             reason = f"the engine's answer broke off ({type(error).__name__})"
