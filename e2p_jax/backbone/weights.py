@@ -312,7 +312,7 @@ def save(decoder: Decoder, source: Path, out: Path, dtype: jnp.dtype) -> None:
         return
     with replace_directory(out) as temporary:
         copy_companions(source, temporary)
-        config = language_config(json.loads((temporary / "config.json").read_text()))
+        config = language_config(json.loads((temporary / "config.json").read_text(encoding="utf-8")))
         (temporary / "config.json").write_text(json.dumps(config))
         restate_config(temporary, dtype)
         write_tensors(temporary, tensors)
@@ -325,7 +325,7 @@ def in_dtype(name: str, tensor: np.ndarray | Lazy, dtype: jnp.dtype) -> np.ndarr
 
 def restate_config(directory: Path, dtype: jnp.dtype) -> None:
     """Says in `config.json` that the tensors are plain ones of a dtype."""
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
     (directory / "config.json").write_text(json.dumps(config | {"dtype": jnp.dtype(dtype).name}, indent=2) + "\n")

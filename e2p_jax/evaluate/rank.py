@@ -3,6 +3,8 @@
 By likelihood, the conversation in front of the candidates read once. A tie counts against the true one by half.
 """
 
+import bisect
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -42,18 +44,22 @@ def with_candidates(records: Sequence[Record], count: int) -> list[Record]:
       UserError: too few other replies, or a record whose first candidate is not its reply.
     """
     replies = [record.messages[-1]["content"] for record in records]
+    pool = sorted(set(replies))
+    said: dict[str, set[str]] = {}
+    for record, reply in zip(records, replies, strict=True):
+        said.setdefault(record.user_id, set()).add(reply)
+    sayers = collections.Counter(reply for own in said.values() for reply in own)
     out = []
     for row, record in enumerate(records):
         if not record.candidates:
-            rng = np.random.default_rng([0, row])
-            others = sorted({r for r, o in zip(replies, records, strict=True) if o.user_id != record.user_id})
-            others = [reply for reply in others if reply != replies[row]]
-            if len(others) < count - 1:
-                raise UserError(
-                    f"{record.source}: {len(others)} other replies, evaluate.candidates={count} needs more; lower it"
-                )
-            drawn = rng.choice(len(others), count - 1, replace=False)
-            record = dataclasses.replace(record, candidates=(replies[row], *(others[i] for i in drawn)))
+            own = {reply for reply in said[record.user_id] if sayers[reply] == 1} | {replies[row]}
+            if len(pool) - len(own) < count - 1:
+                left = f"{len(pool) - len(own)} other replies"
+                raise UserError(f"{record.source}: {left}, evaluate.candidates={count} needs more; lower it")
+            drawn = np.random.default_rng([0, row]).choice(len(pool) - len(own), count - 1, replace=False)
+            for place in sorted(bisect.bisect_left(pool, reply) for reply in own):
+                drawn[drawn >= place] += 1
+            record = dataclasses.replace(record, candidates=(replies[row], *(pool[i] for i in drawn)))
         elif record.candidates[0].strip() != replies[row].strip():
             raise UserError(
                 f"{record.source}: the first of `candidates`, {shown(record.candidates[0])}, is not the last reply, "

@@ -62,7 +62,7 @@ def export_transformers(run: Run, out: Path, include_backbone: bool) -> None:
             shutil.copyfile(source, temporary / source.name)
         with (temporary / "modeling_e2p.py").open("a", encoding="utf-8") as code:
             code.writelines(f"\n\n{kind_of(name).TORCH}" for name in PROJECTORS)
-        (temporary / "README.md").write_text(model_card(run))
+        (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
         for path in temporary.iterdir():
             path.chmod(0o644)
 
@@ -76,7 +76,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         if run.inputs.decoder.wrapped:
             spelled = _spelling(run)
             named["key_mapping"] = {f"^{spelled.model}": spelled.root, f"^{spelled.head}lm_head": "lm_head"}
-    backbone = language_config(json.loads((run.inputs.directory / "config.json").read_text()))
+    backbone = language_config(json.loads((run.inputs.directory / "config.json").read_text(encoding="utf-8")))
     if include_backbone:
         backbone.pop("quantization_config", None)
     placement = config.prefix.placement
@@ -112,7 +112,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
 
 def _generation_config(run: Run) -> dict[str, Any]:
     path = run.inputs.directory / "generation_config.json"
-    own = json.loads(path.read_text()) if path.is_file() else {}
+    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own.pop("transformers_version", None)
     return own | {"eos_token_id": list(run.inputs.encoder.stops), "pad_token_id": run.inputs.encoder.pad_id}
 
@@ -232,7 +232,7 @@ def _results(run: Run) -> str:
     if not path.is_file():
         return ""
     lines = ["", "| split | condition | NLL per target token | perplexity per word |", "|---|---|---|---|"]
-    for split in json.loads(path.read_text())["splits"]:
+    for split in json.loads(path.read_text(encoding="utf-8"))["splits"]:
         for name, values in split["conditions"].items():
             perplexity = value_text("word_perplexity", {"value": values["word_perplexity"]})
             lines.append(f"| {split['split']} | {name} | {values['nll_per_target']:.4f} | {perplexity} |")

@@ -77,8 +77,9 @@ class Relay:
                 if not self.began:
                     self.began = time.monotonic()
                     await response.prepare(self._request)
-                data = event.removeprefix(b"data: ")
-                if self._translated and data.startswith(b"{") and "choices" in (chunk := json.loads(data)):
+                field, _, data = event.partition(b":")
+                told = field == b"data" and data.lstrip(b" ").startswith(b"{")
+                if self._translated and told and "choices" in (chunk := json.loads(data)):
                     event = f"data: {json.dumps(chat_api.chat_chunk(chunk, begun))}".encode()
                 async with self._reading():
                     await response.write(event + b"\n\n")

@@ -47,7 +47,7 @@ def find_damage(directory: epath.Path) -> str | None:
 def _object(path: epath.Path) -> dict[str, str] | None:
     """Of a file of JSON; None where it holds something else."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

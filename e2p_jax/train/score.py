@@ -67,6 +67,8 @@ def pack_groups(groups: Mapping[Key, tuple[Sequence[Example], Vectors]], encoder
     held = {key: Examples.of(examples) for key, (examples, _) in groups.items()}
     budgets = [choose_budget(examples, encoder.max_length) for examples in held.values()]
     budget = Budget(*(max(sizes) for sizes in zip(*budgets, strict=True)))
+    if encoder.catalogue is not None:  # whose items are ranked for records that name none of them, too
+        budget = budget._replace(items=max(budget.items, 1))
     return {key: pack(held[key], vectors, encoder, budget) for key, (_, vectors) in groups.items()}
 
 

@@ -99,6 +99,23 @@ def test_too_few_replies_to_draw_from():
         ranking.with_candidates([synthetic.record(user) for user in range(3)], 20)
 
 
+def test_others_are_what_other_users_said():
+    """A reply of the user's own stands beside the true one only if somebody else gave it, too."""
+    said = {"a": ["x", "y", "both"], "b": ["both", "p", "q"], "c": ["r", "x"]}
+    records = [
+        dataclasses.replace(synthetic.record(0), user_id=user, messages=({"role": "assistant", "content": text},))
+        for user, texts in said.items()
+        for text in texts
+    ]
+    others = [
+        set().union(*(said[user] for user in said if user != r.user_id)) - {r.messages[0]["content"]} for r in records
+    ]
+    drawn = ranking.with_candidates(records, 4)
+    for row, (record, pool) in enumerate(zip(drawn, others, strict=True)):
+        chosen = np.random.default_rng([0, row]).choice(len(pool), 3, replace=False)
+        assert record.candidates[1:] == tuple(sorted(pool)[i] for i in chosen)
+
+
 def test_the_true_one_comes_first():
     """As the published dialogues have it last, another's rank would be taken for the reply's own."""
     records = [synthetic.record(user) for user in range(3)]

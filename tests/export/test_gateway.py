@@ -73,9 +73,9 @@ class Engine:
             return web.json_response(said | {"choices": [choice], "usage": {"prompt_tokens": 9}})
 
         async def chunks() -> AsyncIterator[str]:
-            for word in WORDS:
+            for n, word in enumerate(WORDS):
                 choice = {"index": 0, "text": word, "finish_reason": None, "logprobs": None}
-                yield f"data: {json.dumps(said | {'choices': [choice]}, ensure_ascii=False)}\n\n"
+                yield f"data:{' ' * (n % 2)}{json.dumps(said | {'choices': [choice]}, ensure_ascii=False)}\n\n"
                 assert await asyncio.to_thread(self.go_on.wait, 30)
             yield f"data: {json.dumps(said | {'choices': [], 'usage': {'prompt_tokens': 9}})}\n\ndata: [DONE]\n\n"
 

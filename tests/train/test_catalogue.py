@@ -31,8 +31,10 @@ from e2p_jax.train.metrics import read_metrics
 from e2p_jax.train.optimizer import make_optimizer
 from e2p_jax.train.partition import trainable_mask
 from e2p_jax.train.run import _in_order, open_run
+from e2p_jax.train.score import Scorer, pack_groups
 from e2p_jax.train.setup import Model, frozen_model, initial_state, read_inputs
 from e2p_jax.train.step import make_train_step
+from e2p_jax.vectors.source import Vectors
 from e2p_jax.vectors.table import save_table
 
 USERS, ITEMS = range(16), [f"film {n}" for n in range(12)]
@@ -171,6 +173,20 @@ def test_an_item_that_is_not_in_the_table_does_not_stand_in_front(config: Config
     np.testing.assert_array_equal(encoder.encode(other, "e2p").items, first.items)
     asked = dataclasses.replace(record, candidates=("a dog.", "a cat."))  # the true item would tell which
     assert {each.item_slot for each in candidate_examples({"e2p": asked}, encoder)["e2p"]} == {-1}
+
+
+def test_records_without_an_item_of_the_catalogue_are_ranked_too(config: Config, run: Path) -> None:
+    opened = open_run(run)
+    record = next(iter(read_jsonl(Path(config.data.path), "train")))
+    foreign = opened.inputs.encoder.encode(dataclasses.replace(record, items=("nobody's",)), "e2p")
+    known = opened.inputs.encoder.encode(record, "e2p")
+    found = []
+    for examples in ([foreign, foreign], [foreign, known]):
+        vectors = Vectors.of(np.stack([synthetic.vector(0)] * 2))
+        packed = pack_groups({"e2p": (examples, vectors)}, opened.inputs.encoder)
+        found.append(Scorer(opened).item_queries(packed["e2p"])[0])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert np.abs(found[0]).max() > 0
 
 
 def test_words_follow_the_item_that_the_head_picks(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

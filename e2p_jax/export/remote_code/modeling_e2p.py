@@ -363,7 +363,9 @@ def fingerprint(directory):
     """SHA-256 over every tensor's name, dtype, shape and SHA-256, in name order."""
     names = ["model.safetensors"]
     if not (directory / names[0]).is_file():
-        names = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
+        names = set(
+            json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"].values()
+        )
     files = [safe_open(directory / name, framework="pt") for name in names]
     where = {name: file for file in files for name in file.keys()}
 
