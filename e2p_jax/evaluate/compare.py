@@ -84,7 +84,7 @@ def compare(config: Config, directory: epath.Path, compared: Sequence[str]) -> l
             sum(len(r.messages) for r in records) - sum(len(r.messages) for r in kept[name]),
             samples,
             rank_without(config, inputs.table, inputs.catalogue, kept[name]),
-            notes_on(BASELINES["e2p"](config), kept[name], fronts),
+            notes_on(BASELINES["e2p"](config), kept[name], fronts, inputs.table),
         )
         for name, records in splits.items()
     ]

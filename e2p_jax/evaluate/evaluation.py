@@ -10,7 +10,7 @@ import rich.table
 from etils import epath
 
 from e2p_jax.config import Condition, Config, DataConfig, EvaluateConfig
-from e2p_jax.data.conditions import FRONTS
+from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits
@@ -41,11 +41,13 @@ from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Arm, Scorer, Scores, pack_conditions
 from e2p_jax.vectors.catalogue import Catalogue
+from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.table import UserTable
 
 BASELINES = ("none", "shuffled")  # what differences are shown to
 SHARED = ("e2p", "shuffled", "text", "text+shuffled")  # what the share is of
 REPLY = Sampling(max_new_tokens=32)
+_BLOCK = 4096  # vectors compared at once
 _LONGEST_WORD = 32  # bytes on average: words of any language that has spaces between them are shorter
 
 
@@ -175,11 +177,19 @@ def evaluate(run: Run, records: Sequence[Record], split_name: str, conditions: S
         scores = _rank_items(run, scorer, packed, kept, scores)
     samples = inputs.config.evaluate.bootstrap_samples
     ranked = rank_without(inputs.config, inputs.table, inputs.catalogue, kept)
-    return Evaluation(split_name, kept, scores, dropped, samples, ranked, notes_on(inputs.config, kept, conditions))
+    return Evaluation(
+        split_name, kept, scores, dropped, samples, ranked, notes_on(inputs.config, kept, conditions, inputs.table)
+    )
 
 
-def notes_on(config: Config, records: Sequence[Record], conditions: Sequence[Condition]) -> tuple[str, ...]:
-    """Says of records, scored by a run of this config, which rows of the table are not what their names promise."""
+def notes_on(
+    config: Config, records: Sequence[Record], conditions: Sequence[Condition], table: UserTable | None = None
+) -> tuple[str, ...]:
+    """Says of records, scored by a run of this config, which rows of the table are not what their names promise.
+
+    Args:
+      table: of the users' vectors.
+    """
     notes, trained = [], config.data.condition
     spelled = [name for name in conditions if FRONTS[name].context]
     if spelled and (bare := sum(not record.context for record in records)):
@@ -188,6 +198,15 @@ def notes_on(config: Config, records: Sequence[Record], conditions: Sequence[Con
     users = [name for name in conditions if FRONTS[name].reads_table]
     if users and FRONTS[trained].vector != "own":
         notes.append(f"{', '.join(users)}: trained under data.condition={trained}, on no users' vectors")
+    if "shuffled" in conditions and table is not None and (same := _the_same(records, table)):
+        notes.append(
+            f"shuffled: in {same} of {len(records)} conversations the other user's vector is the same as one's own "
+            "(users share one, or have none), and the difference to it says too little"
+        )
+    if config.data.targets == "all":
+        notes.append(
+            "data.targets=all: text in front is a target, too, and PPL per word counts the words of replies alone"
+        )
     measures = [name for name in config.evaluate.measures if name != "items"]
     if measures and not any(map(_replied, records)):
         notes.append(f"{', '.join(measures)}: not measured, no conversation ends with a reply in text")
@@ -200,6 +219,16 @@ def notes_on(config: Config, records: Sequence[Record], conditions: Sequence[Con
             "compare bits per byte"
         )
     return tuple(notes)
+
+
+def _the_same(records: Sequence[Record], table: UserTable) -> int:
+    """How many records `shuffled` leaves with the vector that they have, in its first draw."""
+    standard, same = Population.standard(table.width), 0
+    own, others = (user_vectors(records, condition, table, standard) for condition in ("e2p", "shuffled"))
+    for first in range(0, len(own), _BLOCK):
+        a, b = (vectors.gather(slice(first, first + _BLOCK)) for vectors in (own, others))
+        same += int(np.all((a == b) | np.isnan(a) & np.isnan(b), axis=1).sum())
+    return same
 
 
 def _rank_items(

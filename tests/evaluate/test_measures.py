@@ -10,6 +10,7 @@ import sacrebleu
 import scipy.stats
 
 from e2p_jax.config import Config
+from e2p_jax.data.conditions import user_vectors
 from e2p_jax.datasets.records import Record
 from e2p_jax.evaluate.evaluation import notes_on
 from e2p_jax.evaluate.measures import (
@@ -25,6 +26,8 @@ from e2p_jax.evaluate.measures import (
     value_text,
 )
 from e2p_jax.train.score import Scores
+from e2p_jax.vectors.population import Population
+from e2p_jax.vectors.table import UserTable
 
 
 def scores(nll: np.ndarray, targets: np.ndarray) -> Scores:
@@ -155,6 +158,16 @@ def test_rows_that_are_not_what_they_promise_are_noted():
     asked = config.change(evaluate={"measures": ("texts", "ranking")})
     (note,) = notes_on(asked, unanswered, ("e2p",))
     assert note.startswith("texts, ranking: not measured") and notes_on(asked, [one, bare], ("e2p",)) == ()
+    (note,) = notes_on(config.change(data={"targets": "all"}), [one, bare], ("e2p",))
+    assert note.startswith("data.targets=all: text in front is a target, too")
+    vectors, conditions = np.array([[1.0], [2.0], [2.0], [3.0]], np.float32), ("e2p", "shuffled")
+    asked = [dataclasses.replace(one, user_id=user) for user in "abcdef"]  # e and f have none
+    table = UserTable(list("abcd"), vectors, "table", "null")
+    others = user_vectors(asked, "shuffled", table, Population.standard(1)).gather()[:, 0]
+    same = 2 + int((others[1:3] == 2).sum())
+    (note,) = notes_on(config, asked, conditions, table)
+    assert note.startswith(f"shuffled: in {same} of 6 conversations the other user's vector is the same")
+    assert notes_on(config, [asked[0], asked[3]], conditions, table) == ()
     spoken = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "\u6211\u559c\u6b22\u6ed1\u96ea" * 8})
     (note,) = notes_on(config, [dataclasses.replace(r, messages=spoken) for r in (one, bare)], ("e2p",))
     assert note.startswith("PPL per word: a word of the replies has 120 bytes")
