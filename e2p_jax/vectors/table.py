@@ -140,7 +140,7 @@ class UserTable:
         size = min(max(_WINDOW // apart, 1), _BLOCK)
         for first in range(known, len(rows), size):
             places = order[first : first + size]
-            with np.errstate(over="ignore"):  # what float32 cannot hold is named below
+            with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is named below
                 block = vectors[ordered[first : first + size]].astype(np.float32)
             if not (finite := np.isfinite(block)).all():
                 bad = rows[places[~finite.all(axis=1)]]
@@ -238,11 +238,13 @@ def _save_array(path: Path, vectors: np.ndarray) -> None:
 
 
 def _agree(a: np.ndarray, b: np.ndarray) -> bool:
-    """Tells whether they differ by next to nothing of their own length, however long they are; a NaN differs."""
+    """Tells whether they differ by next to nothing of their own length, however long they are. A NaN differs."""
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # before a cast, in which a signalling NaN warns
+        return False
     a, b = a.astype(np.float64), b.astype(np.float64)
     scale = max(np.abs(a).max(), np.abs(b).max())
-    if not np.isfinite(scale) or scale == 0:
-        return bool(scale == 0)
+    if scale == 0:
+        return True
     return bool(np.linalg.norm((a - b) / scale) <= _SAME * np.linalg.norm(a / scale))
 
 

@@ -386,6 +386,20 @@ def test_ids_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
         ids[3]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(np.float16, 0x7D00), (np.float32, 0x7FA00000), (np.float64, 0x7FF4 << 48)]
+)
+@pytest.mark.parametrize("ids", [["a", "b", "c"], ["a", "b", "a"]])
+def test_a_nan_that_signals_is_one_as_others_are(tmp_path: Path, dtype: type, bits: int, ids: list[str]) -> None:
+    """NumPy warns where it casts one, as a damaged file may hold."""
+    vectors = np.ones((3, 2), dtype)
+    vectors.view(f"u{vectors.itemsize}")[2, 1] = bits
+    np.savez(tmp_path / "t.npz", ids=np.array(ids), embeddings=vectors)
+    with pytest.raises(UserError, match=r"NaN or infinity|different vectors"):
+        table = load_table(str(tmp_path / "t.npz"))
+        table.lookup(list(table.ids), ["here"] * 3)
+
+
 DAMAGE = st.lists(
     st.tuples(st.sampled_from(["cut", "flip", "insert", "double"]), st.floats(0, 1), st.binary(min_size=1, max_size=4)),
     max_size=3,
