@@ -3,7 +3,8 @@
     python benchmarks/replies.py data/mixed.jsonl replies.jsonl --split validation
     e2p evaluate RUN --data replies.jsonl --conditions shuffled e2p --derangements 1 --measures ranking
 
-`evaluate.max_records` of the run must be 0, or 200 of them, evenly spaced, are all that is ranked. A reply that opens a dialogue is left out: nothing was said that candidates could answer.
+`evaluate.max_records` of the run must be 0, or 200 of them, evenly spaced, are all that is ranked. A reply that opens a
+dialogue is left out: nothing was said that candidates could answer.
 """
 
 import dataclasses
