@@ -1,5 +1,6 @@
 """`e2p train` and `e2p compare`."""
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -43,13 +44,14 @@ def train_command(name: str, defaults: Config) -> Callable[..., None]:
 
 def _train(config: Config, name: str, workdir: str | None, profile: int) -> None:
     """Trains, then shows the table of conditions, the loss curve and the answers of two held-out users."""
-    from e2p_jax.evaluate.evaluation import evaluate_splits, save
+    from e2p_jax.evaluate.evaluation import check_reported, evaluate_splits, save
     from e2p_jax.evaluate.users import show_answers
     from e2p_jax.parallel.distributed import is_first
     from e2p_jax.report.figures import draw_loss
     from e2p_jax.train.loop import train_model
 
-    run = train_model(config.resolved(), workdir or f"runs/{name}", profile=profile)
+    check = functools.partial(check_reported, config.evaluate.conditions)
+    run = train_model(config.resolved(), workdir or f"runs/{name}", profile=profile, check=check)
     if is_first():
         say(f"loss curve: {draw_loss(run.directory)}")
     if config.evaluate.conditions or config.evaluate.prompts:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from e2p_jax.datasets.prepared import load_records, split_names
+from e2p_jax.vectors.table import check_ids
 
 
 def first_contexts(path: str) -> dict[str, tuple[str, ...]]:
@@ -41,8 +42,12 @@ def vectors_of_contexts(
     Args:
       encode: N contexts of one text or more -> [N, E] float32.
       blocks: K.
+
+    Raises:
+      UserError: before anything is encoded, an id that no table can hold.
     """
     contexts = first_contexts(data)
+    check_ids(contexts, data)
     texts = [context for context in contexts.values() if context]
     parts = [part for context in texts for part in in_blocks(context, blocks)]
     made = encode(parts).reshape(len(texts), -1) if texts else np.zeros((0, 1), np.float32)

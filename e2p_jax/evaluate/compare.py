@@ -5,6 +5,7 @@ that run, reused while all that it depends on stays the same (`_key`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import zipfile
@@ -20,7 +21,7 @@ from e2p_jax.baselines import ARMS, BASELINES
 from e2p_jax.config import Condition, Config
 from e2p_jax.data.conditions import FRONTS
 from e2p_jax.datasets.records import Record
-from e2p_jax.evaluate.evaluation import Evaluation, evaluate, notes_on, rank_without, read_splits
+from e2p_jax.evaluate.evaluation import Evaluation, check_reported, evaluate, notes_on, rank_without, read_splits
 from e2p_jax.files import write_bytes
 from e2p_jax.json_files import digest
 from e2p_jax.parallel.distributed import is_first
@@ -45,8 +46,10 @@ def train_all(
       Run directories.
     """
     needed = dict.fromkeys(ARMS[name][0] for name in compared)
+    check = functools.partial(check_reported, [ARMS[name][1] for name in compared])
     return {
-        name: train_model(BASELINES[name](config).resolved(), directory / name, shared).directory for name in needed
+        name: train_model(BASELINES[name](config).resolved(), directory / name, shared, check=check).directory
+        for name in needed
     }
 
 

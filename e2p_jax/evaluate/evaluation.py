@@ -10,7 +10,7 @@ import rich.table
 from etils import epath
 
 from e2p_jax.config import Condition, Config, DataConfig, EvaluateConfig
-from e2p_jax.data.conditions import FRONTS, user_vectors
+from e2p_jax.data.conditions import FRONTS, spelled_out, user_vectors
 from e2p_jax.data.pipeline import PackedDataset
 from e2p_jax.datasets.bad_records import BadRecords
 from e2p_jax.datasets.prepared import load_splits
@@ -40,6 +40,7 @@ from e2p_jax.train.beyond import BREAKS, Beyond
 from e2p_jax.train.metrics import Progress
 from e2p_jax.train.run import Run
 from e2p_jax.train.score import Arm, Scorer, Scores, pack_conditions
+from e2p_jax.train.setup import Inputs
 from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.population import Population
 from e2p_jax.vectors.table import UserTable
@@ -371,6 +372,22 @@ def read_splits(data: DataConfig, splits: Sequence[str]) -> dict[str, list[Recor
     if (skipped := bad.report()) and is_first():
         say(skipped)
     return found
+
+
+def check_reported(conditions: Sequence[Condition], inputs: Inputs, reported: Mapping[str, Sequence[Record]]) -> None:
+    """Refuses before training what `evaluate` would refuse after it.
+
+    Args:
+      reported: records by split.
+
+    Raises:
+      UserError: a user without a vector, or too few users or replies for a condition or a measure.
+    """
+    for records in reported.values() if conditions else ():
+        for condition in conditions:
+            spelled_out(records, condition)
+            user_vectors(records, condition, inputs.table, Population.standard(1))
+        _measured(inputs.config.evaluate, records, conditions)
 
 
 def evaluate_splits(run: Run, splits: Sequence[str], conditions: Sequence[Condition]) -> list[Evaluation]:

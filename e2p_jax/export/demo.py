@@ -4,7 +4,7 @@ import html
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
@@ -14,9 +14,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from e2p_jax.config import Condition
-from e2p_jax.datasets.prepared import load_records
+from e2p_jax.data.conditions import FRONTS
 from e2p_jax.datasets.records import Record
 from e2p_jax.errors import UserError
+from e2p_jax.evaluate.evaluation import read_splits
 from e2p_jax.evaluate.generate import stream, vectors_for
 from e2p_jax.export.demo_access import NAMES, OwnPageOnly
 from e2p_jax.options import Sampling
@@ -85,14 +86,14 @@ def find_people(run: Run) -> dict[str, tuple[str, ...]]:
     """User id -> context, of the first held-out split's users who have a vector, in its order.
 
     Raises:
-      UserError: fewer than two, or the run was trained on no users' vectors.
+      UserError: fewer than two, a bad record, or the run was trained on no users' vectors.
     """
     run.own_condition()
     data, table = run.inputs.config.data, run.inputs.table
     if table is None:
         raise UserError("the run names no table of user vectors; give --embeddings TABLE")
     people: dict[str, tuple[str, ...]] = {}
-    for record in load_records(data.path, data.eval_splits[0]):
+    for record in read_splits(data, data.eval_splits[:1])[data.eval_splits[0]]:
         people.setdefault(record.user_id, record.context)
     known = [user for user, row in zip(people, table.index.find(list(people)), strict=True) if row >= 0]
     if len(known) < 2:
@@ -100,12 +101,21 @@ def find_people(run: Run) -> dict[str, tuple[str, ...]]:
     return {user: people[user] for user in known[:SHOWN]}
 
 
-def answers(run: Run, users: Sequence[str], prompt: str, sampling: Sampling) -> Iterator[list[tuple[str, str, str]]]:
-    """The replies as they grow, of each user: with their own soft token, without one, and with the next user's."""
-    columns: tuple[Condition, ...] = ("e2p", "none", "e2p")
+def answers(
+    run: Run, people: Mapping[str, tuple[str, ...]], users: Sequence[str], prompt: str, sampling: Sampling
+) -> Iterator[list[tuple[str, str, str]]]:
+    """The replies as they grow, of each user: with what stood in front in training, with nothing, and with the next
+    user's.
+
+    Args:
+      people: as `find_people` gives them.
+    """
+    own = run.own_condition()
+    columns: tuple[Condition, ...] = (own, "none", own)
     names = [name for i, user in enumerate(users) for name in (user, user, users[(i + 1) % len(users)])]
-    records = [Record(name, (), ({"role": "user", "content": prompt},), source="the prompt") for name in names]
-    vectors = vectors_for(run, names, names, "e2p")
+    asked = ({"role": "user", "content": prompt},)
+    records = [Record(name, people[name], asked, source="the prompt") for name in names]
+    vectors = vectors_for(run, names, names, own)
     for replies in stream(run, records, vectors, columns * len(users), sampling):
         yield [(replies[i], replies[i + 1], replies[i + 2]) for i in range(0, len(replies), len(columns))]
 
@@ -125,7 +135,7 @@ def build(run: Run, people: dict[str, tuple[str, ...]]) -> gradio.Blocks:
             answering.add(request.session_hash)
         try:
             first = None
-            for said in answers(run, chosen, text, sampling):
+            for said in answers(run, people, chosen, text, sampling):
                 yield render(chosen, people, said)
                 first = first or time.monotonic()  # what comes before it compiles, once for every size
                 if time.monotonic() - first > SECONDS:
@@ -234,7 +244,8 @@ def render(users: Sequence[str], people: dict[str, tuple[str, ...]], said: Seque
 
 def _describe(run: Run) -> str:
     config = run.inputs.config.portable()
+    reads = "reads it, too, but in the middle" if FRONTS[config.data.condition].context else "never reads it here"
     return (
         f"{config.projector.num_tokens} soft token(s) `{config.prefix.placement}`, backbone `{config.backbone.path}`, "
-        f"step {run.step}. The context is what a user's vector stands for; the model never reads it here."
+        f"step {run.step}. The context is what a user's vector stands for; the model {reads}."
     )

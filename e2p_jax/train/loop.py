@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import chex
 import jax
@@ -44,6 +44,8 @@ from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Population, training_population
 from e2p_jax.vectors.source import Vectors
 
+Check = Callable[[Inputs, Mapping[str, Sequence[Record]]], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -60,14 +62,18 @@ class Data:
     catalogue: Catalogue | None
 
 
-def read_data(inputs: Inputs) -> Data:
+def read_data(inputs: Inputs, check: Check = lambda *_: None) -> Data:
     """Reads, checks, tokenises and packs every split that the config names.
+
+    Args:
+      check: as `train_model` has it.
 
     Raises:
       UserError: naming the record, user or split at fault.
     """
     config, condition = inputs.config, inputs.config.data.condition
     read = read_training(config, inputs.encoder)
+    check(inputs, read.reported)
     users, where = read.examples.users, read.examples.sources
     population, warnings = _population(inputs, users, where)
     vectors = vectors_of(users, where, condition, inputs.table, population)
@@ -121,12 +127,19 @@ def train(config: Config, run: epath.PathLike) -> epath.Path:
     return train_model(config, run).directory
 
 
-def train_model(config: Config, run: epath.PathLike, shared: Shared | None = None, profile: int = 0) -> Run:
+def train_model(
+    config: Config,
+    run: epath.PathLike,
+    shared: Shared | None = None,
+    profile: int = 0,
+    check: Check = lambda *_: None,
+) -> Run:
     """Trains until `train.steps`, resuming whatever `run` already holds. Every process of a run calls it.
 
     Args:
       shared: the backbone is taken from there, if it is the same one, or left there.
       profile: steps to trace (`Profile`).
+      check: raises UserError where the records to report, by split, are no good for what comes after training.
 
     Returns:
       The run with the parameters of its best checkpoint, in front of the backbone that was trained in front of.
@@ -140,7 +153,7 @@ def train_model(config: Config, run: epath.PathLike, shared: Shared | None = Non
     chex.clear_trace_counter()  # it counts by call site: a second run in this process traces its own steps
     inputs = read_inputs(config)
     _refuse_idle(config)
-    data = read_data(inputs)
+    data = read_data(inputs, check)
     distributed.check_same("training data", data.train.digest)
     model = build_model(inputs, data.population, shared)
     if config.projector.start == "words" and FRONTS[config.data.condition].reads_table and newest_step(run) is None:

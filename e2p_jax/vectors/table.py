@@ -10,7 +10,7 @@ import json
 import mmap
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -216,8 +216,7 @@ def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str
     Raises:
       UserError: what `UserTable` refuses, or an id that does not fit on a line of `ids.txt`.
     """
-    if broken := [user for user in ids if not user or "\n" in user or "\r" in user]:
-        raise UserError(f"{path}: user id {shown(broken[0])} is empty or holds a line break; rename that user")
+    check_ids(ids, str(path))
     table = UserTable(ids, vectors, str(path))
     meta = {"name": name, "version": version, "width": table.width, "dtype": vectors.dtype.name, **notes}
     with replace_directory(path) as temporary:
@@ -226,6 +225,19 @@ def save_table(path: Path, ids: Sequence[str], vectors: np.ndarray, *, name: str
             file.write(table.index.text.tobytes() + b"\n" * (len(vectors) > 0))
         UserIndex.open(temporary / "ids.txt").save(temporary / "index.npy")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def check_ids(ids: Iterable[str], source: str) -> None:
+    """Refuses what does not fit on a line of `ids.txt`.
+
+    Args:
+      source: for the error, where the ids come from or go to.
+
+    Raises:
+      UserError: an id is empty or holds a line break.
+    """
+    if broken := [user for user in ids if not user or "\n" in user or "\r" in user]:
+        raise UserError(f"{source}: user id {shown(broken[0])} is empty or holds a line break; rename that user")
 
 
 def _save_array(path: Path, vectors: np.ndarray) -> None:

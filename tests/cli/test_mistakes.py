@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arguments import lines_of, train_arguments
+from arguments import USERS, lines_of, train_arguments
 
 from e2p_jax.cli import main
+from e2p_jax.datasets import synthetic
+from e2p_jax.vectors.table import save_table
 
 
 def broken(place: Path, folder: Path, fault: str) -> Path:
@@ -101,6 +103,28 @@ def test_bad_settings_are_one_line(
     assert main(train_arguments(place, tiny_backbone, tmp_path / "run", *more)) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and words in message, message
+
+
+def test_what_cannot_be_shown_is_refused_before_training(
+    place: Path, tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Nobody to draw another user from, and too few replies to rank among: not once the run is trained."""
+    records, folder = lines_of(place), tmp_path / "few"
+    folder.mkdir()
+    for record in records:
+        record["split"] = "validation" if record["user_id"] in ("user-1", "user-2") else "train"
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    known = [n for n in USERS if n != 2]
+    vectors = np.stack([synthetic.vector(user) for user in known])
+    save_table(folder / "table", [f"user-{user}" for user in known], vectors, name="synthetic", version="1")
+    null = ["--data.missing_user", "null", "--train.null_user_rate", "0.1"]
+    null += ["--data.eval_splits", "validation"]
+    ranking = ["--evaluate.conditions", "none", "--evaluate.measures", "ranking"]
+    for more, words in (([], "the split has 1; leave them out"), (ranking, "evaluate.candidates")):
+        run = tmp_path / "run"
+        assert main(train_arguments(folder, tiny_backbone, run, *null, *more)) == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and words in message and not run.exists(), message
 
 
 PLAN = "plan quickstart --topology cpu:1"

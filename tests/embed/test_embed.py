@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from e2p_jax.datasets.interactions.log import SPLITS, Interactions, save_interac
 from e2p_jax.datasets.persona_chat.release import read_dialogues
 from e2p_jax.datasets.prepared import load_table
 from e2p_jax.datasets.records import Record, write_jsonl
+from e2p_jax.embed.contexts import vectors_of_contexts
 from e2p_jax.embed.hidden_states import backbone_vectors
 from e2p_jax.embed.make import EncoderSettings, make_table
 from e2p_jax.errors import UserError
@@ -113,6 +115,17 @@ def test_published_vectors_of_persona_chat_are_reproduced(shared: Path, tmp_path
     make_table(str(tmp_path / "records.jsonl"), str(model), tmp_path / "t", EncoderSettings())
     ours = load_table(str(tmp_path / "t")).lookup([r.user_id for r in records], [r.source for r in records])
     np.testing.assert_allclose(ours, np.load(source / "valid_embeddings.npy")[:24], atol=2e-4)
+
+
+def test_an_id_that_no_table_holds_is_refused_before_texts_are_encoded(tmp_path: Path) -> None:
+    path = tmp_path / "people.jsonl"
+    write_jsonl([PEOPLE[0], dataclasses.replace(PEOPLE[1], user_id="bo\nb")], path)
+
+    def encode(_: Sequence[tuple[str, ...]]) -> np.ndarray:
+        pytest.fail("encoded")
+
+    with pytest.raises(UserError, match=r"people.jsonl: user id 'bo\\nb' is empty or holds a line break"):
+        vectors_of_contexts(str(path), encode)
 
 
 @pytest.mark.parametrize("layer", [1, -1])

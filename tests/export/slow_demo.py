@@ -14,7 +14,7 @@ from e2p_jax.export import demo, demo_access
 port, people, made = int(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
 
 
-def slow(_: Any, users: list[str], prompt: str, sampling: Any) -> Iterator[list[tuple[str, str, str]]]:
+def slow(_: Any, people: Any, users: list[str], prompt: str, sampling: Any) -> Iterator[list[tuple[str, str, str]]]:
     """A user's replies hold their id. Half a minute for the longest, or minutes."""
     for token in range(sampling.max_new_tokens):
         with made.open("a") as file:

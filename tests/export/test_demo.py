@@ -1,5 +1,6 @@
 """Replies that grow token by token, and the page that shows them, in a headless Chromium."""
 
+import dataclasses
 import importlib.util
 import json
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,25 @@ def test_the_last_of_a_stream_is_what_generate_says(make_run: Callable):
     assert len(set(seen[-1])) > 1 and 2 < len(seen) <= 12
     lengths = np.array([[len(text) for text in texts] for texts in seen])
     assert (np.diff(lengths.sum(axis=1)) >= 0).all() and lengths[0].sum() < lengths[-1].sum()
+
+
+def test_a_run_that_reads_the_text_answers_with_it(make_run: Callable, tmp_path: Path):
+    """Trained with the context spelled out, and on records of which one is bad and was skipped."""
+    demo = pytest.importorskip("e2p_jax.export.demo", exc_type=ImportError)
+    run: Run = make_run("in_chat", 1, "mlp")
+    lines = Path(run.inputs.config.data.path).read_text()
+    records = tmp_path / "records.jsonl"
+    records.write_text(lines + "{\n")
+    data = {"path": str(records), "condition": "e2p+text", "on_bad_record": "skip", "max_bad_share": 0.5}
+    inputs = dataclasses.replace(run.inputs, config=run.inputs.config.change(data=data))
+    run = dataclasses.replace(run, inputs=inputs)
+    people, sampling = demo.find_people(run), Sampling(max_new_tokens=12)
+    users = list(people)[:2]
+    *_, ((own, bare, other), (_, _, swapped)) = demo.answers(run, people, users, PROMPT, sampling)
+    asked = [Record(user, people[user], ({"role": "user", "content": PROMPT},)) for user in users]
+    wanted = generate(run, asked, vectors_for(run, users, users, "e2p+text"), "e2p+text", sampling)
+    assert [own, other] == wanted and swapped == own
+    assert bare == generate(run, asked[:1], vectors_for(run, users[:1], users[:1], "none"), "none", sampling)[0] != own
 
 
 @pytest.fixture
@@ -104,5 +125,5 @@ def test_page(page: tuple[Run, str], browser: Any):
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
-            assert message["params"]["request"]["url"].startswith((address, "data:", "blob:", "chrome:"))
+            assert message["params"]["request"]["url"].startswith((address, "data:", "blob:", "chrome:", "chrome-untrusted:"))
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
