@@ -125,5 +125,12 @@ def test_page(page: tuple[Run, str], browser: Any):
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
-            assert message["params"]["request"]["url"].startswith((address, "data:", "blob:", "chrome:", "chrome-untrusted:"))
+            own = (
+                address,
+                "data:",
+                "blob:",
+                "chrome:",
+                "chrome-untrusted:",
+            )  # the last two are the browser's first page
+            assert message["params"]["request"]["url"].startswith(own)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
