@@ -24,11 +24,10 @@ def static(config: Config) -> Config:
 
     A linear projector of the mean vector is its bias alone, which is all that trains.
     """
-    rate = 3 * config.train.learning_rate
     return config.change(
         data={"condition": "static"},
         projector={"kind": "linear"},
-        train={"trainable": ("projector/bias",), "learning_rate": rate},
+        train={"trainable": ("projector/bias",)},
         evaluate={"conditions": ("none", "static")},
     )
 

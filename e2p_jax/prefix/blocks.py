@@ -1,4 +1,5 @@
-"""The projector of kind `blocks`: K vectors side by side in the table, and each becomes a soft token by the same `mlp`.
+"""The projector of kind `blocks`: K vectors side by side in the table, and each becomes a soft token by the same `mlp`,
+with a bias of its own for each of the K places.
 
 For users known by several texts: `e2p embed --blocks K` puts a sentence into each block.
 """
@@ -12,14 +13,17 @@ from e2p_jax.config_fields import result
 from e2p_jax.errors import UserError
 from e2p_jax.prefix import mlp
 
-TORCH_NAMES = mlp.TORCH_NAMES
+TORCH_NAMES = {**mlp.TORCH_NAMES, "bias": "bias"}
 TORCH = """\
 class Blocks(MLP):
     def make_layers(self, config, rows, columns):
-        super().make_layers(config, rows // self.num_soft_tokens, columns // self.num_soft_tokens)
+        k = self.num_soft_tokens
+        super().make_layers(config, rows // k, columns // k)
+        self.skip = nn.Linear(rows // k, columns // k, bias=False)
+        self.bias = nn.Parameter(torch.zeros(columns))
 
     def apply_layers(self, x):
-        return super().apply_layers(x.unflatten(-1, (self.num_soft_tokens, -1))).flatten(-2)
+        return super().apply_layers(x.unflatten(-1, (self.num_soft_tokens, -1))).flatten(-2) + self.bias
 
 
 PROJECTORS["blocks"] = Blocks
@@ -35,7 +39,7 @@ class Settings(mlp.Settings):
 
 
 def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: Any) -> dict[str, Any]:
-    """Those of `mlp` for a vector of E/K numbers and one soft token.
+    """Those of `mlp` for a vector of E/K numbers and one soft token, but for `bias` [K*D].
 
     Raises:
       UserError: E is no multiple of K.
@@ -46,18 +50,23 @@ def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: 
             f"projector.kind blocks: user vectors of {rows} numbers are not projector.num_tokens = {k} vectors side by "
             f"side; make the table with `e2p embed --blocks {k}`"
         )
-    return mlp.parameters(rows // k, columns // k, settings, normal, zeros)
+    return mlp.parameters(rows // k, columns // k, settings, normal, zeros) | {"bias": zeros(columns)}
 
 
-begin = mlp.begin  # one map for all blocks
+def begin(parameters: Mapping[str, Any], fitted: Any) -> dict[str, Any]:
+    """The fresh parameters made into one map for all blocks."""
+    import numpy as np
+
+    begun = mlp.begin(parameters, fitted)
+    return begun | {"bias": np.tile(begun["bias"], len(parameters["bias"]) // len(begun["bias"]))}
 
 
 def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
-    each = mlp.project(projector, x.reshape(*x.shape[:-1], projector.num_tokens, -1), dropout_key)
-    return each.reshape(*x.shape[:-1], -1)
+    each = mlp.layers(projector, x.reshape(*x.shape[:-1], projector.num_tokens, -1), dropout_key)
+    return each.reshape(*x.shape[:-1], -1) + projector.row("bias", x)
 
 
 def project_numpy(p: Mapping[str, Any], x: Any) -> Any:
     """The same of [N, E] in NumPy, from the parameters by name."""
-    return mlp.project_numpy(p, x.reshape(len(x), -1, len(p["up"]))).reshape(len(x), -1)
+    return mlp.layers_numpy(p, x.reshape(len(x), -1, len(p["up"]))).reshape(len(x), -1) + p["bias"]

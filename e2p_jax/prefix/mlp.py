@@ -58,6 +58,11 @@ def begin(parameters: Mapping[str, Any], fitted: Any) -> dict[str, Any]:
 
 def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
+    return layers(projector, x, dropout_key) + projector.row("bias", x)
+
+
+def layers(projector: Any, x: Any, dropout_key: Any) -> Any:
+    """`project` less the bias."""
     import jax
     import jax.numpy as jnp
 
@@ -66,12 +71,17 @@ def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     h = jax.nn.silu(einsum("...i,io->...o", x, projector.up[...]) + projector.row("up_bias", x))
     if dropout_key is not None and (rate := projector.settings.dropout):
         h = jnp.where(jax.random.bernoulli(dropout_key, 1 - rate, h.shape), h / (1 - rate), 0.0)
-    return linear.project(projector, x, None) + einsum("...i,io->...o", h, projector.down[...])
+    return einsum("...i,io->...o", x, projector.skip[...]) + einsum("...i,io->...o", h, projector.down[...])
 
 
 def project_numpy(p: Mapping[str, Any], x: Any) -> Any:
     """The same of [N, E] in NumPy, from the parameters by name."""
+    return layers_numpy(p, x) + p["bias"]
+
+
+def layers_numpy(p: Mapping[str, Any], x: Any) -> Any:
+    """`layers` of [N, E] in NumPy."""
     import numpy as np
 
     h = x @ p["up"] + p["up_bias"]
-    return linear.project_numpy(p, x) + (h / (1 + np.exp(-h))) @ p["down"]
+    return x @ p["skip"] + (h / (1 + np.exp(-h))) @ p["down"]

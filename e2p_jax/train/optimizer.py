@@ -51,10 +51,30 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: TrainConfig, mask: Any) -> optax.GradientTransformation:
+def bias_rates(params: Any) -> dict[str, float]:
+    """Path of a projector's `bias` -> how many times as fast it learns: sqrt(E), of its `skip` [E, ...].
+
+    AdamW moves every number alike. The E numbers of a standardised vector are about 1, so what a matrix makes of them
+    moves sqrt(E) times as far; with a bias no faster than one of them, what all users have in common is learned by what
+    tells them apart, and the mean vector, which tells nothing, is left where no soft token ever was.
+
+    Args:
+      params: all parameters, or their shapes.
+    """
+    projector = params.get("projector", {})
+    if not {"skip", "bias"} <= projector.keys():
+        return {}
+    return {"projector/bias": projector["skip"].shape[0] ** 0.5}
+
+
+def make_optimizer(config: TrainConfig, mask: Any, params: Any) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) inside the mask. A clip outside of it would read a
     frozen gradient that does not exist, and clip on the wrong norm.
+
+    Args:
+      params: all parameters, or their shapes (`bias_rates`).
     """
+    rates = bias_rates(params)
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -64,6 +84,11 @@ def make_optimizer(config: TrainConfig, mask: Any) -> optax.GradientTransformati
             mask=lambda params: jax.tree_util.tree_map_with_path(
                 lambda path, leaf: decays(path_name(path), leaf.ndim), params
             ),
+        ),
+        optax.stateless(
+            lambda updates, _: jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf * rates.get(path_name(path), 1.0), updates
+            )
         ),
     )
     return optax.masked(inner, mask)

@@ -397,7 +397,7 @@ def abstract_state(model: Model, config: TrainConfig) -> TrainState:
 
 
 def _fresh_state(model: Model, config: TrainConfig, trainable: PyTree) -> TrainState:
-    optimizer = make_optimizer(config, model.mask)
+    optimizer = make_optimizer(config, model.mask, model.params)
     key = Purpose.STEPS.key(config.seed)
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
@@ -413,7 +413,7 @@ def jit_train_step(model: Model, config: TrainConfig) -> jax.stages.Wrapped:
     """(state, frozen, batch) -> (state, metrics) of arrays in their places, where the new state is written over the
     old one. Lowered and compiled it is one program, which takes nothing that lies elsewhere.
     """
-    optimizer, rate = make_optimizer(config, model.mask), schedule(config)
+    optimizer, rate = make_optimizer(config, model.mask, model.params), schedule(config)
     step = make_train_step(model.graph, model.mask, optimizer, rate, config.accumulation)
     state, (_, frozen) = _places(abstract_state(model, config)), _places(split(model.params, model.mask))
     return jax.jit(

@@ -152,7 +152,7 @@ def train_step(model: PrefixModel) -> tuple[Any, Any]:
     params, mask = nnx.to_pure_dict(state), trainable_mask(model, ("projector/**",))
     config = TrainConfig(warmup_steps=0)
     trainable, frozen = split(params, mask)
-    optimizer = make_optimizer(config, mask)
+    optimizer = make_optimizer(config, mask, params)
     step = make_train_step(graph, mask, optimizer, optax.constant_schedule(1e-2), 1)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(0))
     return jax.jit(step), (state, frozen, random_batch(rows=1))

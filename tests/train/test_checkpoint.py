@@ -55,7 +55,7 @@ def sharded(state: TrainState, **axes: int) -> TrainState:
 def make_state(step: int = 0, width: int = 8, blank: bool = False) -> tuple[TrainState, Any]:
     """A state after one update, so that no moment is zero; or one to be restored over."""
     trainable, frozen = split(params(width), MASK)
-    optimizer = make_optimizer(TrainConfig(), MASK)
+    optimizer = make_optimizer(TrainConfig(), MASK, params(width))
     opt_state = optimizer.init(trainable)
     if not blank:
         grads = jax.tree.map(lambda p: jnp.sin(p * 3), trainable)

@@ -66,7 +66,7 @@ def test_without_a_gradient_norms_and_biases_stay_and_matrices_shrink() -> None:
     params, mask = whole(decoder_config("gpt2"))
     trainable, _ = split(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params), mask)
     config = TrainConfig(learning_rate=0.5, weight_decay=0.1, warmup_steps=0)
-    optimizer = make_optimizer(config, mask)
+    optimizer = make_optimizer(config, mask, params)
 
     @jax.jit
     def step(trainable: Any) -> Any:

@@ -51,7 +51,7 @@ def prepare(
         lambda path, x: jax.device_put(x, param_sharding(mesh, path_name(path), x.shape)), nnx.to_pure_dict(state)
     )
     model = Model(mesh, graph, params, trainable_mask(whole, trainable), "random")
-    optimizer = make_optimizer(config, model.mask)
+    optimizer = make_optimizer(config, model.mask, params)
     step = make_train_step(graph, model.mask, optimizer, optax.constant_schedule(1e-2), accumulation)
     return Setting(model, *initial_state(model, config), jax.jit(step))
 
