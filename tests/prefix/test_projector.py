@@ -52,14 +52,17 @@ def test_formula_and_shapes(kind: str, k: int, lead: tuple[int, ...]) -> None:
 
 
 def test_a_block_is_projected_as_a_vector_by_itself() -> None:
-    """By `mlp` with the same parameters, in JAX and NumPy; and a vector that does not fall into K blocks is refused."""
+    """By `mlp` with the same matrices and a bias a place, in JAX and NumPy; one that has no K blocks is refused."""
     several, single = make("blocks", e=6, k=3), make(e=2)
     single.up, single.up_bias, single.down = several.up, several.up_bias, several.down
-    single.skip, single.bias = several.skip, several.bias
+    single.skip = several.skip
+    bias = normal(3, 5, seed=5)
+    several.bias[...] = jnp.asarray(bias.reshape(15))
     vectors = normal(4, 6, seed=3)
     soft = several(jnp.asarray(vectors))
     assert soft.shape == (4, 3, 5)
-    np.testing.assert_allclose(soft, single(jnp.asarray(vectors.reshape(4, 3, 2)))[:, :, 0], rtol=1e-5, atol=1e-6)
+    alone = single(jnp.asarray(vectors.reshape(4, 3, 2)))[:, :, 0]
+    np.testing.assert_allclose(soft, np.asarray(alone) + bias, rtol=1e-5, atol=1e-6)
     p = {name: np.asarray(value) for name, value in nnx.to_pure_dict(nnx.state(several)).items()}
     ours = project(dataclasses.asdict(several.settings), p, vectors, np.dtype("float32"))
     np.testing.assert_allclose(ours, soft, rtol=1e-5, atol=1e-6)
