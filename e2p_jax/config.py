@@ -181,7 +181,7 @@ class TrainConfig:
     logits_at_once: int = rounding(0, NOT_NEGATIVE)
     """Logits of the loss that a device holds at a time; 0: as many as a 64th of its memory takes, on a CPU 2^25."""
     learning_rate: float = result(1e-3, POSITIVE)
-    """AdamW's, at the end of the warm-up."""
+    """AdamW's, at the end of the warm-up; a projector's bias has sqrt(E) times as much, E as wide as its input."""
     warmup_steps: int = result(50)
     """Steps of linear warm-up from 0."""
     final_learning_rate: float = result(0.1)

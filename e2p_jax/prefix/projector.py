@@ -34,7 +34,7 @@ class Kind(Protocol):
     def parameters(self, rows: int, columns: int, settings: Any, normal: Make, zeros: Make) -> dict[str, jax.Array]:
         """Fresh parameters by name, for `rows` = E and `columns` = K*D, with an output of unit variance.
 
-        Weight decay reaches those of two axes or more.
+        Weight decay reaches those of two axes or more; a `bias` beside a `skip` [E, ...] learns sqrt(E) times as fast.
         """
 
     def project(self, projector: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
