@@ -167,14 +167,14 @@ def learned_run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
         projector=mlp.Settings(hidden_size=16, dropout=0.0),
         train=TrainConfig(
             trainable=("projector/**", "backbone/**"),
-            steps=150,
+            steps=200,
             rows=8,
             learning_rate=1e-2,
             warmup_steps=5,
             eval_every=50,
             checkpoint_every=150,
         ),
-        evaluate=EvaluateConfig(bootstrap_samples=200, prompts=("do you have any pets?",)),
+        evaluate=EvaluateConfig(bootstrap_samples=200, prompts=("good morning!",)),
     )
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

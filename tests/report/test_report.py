@@ -94,7 +94,7 @@ def test_numbers_are_those_of_the_run(report: Path, table: Evaluation, learned_r
     assert len(users) == 24 and len({(row["x"], row["y"]) for row in users}) == 24
     assert len(answers) == 5 and len({row["user_id"] for row in answers}) == 5  # four users, and without a prefix
     assert len({row["answer"] for row in answers}) > 1  # users learned by heart answer differently
-    assert [float(row["step"]) for row in rows(report / "learning.csv")] == [50, 100, 150]
+    assert [float(row["step"]) for row in rows(report / "learning.csv")] == [50, 100, 150, 200]
 
 
 def test_of_several_runs_one_backbone_is_loaded(

@@ -316,7 +316,8 @@ def test_the_loss_is_the_mean_of_items_and_the_weighed_mean_of_text(accumulation
     config = TrainConfig(warmup_steps=0, steps=10)
     model = Model(mesh_of(), graph, nnx.to_pure_dict(state), mask, "random")
     trained, frozen = initial_state(model, config)
-    step = make_train_step(graph, mask, make_optimizer(config, mask), optax.constant_schedule(1e-2), accumulation)
+    optimizer = make_optimizer(config, mask, model.params)
+    step = make_train_step(graph, mask, optimizer, optax.constant_schedule(1e-2), accumulation)
     _, metrics = jax.jit(step)(trained, frozen, batch)
     text, items = (np.asarray(f(batch)) for f in (jax.jit(whole.target_nll), jax.jit(whole.item_nll)))
     assert (items > 0).sum() == 3

@@ -233,8 +233,8 @@ def test_a_mesh_and_remat_are_invisible(config: Config, tmp_path: Path, referenc
     """Both at once; another mesh is in tests/launch/test_resume.py."""
     sharded = numbers(train(config.change(mesh={"fsdp": 4}, backbone={"remat": True}), tmp_path / "sharded"))
     for a, b in zip(reference, sharded, strict=True):
-        assert a.keys() == b.keys()
-        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4)
+        assert a.keys() == b.keys()  # some are small differences of NLLs
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-4, atol=1e-5)
 
 
 def test_one_compiled_program_is_called_and_traced_where_asked(

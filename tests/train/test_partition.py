@@ -85,7 +85,7 @@ def test_the_optimizer_holds_nothing_for_the_frozen_part(model: PrefixModel, who
     """Given the trainable part, as `train` does, or all parameters, where the mask alone decides."""
     params, mask = nnx.to_pure_dict(nnx.state(model)), trainable_mask(model, ("projector/**",))
     trainable, _ = split(params, mask)
-    state = jax.eval_shape(make_optimizer(TrainConfig(), mask).init, params if whole else trainable)
+    state = jax.eval_shape(make_optimizer(TrainConfig(), mask, params).init, params if whole else trainable)
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     assert trained == USER_WIDTH * 24 + 24 + 24 * 32 + USER_WIDTH * 32 + 32
     held = leaves(state)
@@ -101,7 +101,7 @@ def test_weight_decay_is_for_matrices(model: PrefixModel) -> None:
     trainable, _ = split(params, mask)
     trainable = jax.tree.map(lambda p: jnp.ones_like(p), trainable)
     config = TrainConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0, steps=10)
-    optimizer = make_optimizer(config, mask)
+    optimizer = make_optimizer(config, mask, params)
     no_gradient = jax.tree.map(jnp.zeros_like, trainable)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = jax.jit(lambda p: optimizer.update(no_gradient, optimizer.init(p), p))(trainable)
