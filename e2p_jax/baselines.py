@@ -20,13 +20,13 @@ def e2p_text(config: Config) -> Config:
 
 
 def static(config: Config) -> Config:
-    """One learned soft token for everybody: prompt tuning (Lester et al., arXiv 2104.08691).
+    """Learned soft tokens for everybody: prompt tuning (Lester et al., arXiv 2104.08691).
 
     A linear projector of the mean vector is its bias alone, which is all that trains.
     """
     return config.change(
         data={"condition": "static"},
-        projector={"kind": "linear"},
+        projector={"kind": "linear", "shared_tokens": 0},
         train={"trainable": ("projector/bias",)},
         evaluate={"conditions": ("none", "static")},
     )

@@ -27,6 +27,7 @@ Placement = Literal["after_bos", "before_bos", "in_chat", "before_reply"]
 Thinking = Literal["auto", "none", "empty", "full"]
 OnBadRecord = Literal["error", "skip"]
 ProjectorKind = Annotated[str, one_of(PROJECTORS)]
+STARTS = ("random", "words")  # of a projector; another is a run directory
 AdapterKind = Annotated[str, one_of(ADAPTERS)]
 LOAD_SECONDS = 60  # that a config file may run
 
@@ -143,18 +144,28 @@ class ProjectorConfig:
     """One of `registry.PROJECTORS`."""
     num_tokens: int = result(1, POSITIVE)
     """K: soft tokens per user."""
+    shared_tokens: int = result(0, NOT_NEGATIVE)
+    """How many of them, the last ones, are learned as they are and the same for everybody (prompt tuning), so that the
+    others are free to say what tells users apart."""
     noise: float = result(0.0, NOT_NEGATIVE)
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
     shrink: float = result(0.0, SHARE)
     """Share of training conversations whose vector is drawn towards the mean of all, by a factor from 0 to 1, so that
     users near the mean (of very many texts, or of few) find a model that knows such tokens."""
-    start: Literal["random", "words"] = result("random")
-    """Before training: random; or words, a linear guess at the words of the records' `context` (their embeddings, rare
-    ones above all), each soft token at its share of the texts. Where no user's vector stands in front it is random."""
+    start: str = result("random")
+    """Before training: random; words, a linear guess at the words of the records' `context` (their embeddings, rare
+    ones above all), each soft token at its share of the texts; or a run directory, whose projector it goes on with (the
+    checkpoint of the lowest dev NLL), on other data or with another part of it trained. Where no user's vector stands
+    in front it is random."""
     init_scale: float = result(1.0, POSITIVE)
     """Root mean square of the first soft tokens, in units of the backbone's token embeddings."""
     max_scale: float = result(4.0, NOT_NEGATIVE)
     """What a soft token's root mean square is held to, in the same units, whatever the user vector; 0 is no bound."""
+
+    @property
+    def own_tokens(self) -> int:
+        """Soft tokens that are made from the user's vector."""
+        return self.num_tokens - self.shared_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +192,10 @@ class TrainConfig:
     logits_at_once: int = rounding(0, NOT_NEGATIVE)
     """Logits of the loss that a device holds at a time; 0: as many as a 64th of its memory takes, on a CPU 2^25."""
     learning_rate: float = result(1e-3, POSITIVE)
-    """AdamW's, at the end of the warm-up; a projector's bias has sqrt(E) times as much, E as wide as its input."""
+    """AdamW's, at the end of the warm-up."""
+    bias_learning_rate: float = result(0.0, NOT_NEGATIVE)
+    """AdamW's of what all users share, a projector's bias and its shared tokens; 0: sqrt(E) times `learning_rate`, E
+    as wide as the projector's input."""
     warmup_steps: int = result(50)
     """Steps of linear warm-up from 0."""
     final_learning_rate: float = result(0.1)
@@ -323,7 +337,9 @@ class Config:
     def _with_paths(self, change: Callable[[str], str]) -> "Config":
         paths = ("path", "embeddings", "items", "chat_template")
         data = {name: path and change(path) for name in paths for path in [getattr(self.data, name)]}
-        return self.change(backbone={"path": change(self.backbone.path)}, data=data)
+        start = self.projector.start
+        projector = {} if start in STARTS else {"start": change(start)}
+        return self.change(backbone={"path": change(self.backbone.path)}, data=data, projector=projector)
 
     def to_json(self) -> str:
         """As `from_json` reads it, with the plugins that the kinds are of."""

@@ -103,7 +103,11 @@ def checks(config: "Config") -> list[tuple[bool, str]]:
             "projector.max_scale is below projector.init_scale: the first soft tokens would be beyond the bound",
         ),
         (
-            config.projector.start == "random" or hasattr(PROJECTORS[config.projector.kind].load(), "begin"),
+            config.projector.shared_tokens < config.projector.num_tokens,
+            "projector.shared_tokens must be below projector.num_tokens: no soft token would be the user's",
+        ),
+        (
+            config.projector.start != "words" or hasattr(PROJECTORS[config.projector.kind].load(), "begin"),
             f"projector.kind {config.projector.kind} cannot begin as a linear map (it has no `begin`): set "
             "projector.start=random, or choose another kind",
         ),

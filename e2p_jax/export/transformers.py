@@ -93,6 +93,7 @@ def _config(run: Run, include_backbone: bool, digest: str) -> dict[str, Any]:
         "user_turn": user_turn(run.inputs.encoder) if placement == "in_chat" else None,
         "reply_opening": reply_opening(run.inputs.encoder) if placement == "before_reply" else None,
         "num_soft_tokens": config.projector.num_tokens,
+        "num_shared_tokens": config.projector.shared_tokens,
         "embedding_size": run.model.embedding_width,
         "max_soft_token_rms": float(run.model.merged.projector.bound) or None,
         "projector_kind": config.projector.kind,

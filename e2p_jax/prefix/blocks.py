@@ -17,13 +17,13 @@ TORCH_NAMES = {**mlp.TORCH_NAMES, "bias": "bias"}
 TORCH = """\
 class Blocks(MLP):
     def make_layers(self, config, rows, columns):
-        k = self.num_soft_tokens
+        k = self.num_own_tokens
         super().make_layers(config, rows // k, columns // k)
         self.skip = nn.Linear(rows // k, columns // k, bias=False)
         self.bias = nn.Parameter(torch.zeros(columns))
 
     def apply_layers(self, x):
-        return super().apply_layers(x.unflatten(-1, (self.num_soft_tokens, -1))).flatten(-2) + self.bias
+        return super().apply_layers(x.unflatten(-1, (self.num_own_tokens, -1))).flatten(-2) + self.bias
 
 
 PROJECTORS["blocks"] = Blocks
@@ -44,7 +44,7 @@ def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: 
     Raises:
       UserError: E is no multiple of K.
     """
-    k = settings.num_tokens
+    k = settings.own_tokens
     if rows % k:
         raise UserError(
             f"projector.kind blocks: user vectors of {rows} numbers are not projector.num_tokens = {k} vectors side by "
@@ -63,7 +63,7 @@ def begin(parameters: Mapping[str, Any], fitted: Any) -> dict[str, Any]:
 
 def project(projector: Any, x: Any, dropout_key: Any) -> Any:
     """[..., E] -> [..., K*D]."""
-    each = mlp.layers(projector, x.reshape(*x.shape[:-1], projector.num_tokens, -1), dropout_key)
+    each = mlp.layers(projector, x.reshape(*x.shape[:-1], projector.settings.own_tokens, -1), dropout_key)
     return each.reshape(*x.shape[:-1], -1) + projector.row("bias", x)
 
 

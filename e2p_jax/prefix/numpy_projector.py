@@ -38,7 +38,10 @@ def project(
         raise UserError(f"vectors {vectors.shape}: give [N, {width}], every number finite")
     with np.errstate(over="ignore", invalid="ignore"):
         x = (vectors.astype(np.float32) - parameters["input_mean"]) / parameters["input_std"]
-        y = form(parameters, x).reshape(len(x), settings["num_tokens"], -1)
+        y = form(parameters, x)
+        if settings.get("shared_tokens"):
+            y = np.concatenate([y, np.tile(parameters["shared"], (len(y), 1))], axis=1)
+        y = y.reshape(len(x), settings["num_tokens"], -1)
         soft = parameters["token_mean"] + parameters["token_std"] * y
         if most := settings.get("max_scale", 0.0):
             calibrated = np.mean(np.square(parameters["token_mean"]) + np.square(parameters["token_std"]))

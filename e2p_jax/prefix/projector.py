@@ -84,8 +84,12 @@ class Projector(nnx.Module):
             return jnp.zeros(shape)
 
         self.settings, self.num_tokens, self.null_user_rate = settings, k, null_user_rate
-        for name, value in kind_of(settings.kind).parameters(e, k * d, settings, normal, zeros).items():
+        for name, value in (
+            kind_of(settings.kind).parameters(e, settings.own_tokens * d, settings, normal, zeros).items()
+        ):
             setattr(self, name, nnx.Param(value))
+        if settings.shared_tokens:
+            self.shared = nnx.Param(zeros(settings.shared_tokens * d))
         if null_user_rate:
             self.null_user = nnx.Param(jnp.zeros((e,)))  # standardised
         self.input_mean = Statistic(jnp.zeros((e,)))
@@ -118,6 +122,10 @@ class Projector(nnx.Module):
                 is_null = is_null | jax.random.bernoulli(null_key, self.null_user_rate, is_null.shape)
             x = jnp.where(is_null, self.row("null_user", x), x)
         y = kind_of(self.settings.kind).project(self, x, dropout_key)
+        if self.settings.shared_tokens:
+            y = jnp.concatenate(
+                [y, jnp.broadcast_to(self.row("shared", y), (*y.shape[:-1], self.shared.shape[0]))], axis=-1
+            )
         return self.placed(y.reshape(*vectors.shape[:-1], self.num_tokens, -1))
 
     def placed(self, y: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -260,6 +261,35 @@ class Checkpoints:
             )
         key = jax.random.wrap_key_data(raw.key) if isinstance(raw.key, jax.Array) else state.key
         return raw._replace(key=key), _unflatten(statistics, restored["statistics"]), restored["data"]
+
+    def projector(self, step: int) -> dict[str, np.ndarray]:
+        """A checkpoint's projector, what was trained of it and what was not, by the names of its parameters.
+
+        Raises:
+          UserError: it holds none, it is damaged, or not finite.
+        """
+        prefix = "trainable/projector/"
+        with self._explained():
+            metadata = self._manager.item_metadata(step)
+            wanted = {
+                name: {
+                    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                    for path, leaf in metadata[name].items()
+                    if name == "statistics" or path.startswith(prefix)
+                }
+                for name in ("state", "statistics")
+            }
+            args = {
+                name: ocp.args.PyTreeRestore(
+                    tree, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree), partial_restore=True
+                )
+                for name, tree in wanted.items()
+            }
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        found = {path.removeprefix(prefix): value for tree in restored.values() for path, value in tree.items()}
+        if not all(np.isfinite(value).all() for value in found.values()):
+            raise UserError(f"{self.directory / str(step)}: its projector is not finite; start from another run")
+        return found
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -38,7 +38,7 @@ from e2p_jax.train.setup import (
     jit_train_step,
     read_inputs,
 )
-from e2p_jax.train.words import begin_with_words
+from e2p_jax.train.start import begin
 from e2p_jax.vectors.catalogue import Catalogue
 from e2p_jax.vectors.index import distinct
 from e2p_jax.vectors.population import Population, training_population
@@ -156,8 +156,8 @@ def train_model(
     data = read_data(inputs, check)
     distributed.check_same("training data", data.train.digest)
     model = build_model(inputs, data.population, shared)
-    if config.projector.start == "words" and FRONTS[config.data.condition].reads_table and newest_step(run) is None:
-        model = begin_with_words(model, inputs, data.train.examples.users)
+    if FRONTS[config.data.condition].reads_table and newest_step(run) is None:
+        model = begin(model, inputs, data.train.examples.users)
     with lock_run(run), explain_full_disk(run):
         claim_run(run, config, inputs, model)
         with contextlib.closing(Checkpoints(run, config.train)) as checkpoints:  # waits for what is being written

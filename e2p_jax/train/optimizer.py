@@ -51,8 +51,9 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def bias_rates(params: Any) -> dict[str, float]:
-    """Path of a projector's `bias` -> how many times as fast it learns: sqrt(E), of its `skip` [E, ...].
+def shared_rates(config: TrainConfig, params: Any) -> dict[str, float]:
+    """Path of what all users share, a projector's `bias` and `shared` tokens -> how many times as fast it learns:
+    sqrt(E), of its `skip` [E, ...], if `bias_learning_rate` does not say.
 
     AdamW moves every number alike. The E numbers of a standardised vector are about 1, so what a matrix makes of them
     moves sqrt(E) times as far; with a bias no faster than one of them, what all users have in common is learned by what
@@ -62,9 +63,9 @@ def bias_rates(params: Any) -> dict[str, float]:
       params: all parameters, or their shapes.
     """
     projector = params.get("projector", {})
-    if not {"skip", "bias"} <= projector.keys():
-        return {}
-    return {"projector/bias": projector["skip"].shape[0] ** 0.5}
+    by_width = projector["skip"].shape[0] ** 0.5 if "skip" in projector else 1.0
+    rate = config.bias_learning_rate / config.learning_rate or by_width
+    return {f"projector/{name}": rate for name in ("bias", "shared") if name in projector}
 
 
 def make_optimizer(config: TrainConfig, mask: Any, params: Any) -> optax.GradientTransformation:
@@ -72,9 +73,9 @@ def make_optimizer(config: TrainConfig, mask: Any, params: Any) -> optax.Gradien
     frozen gradient that does not exist, and clip on the wrong norm.
 
     Args:
-      params: all parameters, or their shapes (`bias_rates`).
+      params: all parameters, or their shapes (`shared_rates`).
     """
-    rates = bias_rates(params)
+    rates = shared_rates(config, params)
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

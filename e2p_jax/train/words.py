@@ -43,7 +43,7 @@ def begin_with_words(model: Model, inputs: Inputs, users: Iterable[str]) -> Mode
     Raises:
       UserError: none of them has a vector and a context.
     """
-    settings, table, k = inputs.config.projector, inputs.table, inputs.config.projector.num_tokens
+    settings, table, k = inputs.config.projector, inputs.table, inputs.config.projector.own_tokens
     assert table is not None  # the condition reads it
     found, where, texts, shares = _texts(inputs, set(users))
     rows = table.rows(found, where)
@@ -106,7 +106,7 @@ def _texts(inputs: Inputs, users: set[str]) -> tuple[list[str], list[str], list[
     """Users with a context, where it stands, all different texts, and which of them are in a user's K parts
     [users * K, texts].
     """
-    data, blocks = inputs.config.data, inputs.config.projector.num_tokens
+    data, blocks = inputs.config.data, inputs.config.projector.own_tokens
     bad = BadRecords(data.on_bad_record, data.max_bad_share, "--data.on_bad_record")
     numbers: dict[str, int] = {}
     found, where, held, ends = [], [], [], [0]

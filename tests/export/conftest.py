@@ -49,7 +49,7 @@ def lively_backbone(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """(placement, num_tokens, kind, chat template, null user rate) -> a run of three steps, trained once a session."""
+    """(placement, tokens, kind, template, null user rate, shared tokens) -> a short run, trained once a session."""
     folder = tmp_path_factory.mktemp("export")
     write_jsonl([synthetic.record(user) for user in USERS], folder / "records.jsonl")
     vectors = np.stack([synthetic.vector(user) for user in USERS])
@@ -57,9 +57,14 @@ def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) ->
     made: dict[tuple, Run] = {}
 
     def make(
-        placement: str = "after_bos", num_tokens: int = 1, kind: str = "mlp", template: str = "auto", null: float = 0.0
+        placement: str = "after_bos",
+        num_tokens: int = 1,
+        kind: str = "mlp",
+        template: str = "auto",
+        null: float = 0.0,
+        shared: int = 0,
     ) -> Run:
-        key = (placement, num_tokens, kind, template, null)
+        key = (placement, num_tokens, kind, template, null, shared)
         if key not in made:
             config = Config(
                 backbone=BackboneConfig(path=str(lively_backbone)),
@@ -70,7 +75,7 @@ def make_run(lively_backbone: Path, tmp_path_factory: pytest.TempPathFactory) ->
                     chat_template=template,
                 ),
                 prefix=PrefixConfig(placement),
-                projector=mlp.Settings(kind=kind, num_tokens=num_tokens, hidden_size=16),
+                projector=mlp.Settings(kind=kind, num_tokens=num_tokens, shared_tokens=shared, hidden_size=16),
                 train=TrainConfig(steps=3, rows=4, warmup_steps=1, learning_rate=0.01, null_user_rate=null),
                 evaluate=EvaluateConfig(conditions=("none", "e2p")),
             )

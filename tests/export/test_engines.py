@@ -38,7 +38,12 @@ from e2p_jax.train.run import Run
 from e2p_jax.train.setup import read_inputs
 from e2p_jax.vectors.table import UserTable
 
-WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear"), ("before_reply", 2, "blocks"), ("in_chat", 1, "mlp")]
+WAYS = [
+    ("before_bos", 1, "mlp"),
+    ("after_bos", 3, "linear"),
+    ("before_reply", 3, "blocks", "auto", 0.0, 1),
+    ("in_chat", 1, "mlp"),
+]
 USERS = ["user-1", "user-2", "user-3"]
 REPLY = {"role": "assistant", "content": "yes."}
 PROMPT = "where do you live, and do you have any pets?"

@@ -28,7 +28,12 @@ from e2p_jax.export.import_back import import_transformers
 from e2p_jax.export.transformers import export_transformers
 from e2p_jax.train.run import Run, open_run
 
-WAYS = [("before_bos", 1, "mlp"), ("after_bos", 3, "linear"), ("before_reply", 2, "blocks"), ("in_chat", 1, "mlp")]
+WAYS = [
+    ("before_bos", 1, "mlp"),
+    ("after_bos", 3, "linear"),
+    ("before_reply", 3, "blocks", "auto", 0.0, 1),
+    ("in_chat", 1, "mlp"),
+]
 PROMPTS = ["hi!", "what do you like to eat?", "where do you live, and do you have any pets?"]
 
 
@@ -77,7 +82,7 @@ def summed_nll(run: Run, model: Any, tokenizer: Any, record: Record) -> tuple[fl
 @pytest.mark.parametrize("include_backbone", [True, False])
 def test_nll_of_every_example_is_the_same(make_run: Callable, tmp_path: Path, include_backbone: bool):
     """Whole conversations of a run that was trained; test_export_families.py has all families and all ways."""
-    run = make_run("before_reply", 2, "blocks") if include_backbone else make_run("after_bos", 3, "linear")
+    run = make_run("before_reply", 3, "blocks", shared=1) if include_backbone else make_run("after_bos", 3, "linear")
     records = records_of(run)
     ours = evaluate(run, records, "all", ["e2p"]).scores["e2p"]
     export_transformers(run, tmp_path / "out", include_backbone)

@@ -70,6 +70,29 @@ def test_a_block_is_projected_as_a_vector_by_itself() -> None:
         make("blocks", e=7, k=3)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "linear", "blocks"])
+def test_shared_tokens_stand_behind_the_users_own(kind: str) -> None:
+    """The others are what they would be alone; in NumPy, too."""
+    alone = make(kind, k=2)
+    alone.bias[...] = jnp.asarray(normal(10, seed=4))
+    settings = dataclasses.replace(alone.settings, num_tokens=4, shared_tokens=2)
+    several = Projector(settings, embedding_width=6, model_width=5, rngs=nnx.Rngs(1))
+    assert np.all(several.shared[...] == 0)  # the mean of the token embeddings
+    parameters = nnx.to_pure_dict(nnx.state(alone))
+    parameters |= {"token_mean": jnp.asarray(normal(5, seed=6)), "token_std": jnp.abs(jnp.asarray(normal(5, seed=7)))}
+    shared = normal(2, 5, seed=5)
+    nnx.update(alone, nnx.State(parameters))
+    nnx.update(several, nnx.State(parameters | {"shared": jnp.asarray(shared.reshape(10))}))
+    vectors = normal(3, 6, seed=3)
+    soft = several(jnp.asarray(vectors))
+    np.testing.assert_array_equal(soft[:, :2], alone(jnp.asarray(vectors)))
+    expected = np.asarray(parameters["token_mean"]) + np.asarray(parameters["token_std"]) * shared
+    np.testing.assert_allclose(soft[:, 2:], np.broadcast_to(expected, (3, 2, 5)), rtol=1e-6)
+    p = {name: np.asarray(value) for name, value in nnx.to_pure_dict(nnx.state(several)).items()}
+    ours = project(dataclasses.asdict(settings), p, vectors, np.dtype("float32"))
+    np.testing.assert_allclose(ours, soft, rtol=1e-5, atol=1e-5)
+
+
 def test_no_vector_gives_a_token_beyond_the_bound() -> None:
     """Of any length, noise or nothing; below the bound a token is what it was, and above it directions learn on."""
     tokens = jnp.asarray(0.3 + normal(100, 5, seed=1))

@@ -80,24 +80,31 @@ def test_without_a_gradient_norms_and_biases_stay_and_matrices_shrink() -> None:
         np.testing.assert_allclose(leaf, 0.95 if decays(path, leaf.ndim) else 1.0, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.parametrize("given", [0.0, 0.25])
 @pytest.mark.parametrize("kind", [linear, mlp, blocks])
 @pytest.mark.parametrize("trainable", ["projector/**", "projector/bias"])
-def test_a_bias_moves_the_mean_vector_as_far_as_the_matrices_move_another(kind: Any, trainable: str) -> None:
-    """One step of Adam where every gradient is 1: sqrt(E) times as far, E of a block's vector; alone, too."""
-    made = Projector(kind.Settings(num_tokens=2), embedding_width=18, model_width=3, rngs=nnx.Rngs(0))
+def test_a_bias_moves_the_mean_vector_as_far_as_the_matrices_move_another(
+    kind: Any, trainable: str, given: float
+) -> None:
+    """One step of Adam where every gradient is 1: sqrt(E) times as far, E of a block's vector; alone, too; or as given.
+    Shared tokens are as the bias.
+    """
+    settings = kind.Settings(num_tokens=3, shared_tokens=1)
+    made = Projector(settings, embedding_width=18, model_width=3, rngs=nnx.Rngs(0))
     model = PrefixModel(abstract(decoder_config("llama"), dtype=jnp.dtype("float32")), made)
     params, mask = nnx.to_pure_dict(nnx.state(model)), trainable_mask(model, (trainable,))
     learned, _ = split(params, mask)
-    optimizer = make_optimizer(TrainConfig(learning_rate=0.5, weight_decay=0.0, warmup_steps=0), mask, params)
+    config = TrainConfig(learning_rate=0.5, bias_learning_rate=given, weight_decay=0.0, warmup_steps=0)
+    optimizer = make_optimizer(config, mask, params)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, learned), optimizer.init(learned), learned)
     moved = {path_name(path): np.unique(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
     read = 9 if kind is blocks else 18
-    assert ("projector/skip" in moved) == (trainable == "projector/**")
+    assert ("projector/skip" in moved) == ("projector/shared" in moved) == (trainable == "projector/**")
     for path, by in moved.items():
-        np.testing.assert_allclose(
-            by, [-0.5 * read**0.5 if path == "projector/bias" else -0.5], rtol=1e-5, err_msg=path
-        )
+        shared = path in ("projector/bias", "projector/shared")
+        expected = 0.5 if not shared else given or 0.5 * read**0.5
+        np.testing.assert_allclose(by, [-expected], rtol=1e-5, err_msg=path)
 
 
 def test_the_rate_warms_up_and_ends_at_its_share_of_the_peak() -> None:

@@ -16,6 +16,7 @@ class E2PConfig(PretrainedConfig):
         them as far as they were not joined to the text; `opening`, whether only the beginning of a prompt counts.
       reply_opening: how a reply opens (`before_reply` stands at each): `ids`, and how far into them, `offset`.
       num_soft_tokens: soft tokens per user.
+      num_shared_tokens: how many of them, the last ones, are the same for everybody.
       max_soft_token_rms: what a soft token's root mean square is held to, whatever the vector; None for no bound.
       embedding_size: width of a user vector.
       projector_kind: a key of `PROJECTORS` in modeling_e2p.py; the kind's own settings are `projector_NAME`.
@@ -39,6 +40,7 @@ class E2PConfig(PretrainedConfig):
         user_turn=None,
         reply_opening=None,
         num_soft_tokens=1,
+        num_shared_tokens=0,
         max_soft_token_rms=None,
         embedding_size=1,
         projector_kind="mlp",
@@ -62,6 +64,7 @@ class E2PConfig(PretrainedConfig):
         self.user_turn = user_turn
         self.reply_opening = reply_opening
         self.num_soft_tokens = num_soft_tokens
+        self.num_shared_tokens = num_shared_tokens
         self.max_soft_token_rms = max_soft_token_rms
         self.embedding_size = embedding_size
         self.projector_kind = projector_kind

@@ -34,8 +34,10 @@ class E2PProjector(Float32):
     def __init__(self, config: E2PConfig):
         super().__init__()
         e, d = config.embedding_size, config.backbone_config.get_text_config().hidden_size
-        self.num_soft_tokens, self.max_rms = config.num_soft_tokens, config.max_soft_token_rms
-        self.make_layers(config, e, config.num_soft_tokens * d)
+        self.num_own_tokens, self.max_rms = config.num_soft_tokens - config.num_shared_tokens, config.max_soft_token_rms
+        self.make_layers(config, e, self.num_own_tokens * d)
+        if config.num_shared_tokens:
+            self.shared = nn.Parameter(torch.zeros(config.num_shared_tokens * d))
         if config.null_user:
             self.null_user = nn.Parameter(torch.zeros(e))
         for name, size in [("input_mean", e), ("input_std", e), ("token_mean", d), ("token_std", d)]:
@@ -49,7 +51,10 @@ class E2PProjector(Float32):
         x = (vectors.float() - self.input_mean) / self.input_std
         if hasattr(self, "null_user"):
             x = torch.where(x[..., :1].isnan(), self.null_user, x)
-        return self.placed(self.apply_layers(x).unflatten(-1, (self.num_soft_tokens, -1)))
+        y = self.apply_layers(x)
+        if hasattr(self, "shared"):
+            y = torch.cat([y, self.shared.expand(*y.shape[:-1], -1)], dim=-1)
+        return self.placed(y.unflatten(-1, (-1, len(self.token_mean))))
 
     def placed(self, y):
         """[..., D] of unit variance -> soft tokens among the token embeddings, none longer than the bound."""
