@@ -5,8 +5,9 @@
 
 A made-up user has four or five sentences of training users, or of a corpus of people's dialogues (lines of JSON with
 `turns`), each told once before any is told again, and one turn: asked who they are, they say them in order. So does
-every training user. No sentence of a user of `validation` or of those who pick the checkpoint (split `picks`, chosen as
-`data.dev_split=auto` does) is among them. `e2p embed --data mixed.jsonl --encoder MODEL --blocks 4` makes the vectors.
+every training user. The dialogues alone are there again as split `dialogues`. No sentence of a user of `validation` or
+of those who pick the checkpoint (split `picks`, chosen as `data.dev_split=auto` does) is among them. `e2p embed --data
+mixed.jsonl --encoder MODEL --blocks 4` makes the vectors.
 """
 
 import dataclasses
@@ -82,6 +83,7 @@ def main(prepared: str, out: Path, /, users: int = 6000, corpus: Path | None = N
     for user in range(users):
         source = drawn[int(rng.integers(len(drawn)))]
         personas[f"made-up-{user}"] = tuple(itertools.islice(source, int(rng.integers(4, 6))))
+    splits |= {"dialogues": train}
     splits["train"] = train + [
         Record(
             user,

@@ -6,17 +6,19 @@
     python benchmarks/reconstruction.py data/persona_chat/self_original/1.0.0 data/mixed.jsonl --corpus CORPUS
     e2p embed --data data/mixed.jsonl --encoder sentence-transformers/all-MiniLM-L6-v2 --blocks 4 --out data/sentences
     e2p train smollm2
+    e2p train smollm2_dialogues
 
-DIR is as `configs/persona_chat.py` says; CORPUS may be left out: benchmarks/reconstruction.py says what it is. One soft
-token in place of four, of the mean of the sentences:
+DIR is as `configs/persona_chat.py` says; CORPUS may be left out: benchmarks/reconstruction.py says what it is. The
+first training is of everybody: four soft tokens, one a sentence, learn to be read, beside four that all users share.
+The second goes on in front of the dialogues alone, with what all users share, and learns how people talk. What they
+give: docs/results.md. One soft token in place of the four, of the mean of the sentences:
 
     e2p embed --data data/mixed.jsonl --encoder sentence-transformers/all-MiniLM-L6-v2 --out data/mean
-    e2p train smollm2 --data.embeddings data/mean --projector.kind mlp --projector.num_tokens 1
+    e2p train smollm2 --data.embeddings data/mean --projector.kind mlp --projector.num_tokens 5
+    e2p train smollm2_dialogues --data.embeddings data/mean --projector.kind mlp --projector.num_tokens 5
 
-An H100 trains either in half a minute when it does nothing else, and compiles for as long; two idle CPU cores, at about
-400 tokens a second in bfloat16 (jax 0.11, Python 3.12, where the CPU has instructions for it), in four hours and a
-half, or a seventh of it, which is most of the style, in an hour (`--train.rows 4 --train.steps 240`). What it gives:
-docs/results.md.
+Two idle CPU cores take a quarter of an hour for either training, at about 400 tokens a second in bfloat16 (jax 0.11,
+Python 3.12, where the CPU has instructions for it).
 """
 
 from e2p_jax.config import BackboneConfig, Config, DataConfig, EvaluateConfig, PrefixConfig, TrainConfig
@@ -32,15 +34,16 @@ config = Config(
         seq_len=1024,
     ),
     prefix=PrefixConfig(placement="before_reply"),
-    projector=blocks.Settings(num_tokens=4, start="words", dropout=0.1),
+    projector=blocks.Settings(num_tokens=8, shared_tokens=4, start="words", dropout=0.1),
     train=TrainConfig(
-        steps=400,
-        rows=16,
-        learning_rate=3e-3,
+        steps=80,
+        rows=4,
+        learning_rate=1e-3,
+        bias_learning_rate=0.12,
         warmup_steps=20,
         weight_decay=0.1,
-        eval_every=100,
-        checkpoint_every=25,
+        eval_every=80,
+        checkpoint_every=20,
         log_every=5,
     ),
     evaluate=EvaluateConfig(
