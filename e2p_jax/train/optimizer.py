@@ -64,7 +64,8 @@ def shared_rates(config: TrainConfig, params: Any) -> dict[str, float]:
     """
     projector = params.get("projector", {})
     by_width = projector["skip"].shape[0] ** 0.5 if "skip" in projector else 1.0
-    rate = config.bias_learning_rate / config.learning_rate or by_width
+    given = config.bias_learning_rate
+    rate = given / config.learning_rate if given else by_width
     return {f"projector/{name}": rate for name in ("bias", "shared") if name in projector}
 
 
