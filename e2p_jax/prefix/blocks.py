@@ -47,8 +47,8 @@ def parameters(rows: int, columns: int, settings: Settings, normal: Any, zeros: 
     k = settings.own_tokens
     if rows % k:
         raise UserError(
-            f"projector.kind blocks: user vectors of {rows} numbers are not projector.num_tokens = {k} vectors side by "
-            f"side; make the table with `e2p embed --blocks {k}`"
+            f"projector.kind blocks: user vectors of {rows} numbers are not {k} vectors side by side "
+            f"(projector.num_tokens less projector.shared_tokens); make the table with `e2p embed --blocks {k}`"
         )
     return mlp.parameters(rows // k, columns // k, settings, normal, zeros) | {"bias": zeros(columns)}
 

@@ -66,7 +66,7 @@ def test_a_block_is_projected_as_a_vector_by_itself() -> None:
     p = {name: np.asarray(value) for name, value in nnx.to_pure_dict(nnx.state(several)).items()}
     ours = project(dataclasses.asdict(several.settings), p, vectors, np.dtype("float32"))
     np.testing.assert_allclose(ours, soft, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match=r"user vectors of 7 numbers are not projector.num_tokens = 3 .*--blocks 3"):
+    with pytest.raises(UserError, match=r"user vectors of 7 numbers are not 3 vectors side by side .*--blocks 3"):
         make("blocks", e=7, k=3)
 
 
