@@ -7,7 +7,8 @@ so that loading and saving copy bytes.
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -51,6 +52,7 @@ class Cache(NamedTuple):
 
 Kept = dict[str, jax.Array] | None  # `Cache.kept`
 Mixed = tuple[jax.Array, Kept]  # what attention adds to the residual, and the cache with the new positions
+Layer = jax.Array | int  # its number: of layers written out one after the other, one that the compiler knows
 
 # Rounded, they choose other experts, and a state would decay at another rate.
 EXACT = ("router_choice_bias", "linear_log_rate", "linear_step_bias")
@@ -229,7 +231,7 @@ class Decoder(nnx.Module):
         spread = shard_rows if cache is None or length > 1 else shard_decoded
 
         # Caches are carried and written where they stand: a scan that took and gave them would hold them twice.
-        def self_attention(h: jax.Array, p: Params, layer: jax.Array, kept: Kept, window: Any, which: Any) -> Mixed:
+        def self_attention(h: jax.Array, p: Params, layer: Layer, kept: Kept, window: Any, which: Any) -> Mixed:
             def heads(name: str, count: int) -> jax.Array:
                 y = linear(h, p, name)
                 y = norm(y, p, f"{name}_norm", c) if c.qk_norm == "all" else y
@@ -263,7 +265,7 @@ class Decoder(nnx.Module):
                 mixed = mixed * jax.nn.sigmoid(linear(h, p, "q_gate"))
             return linear(mixed, p, "o"), kept
 
-        def linear_attention(h: jax.Array, p: Params, layer: jax.Array, kept: Kept, window: Any, which: Any) -> Mixed:
+        def linear_attention(h: jax.Array, p: Params, layer: Layer, kept: Kept, window: Any, which: Any) -> Mixed:
             if kept is None:
                 return delta_attention(h, p, c, numbers, None)[0], None
             place = place_of(c, "linear_state", layer)
@@ -274,8 +276,9 @@ class Decoder(nnx.Module):
                 name: jax.lax.dynamic_update_index_in_dim(array, new[name], place, 0) for name, array in own.items()
             }
 
-        def body(run: Run, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        def body(run: Run, number: int | None, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, kept), (p, layer, *of_layer) = carry, inputs
+            layer = layer if number is None else number
             p = row_of(p, params, c, run, layer)
             p |= {"adapters": {k: row_of(p["adapters"][k], beside[k], c, run, layer) for k in beside}}
             h = norm(x, p, "attention_norm", c)
@@ -287,13 +290,22 @@ class Decoder(nnx.Module):
             after = after + scaled(norm(said, p, "mlp_post_norm", c), c.residual_scale)
             return (spread(after), kept), None
 
+        def one(run: Run, number: int | None = None) -> Callable[[tuple, tuple], tuple[tuple, None]]:
+            # Kept, the products of all experts would stand there for every token.
+            policy = None if self.execution.remat or run.config.num_experts else KEPT
+            return jax.checkpoint(functools.partial(body, run, number), policy=policy)
+
         def once(period: Period, carry: tuple, inputs: list[tuple]) -> tuple[tuple, None]:
             for run, own in zip(period.runs, inputs, strict=True):
-                # Kept, the products of all experts would stand there for every token.
-                policy = None if self.execution.remat or run.config.num_experts else KEPT
-                layer = jax.checkpoint(functools.partial(body, run), policy=policy)
-                carry, _ = jax.lax.scan(layer, carry, own, unroll=self.execution.unroll)
+                carry, _ = jax.lax.scan(one(run), carry, own)
             return carry, None
+
+        def written_out(period: Period, carry: tuple, inputs: list[tuple]) -> tuple:
+            for time, (run, own) in itertools.product(range(period.times), zip(period.runs, inputs, strict=True)):
+                for place, layer in enumerate(range(run.first, run.end)):
+                    of_layer = jax.tree.map(lambda array, at=(time, place): array[at], own)
+                    carry, _ = one(run, layer + time * period.length)(carry, of_layer)
+            return carry
 
         params, beside = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param)), adapters or {}
         carry = (spread(x), None if cache is None else cache.kept)
@@ -311,10 +323,12 @@ class Decoder(nnx.Module):
                         None if len(ropes) < 2 else jnp.asarray(np.asarray(c.layer_ropes)[layers], jnp.int32),
                     )
                 )
-            if period.times == 1:
+            if self.execution.unroll:
+                carry = written_out(period, carry, inputs)
+            elif period.times == 1:
                 carry, _ = once(period, carry, jax.tree.map(lambda array: array[0], inputs))
             else:
-                carry, _ = jax.lax.scan(functools.partial(once, period), carry, inputs, unroll=self.execution.unroll)
+                carry, _ = jax.lax.scan(functools.partial(once, period), carry, inputs)
         x, kept = carry
         last = {name: getattr(self, name)[...] for name in ("final_norm", "final_norm_bias") if hasattr(self, name)}
         x = norm(x, last, "final_norm", c)
@@ -360,33 +374,40 @@ def by_run(stacked: Mapping[str, Any], config: DecoderConfig, period: Period) ->
     ]
 
 
-def place_of(config: DecoderConfig, name: str, layer: jax.Array) -> jax.Array:
+def place_of(config: DecoderConfig, name: str, layer: Layer) -> Layer:
     """Where in a stack a layer stands that has a part in it."""
     having = layers_with(config, name)
+    if isinstance(layer, int):
+        return having.index(layer)
     if len(having) == config.num_layers:
         return layer
     return jnp.asarray(np.searchsorted(having, np.arange(config.num_layers)))[layer]
 
 
-def row_of(cut: dict[str, Any], stacked: Mapping[str, Any], config: DecoderConfig, run: Run, layer: jax.Array) -> dict:
+def row_of(cut: dict[str, Any], stacked: Mapping[str, Any], config: DecoderConfig, run: Run, layer: Layer) -> dict:
     """A layer's rows of what `by_run` has cut for its run, read where they stood before."""
     found = dict(cut)
     for name in cut.keys() & stacked.keys():
-        if len(layers_with(config, name)) > run.end - run.first:
-            read = functools.partial(_row, place_of(config, name, layer))
-            found[name] = jax.tree.map(read, stacked[name], cut[name])
+        if isinstance(layer, int) or len(layers_with(config, name)) > run.end - run.first:
+            place = place_of(config, name, layer)
+            found[name] = jax.tree.map(functools.partial(_row, place), cut[name], stacked[name])
     return found
 
 
+def _row(place: Layer, row: jax.Array, stack: jax.Array) -> jax.Array:
+    return _instead(row, jax.lax.dynamic_index_in_dim(jax.lax.stop_gradient(stack), place, keepdims=False))
+
+
 @jax.custom_vjp
-def _row(place: jax.Array, whole: jax.Array, row: jax.Array) -> jax.Array:
-    """Returns `row`, which is that at a place of `whole`, but reads it there: a part of a stack that a scan goes
-    through would be copied first. The gradient is `row`'s, which a scan gathers; `whole`'s it would sum layer by layer.
+def _instead(row: jax.Array, read: jax.Array) -> jax.Array:
+    """Returns `read`, the same numbers as `row`, read where they stood before: a part of a stack that a scan goes
+    through, or that the backward pass is to find again, would be copied first. The gradient is `row`'s, which a scan
+    gathers; the stack's it would sum layer by layer.
     """
-    return jax.lax.dynamic_index_in_dim(whole, place, keepdims=False)
+    return read
 
 
-_row.defvjp(lambda *given: (_row(*given), None), lambda _, gradient: (None, None, gradient))
+_instead.defvjp(lambda row, read: (read, None), lambda _, gradient: (gradient, None))
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

@@ -1,6 +1,7 @@
 """Layers of several kinds, by MLP and by attention: what a parameter's stack holds, what reading a part of it costs."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,28 @@ def test_a_gradient_reaches_the_rows_that_were_read(family: str, changes: dict[s
         np.testing.assert_array_equal(gradient, 2 * factors * np.asarray(stacked[name]))
 
 
+@pytest.mark.parametrize(("family", "changes"), [("qwen3_moe", MIXED), ("qwen3_5_text", HYBRID)], ids=["once", "again"])
+def test_layers_written_out_compute_what_a_loop_computes(family: str, changes: dict[str, Any]) -> None:
+    config = parse_config(hf_config(family, **changes).to_dict(), Path("config.json"))
+    tokens, positions, segments = whole_rows(random_tokens(2, 8))
+
+    def value_and_gradient(unroll: bool) -> Any:
+        graph, state = nnx.split(abstract(config, dtype=jnp.dtype("float32"), execution=Execution(unroll=unroll)))
+        rng = np.random.default_rng(1)
+        filled = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), state)
+
+        def said(state: nnx.State) -> jax.Array:
+            decoder: Decoder = nnx.merge(graph, state)
+            return jnp.sum(jnp.sin(decoder(decoder.embed(tokens), positions, segments)[0]))
+
+        return jax.jit(jax.value_and_grad(said))(filled)
+
+    (loop, gradient), (other, others) = value_and_gradient(False), value_and_gradient(True)
+    assert float(other) == pytest.approx(float(loop), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max()))
+
+
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen3_5_text"])
 def test_a_part_of_a_stack_is_not_copied(family: str) -> None:
     """The step of a frozen backbone needs far less memory beside its weights than those of its attention take."""
@@ -99,6 +122,28 @@ def test_a_part_of_a_stack_is_not_copied(family: str) -> None:
     ours = params["layers"]
     attention = sum(ours[name].get_value().size * 4 for name in (*"qkvo", "linear_v", "linear_o") if name in ours)
     assert compiled.memory_analysis().temp_size_in_bytes < attention / 2
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen3_5_text", HYBRID)], ids=["once", "again"])
+def test_layers_written_out_keep_no_weights_of_their_own(family: str, changes: dict[str, Any]) -> None:
+    """What the backward pass reads behind its barrier is whole stacks: a layer's matrix would be copied out of one."""
+    config = parse_config(hf_config(family, **changes).to_dict(), Path("config.json"))
+    graph, params = nnx.split(abstract(config, dtype=jnp.dtype("float32"), execution=Execution(unroll=True)))
+
+    def loss(x: jax.Array, params: nnx.State) -> jax.Array:
+        decoder: Decoder = nnx.merge(graph, params)
+        return jnp.sum(decoder(x, jnp.arange(4, dtype=jnp.int32)[None], jnp.ones((1, 4), jnp.int32))[0])
+
+    program = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct((1, 4, 32), jnp.float32), params).as_text()
+    read = {
+        kind
+        for result, types in re.findall(r"(%\d+):\d+ = stablehlo.optimization_barrier .* : (.*)", program)
+        for place, kind in enumerate(types.split(", "))
+        if re.search(rf"{result}#{place}\b", program)
+    }
+    count, rows, columns = params["layers"]["gate"].get_value().shape
+    assert f"tensor<{count}x{rows}x{columns}xf32>" in read
+    assert f"tensor<{rows}x{columns}xf32>" not in read
 
 
 def test_the_first_layers_alone(tmp_path: Path) -> None:
