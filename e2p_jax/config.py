@@ -149,9 +149,6 @@ class ProjectorConfig:
     others are free to say what tells users apart."""
     noise: float = result(0.0, NOT_NEGATIVE)
     """Standard deviation of normal noise on training vectors, in units of the training users' spread."""
-    shrink: float = result(0.0, SHARE)
-    """Share of training conversations whose vector is drawn towards the mean of all, by a factor from 0 to 1, so that
-    users near the mean (of very many texts, or of few) find a model that knows such tokens."""
     start: str = result("random")
     """Before training: random; words, a linear guess at the words of the records' `context` (their embeddings, rare
     ones above all), each soft token at its share of the texts; or a run directory, whose projector it goes on with (the

@@ -10,14 +10,16 @@ _FIELDS = {
     "hidden_size": "projector=e2p_jax.prefix.mlp.Settings(hidden_size=...)",
     "dropout": "projector=e2p_jax.prefix.mlp.Settings(dropout=...)",
 }
-_DISTILLATION = ("distill", "teacher_tokens", "teacher_temperature", "borrowed")
+# Of training alone; a run that had one of the first of each section other than 0 is not trained further.
+GONE = {"train": ("distill", "teacher_tokens", "teacher_temperature", "borrowed"), "projector": ("shrink",)}
 
 
 def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
     """The sections of an earlier config.json -> of today's.
 
     They had `backbone.lora_rank`, 0 for no adapters, the fields of the MLP for every kind of projector, no bound of
-    soft tokens (`projector.max_scale`), and distillation, which has no say in how a projector is read.
+    soft tokens (`projector.max_scale`), and distillation and `projector.shrink`, which have no say in how a projector
+    is read.
 
     Raises:
       UserError: a catalogue's head was trained on something else than what it would read today.
@@ -31,9 +33,10 @@ def upgraded(sections: dict[str, Any]) -> dict[str, Any]:
             projector.pop(name, None)
     if isinstance(projector, dict):
         projector.setdefault("max_scale", 0.0)
-    if isinstance(train := sections.get("train"), dict):
-        for name in _DISTILLATION:
-            train.pop(name, None)
+    for section, names in GONE.items():
+        if isinstance(values := sections.get(section), dict):
+            for name in names:
+                values.pop(name, None)
     data, items = sections.get("data"), sections.get("items")
     if isinstance(data, dict) and data.get("items") and isinstance(items, dict) and "token" not in items:
         raise UserError(

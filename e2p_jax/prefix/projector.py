@@ -102,18 +102,15 @@ class Projector(nnx.Module):
 
         Args:
           vectors: [..., E] float32, as they stand in the table; NaN for the null user, where there is one.
-          dropout_key: turns dropout, noise on the standardised vectors, shrinking, and dropping users, on.
+          dropout_key: turns dropout, noise on the standardised vectors, and dropping users, on.
 
         Returns:
           [..., K, D] float32.
         """
         chex.assert_axis_dimension(vectors, -1, self.input_mean[...].shape[0])
         if dropout_key is not None:  # one key a purpose
-            dropout_key, noise_key, null_key, shrink_key = jax.random.split(dropout_key, 4)
+            dropout_key, noise_key, null_key = jax.random.split(dropout_key, 3)
         x = (vectors - self.row("input_mean", vectors)) / self.row("input_std", vectors)
-        if dropout_key is not None and (rate := self.settings.shrink):
-            drawn = jax.random.uniform(shrink_key, (*x.shape[:-1], 1))
-            x = x * jnp.where(drawn < rate, drawn / rate, 1.0)
         if dropout_key is not None and self.settings.noise:
             x = x + self.settings.noise * jax.random.normal(noise_key, x.shape)
         if self.null_user_rate:

@@ -17,6 +17,7 @@ from etils import epath
 
 from e2p_jax import config as config_lib
 from e2p_jax.config import Condition, Config, MeshConfig, TrainConfig
+from e2p_jax.config_versions import GONE
 from e2p_jax.data.conditions import FRONTS, user_vectors
 from e2p_jax.datasets.interactions.log import is_interactions, load_titles
 from e2p_jax.datasets.records import Record
@@ -106,11 +107,12 @@ def _check_claim(run: epath.Path, config: Config, inputs: Inputs, model: Model) 
             "rerun with those, or choose another --workdir"
         )
     names = identity.read(run)
-    if names.get("settings", {}).get("train", {}).get("distill"):
-        raise UserError(
-            f"{run}: was trained with train.distill, which this version does not have: it can be evaluated, asked and "
-            "exported, not trained further; choose another --workdir"
-        )
+    for section, (gone, *_) in GONE.items():
+        if names.get("settings", {}).get(section, {}).get(gone):
+            raise UserError(
+                f"{run}: was trained with {section}.{gone}, which this version does not have: it can be evaluated, "
+                "asked and exported, not trained further; choose another --workdir"
+            )
     identity.check_inputs(run, names, config, inputs)
     identity.check_weights(run, names, model)
 

@@ -15,7 +15,7 @@ from e2p_jax.train.checkpoint import Checkpoints
 from e2p_jax.train.setup import Inputs, Model, place
 from e2p_jax.train.words import begin_with_words
 
-_OF_TRAINING = ("start", "noise", "shrink", "dropout")  # and no say in what the parameters mean
+_OF_TRAINING = ("start", "noise", "dropout")  # and no say in what the parameters mean
 
 
 def begin(model: Model, inputs: Inputs, users: Iterable[str]) -> Model:

@@ -185,22 +185,6 @@ def test_noise_is_in_units_of_the_training_users_spread() -> None:
     np.testing.assert_allclose(np.asarray(projector(many))[:, 0], np.broadcast_to(plain, noisy.shape), atol=1e-6)
 
 
-def test_a_share_is_drawn_towards_the_mean() -> None:
-    """Evenly from the mean's token to the user's own, along a line where the projector is linear; only in training."""
-    projector, vectors = make("linear"), jnp.asarray(normal(1, 6))
-    projector.settings = dataclasses.replace(projector.settings, shrink=0.25)
-    projector.input_mean[...] = jnp.asarray(normal(6, seed=4))
-    own, mean = (np.asarray(projector(row))[0, 0] for row in (vectors, projector.input_mean[...][None]))
-    many = jnp.broadcast_to(vectors, (20_000, 6))
-    shrunk = np.asarray(projector(many, jax.random.key(0)))[:, 0]
-    way = (shrunk - mean) @ (own - mean) / np.sum((own - mean) ** 2)
-    np.testing.assert_allclose(shrunk, mean + way[:, None] * (own - mean), atol=1e-5)
-    drawn = way[way < 0.9999]
-    assert len(drawn) / len(way) == pytest.approx(0.25, abs=0.01)
-    np.testing.assert_allclose(np.quantile(drawn, [0.0, 0.25, 0.5, 0.75, 1.0]), [0, 0.25, 0.5, 0.75, 1], atol=0.03)
-    np.testing.assert_allclose(np.asarray(projector(many))[:, 0], np.broadcast_to(own, shrunk.shape), atol=1e-6)
-
-
 def test_null_user_stands_for_vectors_of_nan() -> None:
     projector, vectors = make(null=0.25), normal(8, 6)
     projector.calibrate(*Population.of(3.0 + normal(50, 6)), jnp.asarray(normal(20, 5)), 1.0)

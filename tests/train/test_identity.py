@@ -168,19 +168,28 @@ def test_resuming_checks_the_same(folder: Path, begun: tuple[Path, Inputs, Model
         claim_run(epath.Path(folder / "run"), config, read_inputs(config), model)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.9])
-def test_a_distilled_run_opens_and_is_not_trained_further(
-    folder: Path, begun: tuple[Path, Inputs, Model], share: float
+@pytest.mark.parametrize(
+    ("section", "gone"),
+    [
+        ("train", {"distill": 0.0, "teacher_tokens": 16, "borrowed": 0}),
+        ("train", {"distill": 0.9, "teacher_tokens": 16, "borrowed": 0}),
+        ("projector", {"shrink": 0.0}),
+        ("projector", {"shrink": 0.2}),
+    ],
+)
+def test_a_run_that_learned_by_what_is_gone_opens_and_is_not_trained_further(
+    folder: Path, begun: tuple[Path, Inputs, Model], section: str, gone: dict[str, float]
 ) -> None:
-    """As an earlier version wrote both files; where nothing was distilled it is any run."""
+    """As an earlier version wrote both files; where it was 0 it is any run."""
     _, inputs, model = begun
     path = folder / "run" / "config.json"
-    edit(path, lambda values: values["train"].update(distill=share, teacher_tokens=16, borrowed=0))
+    edit(path, lambda values: values[section].update(gone))
     names = identity.read(epath.Path(folder / "run"))
-    names["settings"]["train"] |= {"distill": share, "teacher_tokens": 16, "borrowed": 0}
+    names["settings"][section] |= gone
     (folder / "run" / "backbone.json").write_text(sealed(names))
     assert OPENS in refused(folder / "run")
-    further = pytest.raises(UserError, match=r"train\.distill, which this version") if share else nullcontext()
+    first, share = next(iter(gone.items()))
+    further = pytest.raises(UserError, match=rf"{section}\.{first}, which this version") if share else nullcontext()
     with further:
         claim_run(epath.Path(folder / "run"), from_json(path.read_bytes(), path), inputs, model)
 

@@ -51,7 +51,7 @@ def test_no_key_is_drawn_from_twice_or_has_others_made_of_it(monkeypatch: pytest
     decoder = parse_config({**SIZES, "model_type": "llama", "rms_norm_eps": 1e-5}, setup.Path("config.json"))
     config = Config(
         adapter=lora.Settings(rank=2),
-        projector=mlp.Settings(hidden_size=4, dropout=0.5, noise=0.5, shrink=0.5),
+        projector=mlp.Settings(hidden_size=4, dropout=0.5, noise=0.5),
         train=TrainConfig(null_user_rate=0.5),
     )
     setup._adapter(config, decoder)
@@ -68,6 +68,6 @@ def test_no_key_is_drawn_from_twice_or_has_others_made_of_it(monkeypatch: pytest
     before = len(drawn)
     for _ in range(10):
         state, _ = step(state, frozen, batch)  # type: ignore[arg-type]
-    assert before > 5 and len(drawn) == before + 10 * 4
+    assert before > 5 and len(drawn) == before + 10 * 3
     assert len(set(drawn)) == len(drawn)
     assert not parents & set(drawn)

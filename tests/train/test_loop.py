@@ -393,7 +393,6 @@ def two_steps(
         {"projector": {"dropout": 0.5}},
         {"projector": {"max_scale": 1.0}},
         {"projector": {"noise": 0.5}},
-        {"projector": {"shrink": 0.9}},
         {"projector": {"num_tokens": 2, "shared_tokens": 1}},
         {"train": {"learning_rate": 1e-4}},
         {"train": {"bias_learning_rate": 0.5}},
