@@ -298,8 +298,12 @@ with session(Processes(sys.argv[1], 2, who, 60)):
 def test_the_end_of_one_is_the_end_of_all(address: str, what: str, codes: list[int], message: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     commands = [[sys.executable, "-c", PROGRAM, address, str(i), what] for i in range(2)]
-    processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    said = [process.communicate(timeout=100)[1] for process in processes]
+    with contextlib.ExitStack() as stack:
+        processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+        for process in processes:
+            stack.enter_context(process)
+            stack.callback(process.kill)  # one that hangs fails this test alone
+        said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == codes, said
     assert message.format(socket.gethostname()) in said[0]
 
