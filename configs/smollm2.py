@@ -19,7 +19,7 @@ give: docs/results.md. One soft token in place of the four, of the mean of the s
 
 Two idle CPU cores take a quarter of an hour for either training, at about 400 tokens a second in bfloat16 (jax 0.11,
 Python 3.12, where the CPU has instructions for it). An H100 takes half a minute and its compilation for sixteen times
-as much, which carries twice as much of the user:
+as much, which carries nearly twice as much of the user:
 
     e2p train smollm2 --train.rows 16 --train.steps 400 --train.eval-every 400
     e2p train smollm2_dialogues --train.rows 16 --train.steps 150 --train.eval-every 50

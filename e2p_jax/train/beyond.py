@@ -72,5 +72,6 @@ def mean_warning(nats: float) -> str | None:
         return None
     return (
         f"the mean of all users' vectors breaks the model: it costs {nats:+.2f} nats a target beyond none, and so may "
-        "the vector of a user of whom little or very much is known; raise train.bias_learning_rate"
+        "the vector of a user of whom little or very much is known; train with a "
+        "higher train.bias_learning_rate (0 is sqrt(E) times train.learning_rate)"
     )

@@ -85,6 +85,7 @@ def test_a_gradient_reaches_the_rows_that_were_read(family: str, changes: dict[s
     ids=["once", "again"],
 )
 def test_layers_written_out_compute_what_a_loop_computes(family: str, changes: dict[str, Any]) -> None:
+    """Its values, its gradient, and what generation takes: the last position with the others in a cache."""
     config = parse_config(hf_config(family, **changes).to_dict(), Path("config.json"))
     tokens, positions, segments = whole_rows(random_tokens(1, 8))
 
@@ -97,10 +98,19 @@ def test_layers_written_out_compute_what_a_loop_computes(family: str, changes: d
             decoder: Decoder = nnx.merge(graph, state)
             return jnp.sum(jnp.sin(decoder(decoder.embed(tokens), positions, segments)[0]))
 
-        return jax.jit(jax.value_and_grad(said))(filled)
+        def last(state: nnx.State) -> jax.Array:
+            decoder: Decoder = nnx.merge(graph, state)
+            cache = decoder.empty_cache(1, 8)
+            for part in (slice(0, 7), slice(7, 8)):
+                x = decoder.embed(tokens[:, part])
+                hidden, cache = decoder(x, positions[:, part], segments[:, part], cache)
+            return hidden
 
-    (loop, gradient), (other, others) = value_and_gradient(False), value_and_gradient(True)
+        return *jax.jit(jax.value_and_grad(said))(filled), jax.jit(last)(filled)
+
+    (loop, gradient, hidden), (other, others, unrolled) = value_and_gradient(False), value_and_gradient(True)
     assert float(other) == pytest.approx(float(loop), rel=1e-5)
+    np.testing.assert_allclose(unrolled, hidden, rtol=1e-4, atol=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(others), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max()))
 
