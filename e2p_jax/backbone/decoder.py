@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from e2p_jax.backbone import latent
 from e2p_jax.backbone.adapter import Adapters
@@ -63,7 +64,8 @@ EXACT = ("router_choice_bias", "linear_log_rate", "linear_step_bias")
 EMBEDDING_SCALE = 0.1
 
 # Of a layer's activations the backward pass keeps what matrix products and attention gave, and works out the rest
-# again: less to write and read than to compute.
+# again: less to write and read than to compute. What is named SAVED it finds in place of the products it came from:
+# queries and keys as attention reads them, and the residual behind attention.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
 )
@@ -249,6 +251,8 @@ class Decoder(nnx.Module):
             if c.qk_norm == "rotated":
                 q, k = norm(q, p, "q_norm", c), norm(k, p, "k_norm", c)
             q = q if growth is None else q * growth.astype(q.dtype)
+            if c.qk_norm == "none":  # the gradient of a norm needs the products themselves
+                q, k = checkpoint_name(q, SAVED), checkpoint_name(k, SAVED)
             if kept is not None:
                 q, k, v = shard_heads(q), shard_heads(k), shard_heads(v)
                 place = place_of(c, "k", layer)
@@ -285,6 +289,8 @@ class Decoder(nnx.Module):
             mix = linear_attention if run.config.linear_layers else self_attention
             mixed, kept = mix(h, p, layer, kept, *of_layer)
             after = x + scaled(norm(mixed, p, "attention_post_norm", c), c.residual_scale)
+            if "attention_post_norm" not in p:
+                after = checkpoint_name(after, SAVED)
             read = h if c.shared_norm else norm(x if c.parallel else after, p, "mlp_norm", c)
             said = mlp(read, p, run.config, self.execution.sort_tokens)
             after = after + scaled(norm(said, p, "mlp_post_norm", c), c.residual_scale)

@@ -11,6 +11,7 @@ from e2p_jax.backbone.adapter import Adapter, by_matrix
 from e2p_jax.backbone.decoder import Cache, Decoder
 from e2p_jax.prefix.items import Items
 from e2p_jax.prefix.loss import cross_entropy
+from e2p_jax.prefix.places import at_places
 from e2p_jax.prefix.projector import Projector
 from e2p_jax.products import einsum
 
@@ -152,7 +153,7 @@ class PrefixModel(nnx.Module):
         return self.backbone.before_head(jnp.take_along_axis(hidden, batch["item_positions"][..., None], axis=1))
 
     def _text_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
-        hidden = jnp.take_along_axis(hidden, batch["target_positions"][..., None], axis=1)  # [B, M, D]
+        hidden = at_places(hidden, batch["target_positions"], batch["target_weights"] > 0)  # [B, M, D]
         return self.nll(hidden, batch["target_ids"]) * batch["target_weights"]
 
     def nll(self, hidden: jax.Array, ids: jax.Array) -> jax.Array:

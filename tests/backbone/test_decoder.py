@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from helpers import SIZES, hf_config, logits, random_tokens, whole_rows
 
 from e2p_jax.backbone.decoder import Decoder
 from e2p_jax.backbone.families import FAMILIES, parse_config
-from e2p_jax.backbone.layout import DecoderConfig
+from e2p_jax.backbone.layout import DecoderConfig, Execution
 from e2p_jax.backbone.weights import abstract
 
 
@@ -83,3 +84,19 @@ def test_bfloat16_stays_bfloat16_up_to_the_logits() -> None:
     hidden, cache = decoder(decoder.embed(tokens), positions, segments, decoder.empty_cache(1, 8))
     assert {hidden.dtype, *(kept.dtype for kept in cache.kept.values())} == {jnp.dtype("bfloat16")}
     assert decoder.logits(hidden).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("family", "products", "named"), [("llama", 3, 5), ("qwen3", 5, 3)])
+def test_the_backward_pass_keeps_what_it_reads(
+    family: str, products: int, named: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rotated queries and keys stand in place of their products, but where a norm's gradient reads these; the residual
+    behind attention in place of the output's. With attention's two results and v, gate and up that is all of a layer.
+    """
+    values = {**SIZES, "model_type": family, "rms_norm_eps": 1e-5, "num_hidden_layers": 1}
+    shapes = parse_config(values, Path("config.json"))
+    decoder = Decoder(shapes, dtype=jnp.dtype("float32"), execution=Execution(unroll=True), rngs=nnx.Rngs(0))
+    tokens, positions, segments = whole_rows(random_tokens(1, 8))
+    jax.ad_checkpoint.print_saved_residuals(lambda x: decoder(x, positions, segments)[0], decoder.embed(tokens))
+    kept = capsys.readouterr().out
+    assert (kept.count("output of dot_general"), kept.count("named 'attention'")) == (products, named)
