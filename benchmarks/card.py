@@ -29,6 +29,7 @@ from made_up import WIDTH, random_rows
 from e2p_jax.backbone.attention import attention, visibility, whole_rows
 from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.config import BackboneConfig, Config, DataConfig, MeshConfig, TrainConfig
+from e2p_jax.data.packing import longest_of
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.prefix import mlp
 from e2p_jax.train import setup
@@ -75,6 +76,8 @@ def uneven(rows: int, length: int, count: int, vocabulary: int) -> dict[str, np.
     """As `random_rows`, of `segments`."""
     batch = random_rows(rows, length, count, vocabulary)
     ids = batch["segment_ids"][:] = segments(rows, length, count)
+    most = max(int(np.bincount(row[row > 0]).max()) for row in ids)
+    batch["longest"] = np.zeros((rows, longest_of(most, length)), np.int8)
     first = np.stack([np.searchsorted(np.where(row > 0, row, count + 1), row) for row in ids])
     batch["positions"][:] = np.where(ids > 0, np.arange(length) - first, 0)
     batch["slots"][:] = np.where((ids > 0) & (batch["positions"] == 0), ids - 1, -1)

@@ -13,7 +13,7 @@ from e2p_jax.backbone.families import DecoderConfig, parse_config
 from e2p_jax.backbone.layout import Execution
 from e2p_jax.backbone.weights import quantize_layers
 from e2p_jax.config import MeshConfig, TrainConfig
-from e2p_jax.data.packing import Budget, empty_rows
+from e2p_jax.data.packing import Budget, empty_rows, longest_of
 from e2p_jax.parallel.mesh import make_mesh
 from e2p_jax.prefix import mlp
 from e2p_jax.prefix.model import PrefixModel
@@ -49,7 +49,7 @@ def random_model(config: DecoderConfig, remat: bool = False, quantization: Any =
 
 def random_rows(rows: int, length: int, users: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Full rows of `users` examples of one length, each behind its slot; every second token is a target."""
-    batch = empty_rows(rows, Budget(length, length // 2, users), WIDTH)
+    batch = empty_rows(rows, Budget(length, length // 2, users, longest=longest_of(length // users, length)), WIDTH)
     rng, each = np.random.default_rng(0), length // users
     batch["tokens"][:] = rng.integers(0, vocabulary, (rows, length))
     batch["positions"][:] = np.arange(length) % each

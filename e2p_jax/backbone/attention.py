@@ -68,7 +68,9 @@ def lacking(kind: Choice, device: Any, config: DecoderConfig, dtype: jnp.dtype) 
     return None
 
 
-def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segments: int) -> Callable[..., jax.Array]:
+def whole_rows(
+    kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segments: int, longest: int | None = None
+) -> Callable[..., jax.Array]:
     """Attention of rows to themselves: (q [B, T, H, C], k and v [B, T, G, C], window=[], sinks=[H] or None) ->
     [B, T, H, C].
 
@@ -77,6 +79,7 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segmen
       segment_ids: [B, T] int32.
       config: gives the scale and the cap of the scores, and the windows that occur.
       segments: S, the most that a row has.
+      longest: L, a divisor of T: no segment is longer; None is T.
     """
     scale, cap, windows = config.attention_scale, config.attention_cap, config.windows
     of_rows = segment_ids  # what a kernel wants to know of them, worked out once for all layers
@@ -88,7 +91,9 @@ def whole_rows(kind: Kind, segment_ids: jax.Array, config: DecoderConfig, segmen
         if kind == "splash":
             attend = functools.partial(kernels.splash_attention, windows=windows, scale=scale, cap=cap)
         elif kind == "cudnn":
-            of_rows = by_device(functools.partial(kernels.packed_layout, segments=segments), segment_ids)
+            of_rows = by_device(
+                functools.partial(kernels.packed_layout, segments=segments, longest=longest), segment_ids
+            )
             attend = functools.partial(kernels.cudnn_attention, windows=windows, scale=scale)
         else:
             of_rows = kernels.first_keys(segment_ids)

@@ -189,6 +189,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         adapters: Adapters | None = None,
         most_segments: int | None = None,
+        longest: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the layers and the final norm.
 
@@ -200,6 +201,7 @@ class Decoder(nnx.Module):
             of the T new ones go on from.
           adapters: stacked parameters beside the layers' matrices.
           most_segments: S, those that a row has at most; None is as many as positions. A kernel may allot for each.
+          longest: L, a divisor of T: no segment is longer; None is T. So much a kernel may allot.
 
         Returns:
           [B, T, D] hidden states, and the cache with the new positions (None without a cache).
@@ -209,7 +211,7 @@ class Decoder(nnx.Module):
         c = self.config
         if cache is None:
             filled, segments, places = jnp.zeros((), jnp.int32), segment_ids, positions
-            attend = whole_rows(self.execution.attention, segment_ids, c, most_segments or length)
+            attend = whole_rows(self.execution.attention, segment_ids, c, most_segments or length, longest)
         else:
             filled = cache.filled
             segments = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, filled))

@@ -14,6 +14,7 @@ from e2p_jax.data.encode import Example
 from e2p_jax.data.examples import Examples
 
 _BLOCK = 1 << 12  # examples that are Python's numbers at once
+_WHOLE = 128  # T is a multiple of it, and L
 _TRIES = 16  # lengths looked at for each place but the last two of a row
 
 
@@ -24,27 +25,39 @@ class Budget(NamedTuple):
     targets: int  # M
     segments: int  # S
     items: int = 0  # N: of the conversation that has most; no budget of a row's
+    longest: int = 0  # L, a divisor of T: no example is longer; 0 is T
 
 
 def choose_budget(examples: Examples, seq_len: int) -> Budget:
     """M and S for rows of T tokens, large enough that T runs out first.
 
     M is a tenth more targets than such rows hold on average, S as many segments as the shortest twentieth of the
-    examples would fill a row with.
+    examples would fill a row with; L is of whole blocks, or T.
     """
     lengths, targets = examples.lengths, examples.target_counts
     want = 1.1 * seq_len * targets.sum() / lengths.sum()
     most = min(seq_len, -(-max(int(want), int(targets.max())) // 64) * 64)
     items = int(examples.item_counts.max())
-    return Budget(seq_len, most, max(1, int(seq_len // np.percentile(lengths, 5))), items)
+    segments = max(1, int(seq_len // np.percentile(lengths, 5)))
+    return Budget(seq_len, most, segments, items, longest_of(int(lengths.max()), seq_len))
+
+
+def longest_of(length: int, seq_len: int) -> int:
+    """L for rows of T tokens and examples of at most `length`."""
+    return next((size for size in range(_WHOLE, seq_len, _WHOLE) if size >= length and not seq_len % size), seq_len)
 
 
 def plan_rows(examples: Examples, budget: Budget) -> Ragged:
     """Rows of example numbers, every example in exactly one: the shorter of two plans.
 
     Best fit wastes least where rows hold two or three examples, `fill_exactly` where they hold more.
+
+    Raises:
+      ValueError: an example is longer than the budget has them.
     """
     lengths, targets = examples.lengths, examples.target_counts
+    if budget.longest and lengths.max() > budget.longest:
+        raise ValueError(f"an example of {lengths.max()} tokens in rows whose longest have {budget.longest}")
     return min((plan(lengths, targets, budget) for plan in (best_fit, fill_exactly)), key=len)
 
 
@@ -192,7 +205,7 @@ class _Stock:
 
 def empty_rows(count: int, budget: Budget, width: int) -> dict[str, np.ndarray]:
     """A batch of `count` rows of padding; the arrays of the batch contract."""
-    t, m, s, n = budget
+    t, m, s, n, longest = budget
     items = {"item_positions": np.zeros((count, s), np.int32), "item_ids": np.full((count, s, n), -1, np.int32)}
     return {
         "tokens": np.zeros((count, t), np.int32),
@@ -204,6 +217,7 @@ def empty_rows(count: int, budget: Budget, width: int) -> dict[str, np.ndarray]:
         "target_ids": np.zeros((count, m), np.int32),
         "target_weights": np.zeros((count, m), np.float32),
         **(items if n else {}),
+        **({"longest": np.zeros((count, longest), np.int8)} if 0 < longest < t else {}),
     }
 
 

@@ -170,7 +170,7 @@ def render(values: dict[str, Any]) -> list[rich.table.Table]:
     row("targets", "targets")
     row("targets per record", "targets_a_record")
     row("rows", "rows")
-    row("tokens, targets, segments of a row", "row_budget")
+    row("tokens, targets, segments, items of a row, its longest", "row_budget")
     row("segments per row", "segments_a_row")
     row("share of the rows' tokens used", "full", as_share=True)
     row("share of the rows' targets used", "targets_full", as_share=True)

@@ -19,7 +19,7 @@ from e2p_jax.products import einsum
 class Batch(TypedDict):
     """One batch: B rows of T tokens, S segments, M targets; E is the user vectors' width.
 
-    The last two are there where records name items of a catalogue.
+    Those of items are there where records name some of a catalogue, `longest` where no segment may fill a row.
     """
 
     tokens: jax.Array  # [B, T] int32
@@ -32,6 +32,7 @@ class Batch(TypedDict):
     target_weights: jax.Array  # [B, M] float32
     item_positions: NotRequired[jax.Array]  # [B, S] int32: where the first token of the segment's reply is predicted
     item_ids: NotRequired[jax.Array]  # [B, S, N] int32, distinct rows of the catalogue, -1 where there is none
+    longest: NotRequired[jax.Array]  # [B, L] int8, of which nothing but L is read: no segment is longer
 
 
 class PrefixModel(nnx.Module):
@@ -105,11 +106,12 @@ class PrefixModel(nnx.Module):
         segment_ids: jax.Array,
         cache: Cache | None = None,
         most_segments: int | None = None,
+        longest: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The backbone's layers with the adapters, where there are any; see `Decoder.__call__`."""
         adapter = getattr(self, self.kind, None)
         adapters = adapter and by_matrix(self.kind, nnx.to_pure_dict(nnx.state(adapter, nnx.Param)))
-        return self.backbone(x, positions, segment_ids, cache, adapters, most_segments)
+        return self.backbone(x, positions, segment_ids, cache, adapters, most_segments, longest)
 
     def target_nll(self, batch: Batch) -> jax.Array:
         """Negative log-likelihood of every target, in nats, 0 where the weight is 0.
@@ -146,7 +148,8 @@ class PrefixModel(nnx.Module):
         items = batch["item_ids"][..., 0] if self.says_items and "item_ids" in batch else None
         x = self.embed(batch["tokens"], batch["slots"], batch["user_embeddings"], dropout_key, items)
         most = batch["user_embeddings"].shape[1]
-        return self.hidden(x, batch["positions"], batch["segment_ids"], most_segments=most)[0]
+        longest = batch["longest"].shape[1] if "longest" in batch else None
+        return self.hidden(x, batch["positions"], batch["segment_ids"], most_segments=most, longest=longest)[0]
 
     def _answers(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """[B, S, D]: what the first token of every segment's reply is predicted from."""

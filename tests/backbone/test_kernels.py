@@ -119,21 +119,32 @@ class _CuDNN:
         return whole + [jnp.zeros((sequences, heads, length))] * bool(training and not self.backward)
 
 
-@pytest.mark.parametrize("window", [0, 40])
-def test_cudnn_is_told_where_segments_lie(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients of the reference come out where each piece is found, grouped heads and padding included."""
+@pytest.mark.parametrize(("window", "longest", "shape"), [(0, None, (3, 9)), (40, None, (3, 9)), (40, 32, (12, 5))])
+def test_cudnn_is_told_where_segments_lie(
+    window: int, longest: int | None, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients of the reference come out where each piece is found, grouped heads and padding included,
+    whether rows come as they are or cut into ones as long as the longest segment.
+    """
     _, _, common = kernels.cudnn_primitives()
     monkeypatch.setattr(kernels, "cudnn_primitives", lambda: (_CuDNN(False), _CuDNN(True), common))
     q, k, v, out, segments = rows(batch=3, length=128)
-    segments = segments.at[0].set(1).at[1, :100].set(2)  # one whole, one of two pieces, one of four
+    if longest:
+        segments = jnp.minimum(jnp.arange(128) // 30 + 1, 4)[None] * jnp.array([[1], [1], [0]])  # 30, 30, 30 and 38
+        segments = segments.at[0, 110:].set(0).at[1, 31:].set(0)  # pieces across the cuts, and padding of all lengths
+    else:
+        segments = segments.at[0].set(1).at[1, :100].set(2)  # one whole, one of two pieces, one of four
     index = jnp.arange(q.shape[1])[None]
     visible = visibility(segments, segments, index, index)
-    layout = packed_layout(segments, 3)
-    assert layout.shape == (3, 9)
+    layout = packed_layout(segments, 4 if longest else 3, longest)
+    assert layout.shape == shape
 
     ours = functools.partial(cudnn_attention, layout=layout, window=window, windows=(window,), scale=0.3)
     reference = functools.partial(attention, visible=visible, window=window, scale=0.3)
-    np.testing.assert_allclose(ours(q, k, v), reference(q, k, v), atol=2e-6)
+    live = segments[..., None, None] > 0  # what padding says nobody reads, but it is a number
+    assert np.isfinite(ours(q, k, v)).all()
+    np.testing.assert_allclose(jnp.where(live, ours(q, k, v), 0), jnp.where(live, reference(q, k, v), 0), atol=2e-6)
+    out = jnp.where(live, out, 0)
     for one, other in zip(jax.vjp(ours, q, k, v)[1](out), jax.vjp(reference, q, k, v)[1](out), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 

@@ -50,11 +50,29 @@ def test_every_example_in_one_row_and_no_budget_exceeded(
 
 
 def test_the_budget_of_a_row() -> None:
-    """A tenth more targets than rows hold on average, rounded up to 64, and all of any one example's."""
+    """A tenth more targets than rows hold on average, rounded up to 64, and all of any one example's; no example is
+    longer than the least divisor of the row that is of whole blocks of 128.
+    """
     even = examples_of([(50, 25)] * 10 + [(100, 25)] * 90)  # 250 of 950 tokens are targets
-    assert choose_budget(even, 950) == Budget(950, 320, 950 // 50)
-    assert choose_budget(examples_of([(100, 1)] * 9 + [(300, 290)]), 512) == Budget(512, 320, 5)
-    assert choose_budget(examples_of([(100, 99)]), 128) == Budget(128, 128, 1)  # never more than there are tokens
+    assert choose_budget(even, 950) == Budget(950, 320, 950 // 50, longest=950)
+    assert choose_budget(examples_of([(100, 1)] * 9 + [(300, 290)]), 512) == Budget(512, 320, 5, longest=512)
+    assert choose_budget(examples_of([(100, 99)]), 128) == Budget(
+        128, 128, 1, longest=128
+    )  # never more than there are tokens
+    rows_of = {
+        length: [choose_budget(examples_of([(length, 1)]), size).longest for size in (1024, 1536)]
+        for length in (128, 129, 300, 600)
+    }
+    assert rows_of == {128: [128, 128], 129: [256, 256], 300: [512, 384], 600: [1024, 768]}
+
+
+def test_no_example_is_longer_than_the_budget_says() -> None:
+    examples = examples_of([(100, 1), (300, 1)])
+    budget = choose_budget(examples, 1536)
+    assert empty_rows(2, budget, WIDTH)["longest"].shape == (2, 384)
+    assert "longest" not in empty_rows(2, budget._replace(longest=1536), WIDTH)  # it may fill the row
+    with pytest.raises(ValueError, match="an example of 300 tokens in rows whose longest have 256"):
+        plan_rows(examples, budget._replace(longest=256))
 
 
 @given(sizes=SIZES)

@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 from helpers import SIZES, Segment, make_batch, prefix_model, random_batch, random_segment
 
+from e2p_jax.backbone.attention import whole_rows
 from e2p_jax.backbone.layout import Execution
 from e2p_jax.prefix.model import Batch, PrefixModel
 
@@ -66,6 +67,22 @@ def test_padding_and_tokens_under_slots_are_invisible(model: PrefixModel) -> Non
     assert hidden.sum() > 12
     tokens[hidden] = 5
     np.testing.assert_array_equal(target_nll(model, {**batch, "tokens": tokens}), target_nll(model, batch))
+
+
+def test_attention_hears_of_the_longest_segment(model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel allots by it; the batch says it by a shape, so that the compiler knows it."""
+    heard = []
+
+    def listening(kind: str, segment_ids: jax.Array, config: Any, segments: int, longest: int | None) -> Any:
+        heard.append((segments, longest))
+        return whole_rows("xla", segment_ids, config, segments, longest)
+
+    monkeypatch.setattr("e2p_jax.backbone.decoder.whole_rows", listening)
+    batch = random_batch()
+    segments = batch["user_embeddings"].shape[1]
+    plain = model.target_nll(batch)
+    np.testing.assert_array_equal(model.target_nll({**batch, "longest": np.zeros((len(plain), 64), np.int8)}), plain)
+    assert heard == [(segments, None), (segments, 64)]
 
 
 def test_embed_places_the_soft_tokens(model: PrefixModel) -> None:
