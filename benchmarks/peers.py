@@ -28,7 +28,7 @@ class Peer:
 
     name: str
     nats: Callable[[], float]  # per target
-    step: Callable[[], float]  # returns the loss when the step is done
+    step: Callable[[], Any]  # returns the loss; `float` of it waits until the step is done
     targets: float  # of a step
     prompt: torch.Tensor | None = None  # [D], where all users have this soft token
 

@@ -53,17 +53,17 @@ def padded(conversations: work.Conversations, device: str) -> Batch:
     return {name: torch.tensor(array, device=device) for name, array in arrays.items()}
 
 
-def adam_step(parameters: Sequence[nn.Parameter], loss: Loss, batch: Batch) -> Callable[[], float]:
-    """A step of AdamW on mean loss, with the clip that we have; returns the loss."""
+def adam_step(parameters: Sequence[nn.Parameter], loss: Loss, batch: Batch) -> Callable[[], torch.Tensor]:
+    """A step of AdamW on mean loss, with the clip that we have; returns the loss, not waited for."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         value = loss(batch)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return value.item()
+        return value.detach()
 
     return step
 

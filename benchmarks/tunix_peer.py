@@ -98,7 +98,7 @@ def tunix(stage: Stage) -> Peer:
     first = inputs(stage.work.conversations(stage.work.rows[:1]))
     batch = inputs(work.some(stage.work.conversations(stage.work.rows), len(stage.work.rows)))
     targets = int(batch["input_mask"].sum())
-    return Peer("Tunix PEFT trainer", lambda: float(evaluate(first)[0]), lambda: float(step(batch)[0]), targets)
+    return Peer("Tunix PEFT trainer", lambda: float(evaluate(first)[0]), lambda: step(batch)[0], targets)
 
 
 def inputs(conversations: work.Conversations) -> dict[str, np.ndarray]:
