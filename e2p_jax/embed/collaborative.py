@@ -44,7 +44,7 @@ def factors(
     matrix = scipy.sparse.csr_matrix((weights, (history.users, columns)), shape)
     # The users as they are, and without each part of their history.
     folds = np.zeros(len(history), np.int8) if history.folds is None else history.folds
-    parts = [] if history.folds is None else range(int(folds.max()) + 1)
+    parts = [] if history.folds is None else range(int(np.max(folds)) + 1)
     less = [
         scipy.sparse.csr_matrix((weights[kept], (history.users[kept], columns[kept])), shape)
         for kept in (folds != part for part in parts)

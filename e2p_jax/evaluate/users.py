@@ -52,7 +52,7 @@ def map_users(run: Run, records: Sequence[Record]) -> UserMap:
     places = (left * sizes)[:, :2]
     places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
     power = np.square(sizes)
-    explained = float(power[:2].sum() / max(power.sum(), 1e-30))
+    explained = float(power[:2].sum()) / max(float(power.sum()), 1e-30)
     return UserMap(people, places, explained, _nearest_tokens(run, soft), _apart(centred, min(APART, len(people))))
 
 

@@ -46,12 +46,12 @@ class Scores:
 
     @property
     def per_target(self) -> float:
-        return float(self.nll.sum() / self.targets.sum())
+        return float(np.divide(self.nll.sum(), self.targets.sum()))
 
     @property
     def word_perplexity(self) -> float:
         """exp(nats per word); the end-of-turn tokens' nats are counted, their words are not."""
-        return float(np.exp(self.nll.sum() / self.words.sum()))
+        return float(np.exp(np.divide(self.nll.sum(), self.words.sum())))
 
     @property
     def statistics(self) -> dict[str, np.ndarray]:
