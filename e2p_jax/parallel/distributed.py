@@ -132,6 +132,7 @@ def session(given: Processes) -> Iterator[None]:
     try:
         yield
     except Preempted:
+        private_jax.keep_clients()
         peers.leave()
         raise
     except (UserError, OSError) as error:
@@ -140,6 +141,7 @@ def session(given: Processes) -> Iterator[None]:
         traceback.print_exc()
         time.sleep(_SETTLE_SECONDS)
         peers.end(1, f"{name_of(peers.process, peers.hosts)} failed: {type(error).__name__}: {error}")
+    private_jax.keep_clients()
     peers.leave()
 
 

@@ -192,7 +192,7 @@ class Gateway:
             busy = Refused(503, f"{self.settings.at_once} requests are being answered; try again", "busy")
             return busy.response({"retry-after": "1"})
         self.metrics.answering += 1
-        status = _GONE  # where this is cancelled
+        status = 500  # where what nobody foresaw ends this
         try:
             values = await read_object(request, self.settings.largest_body)
             response, status = await self._answer(values, request)
@@ -201,9 +201,13 @@ class Gateway:
             status = refused.status
             return refused.response()
         except Gone:
+            status = _GONE
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=_GONE)  # to nobody
+        except asyncio.CancelledError:
+            status = _GONE
+            raise
         finally:
             self.metrics.answers[status] += 1
             self.metrics.answering -= 1

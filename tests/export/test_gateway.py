@@ -306,6 +306,15 @@ def test_a_damaged_row_is_no_fault_of_the_client(
     wait_for_metric(client, 'e2p_answers_total{status="500"} 1')
 
 
+def test_what_nobody_foresaw_counts_as_ours(open_gateway: Callable, monkeypatch: pytest.MonkeyPatch):
+    """And not as that of a client that went."""
+    client = open_gateway()
+    monkeypatch.setattr(gateway.Gateway, "_prepare", lambda *_: 1 // 0)
+    assert chat(client).status_code == 500
+    wait_for_metric(client, 'e2p_answers_total{status="500"} 1')
+    assert 'status="499"' not in client.get("/metrics").text
+
+
 def test_the_engines_failures_are_told(open_gateway: Callable, engine: Engine):
     client = open_gateway(timeout=0.5)
 
