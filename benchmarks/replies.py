@@ -1,7 +1,7 @@
 """Every reply of every dialogue as a record that ends with it, for `e2p evaluate`, which ranks last replies.
 
     python benchmarks/replies.py data/mixed.jsonl replies.jsonl --split validation
-    e2p evaluate RUN --data replies.jsonl --conditions shuffled e2p --derangements 1 --measures ranking
+    e2p evaluate RUN --data replies.jsonl --split all --conditions shuffled e2p --derangements 1 --measures ranking
 
 `evaluate.max_records` of the run must be 0, or 200 of them, evenly spaced, are all that is ranked. A reply that opens a
 dialogue is left out: nothing was said that candidates could answer.

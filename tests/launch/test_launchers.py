@@ -79,6 +79,18 @@ def test_local(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp
     check([LAUNCH / "local.sh", "2"], config, reference, tmp_path, ["data-tensor", "fsdp-tensor"])
 
 
+def test_local_begins_with_a_run(
+    program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path
+) -> None:
+    """Every process reads the other run's projector, and what is not trained stays it."""
+    started = config.change(
+        projector={"start": str(reference / "data-tensor")}, train={"trainable": ("projector/bias",)}
+    )
+    meshes.train_each(started, tmp_path / "alone", ["fsdp"])
+    check([LAUNCH / "local.sh", "2"], started, tmp_path / "alone", tmp_path, ["fsdp"])
+    assert losses(tmp_path / "out" / "fsdp")[0][2] < losses(reference / "data-tensor")[0][2]
+
+
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason=f"Open MPI is {WITHOUT}")
 def test_mpirun(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path) -> None:
     for variable in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
