@@ -231,6 +231,8 @@ def test_the_gateway_answers_as_we_generate(server: str, tables: dict, way: str,
         deltas = [json.loads(piece)["choices"][0]["delta"] for piece in pieces]
         assert "".join(delta.get("content") or "" for delta in deltas).strip() == wanted[0]
         assert ask(("nobody", CONVERSATIONS[0])) == ours(run, [("user-1", CONVERSATIONS[0])], "none")[0]
+        said = {"user": "user-1", "messages": list(CONVERSATIONS[0]), "temperature": 0, "min_tokens": 20}
+        assert post(address, "chat/completions", said)["usage"]["completion_tokens"] >= 20  # vLLM's own default is 16
         long = {"user": "user-1", "messages": [{"role": "user", "content": "so " * 400}]}
         refused = refusal(address, "chat/completions", long)
         assert "256 is the most" in refused if way == "completions" else "256" in refused
