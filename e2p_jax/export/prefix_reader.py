@@ -27,7 +27,7 @@ _WORD = (1 << 64) - 1
 
 
 class PrefixTable:
-    """User id -> soft tokens. Rows, ids and their index stay on disk, memory-mapped.
+    """User id -> soft tokens. Rows, ids and their index stay on disk, memory-mapped; what all users share is read once.
 
     Manifest, ids and index are verified when the table is opened, a user's soft tokens whenever they are looked up. An
     update of the table swaps its manifest: a reader keeps the version that it opened, whose files stay as long as it is
@@ -66,9 +66,10 @@ class PrefixTable:
                 "serve that backbone, or project the users again with a run of yours"
             )
         self.shape = (int(self.manifest["num_tokens"]), int(self.manifest["width"]))  # K, D
+        self._own = int(self.manifest.get("own_tokens", self.shape[0]))  # once the shared ones were every user's
         self._index = self._open_ids(self.manifest["ids"])
-        shards = self.manifest["shards"]
-        open_shard = functools.partial(_open_shard, directory, shards, self.shape, self.manifest["dtype"])
+        shards, shape = self.manifest["shards"], (self._own, self.shape[1])
+        open_shard = functools.partial(_open_shard, directory, shards, shape, self.manifest["dtype"])
         self._shard = functools.lru_cache(_most_mapped())(open_shard)
         self._users_a_shard, self._dtype = shards[0]["users"], self._shard(0).rows.dtype  # of all but the last
         for number in range(len(shards)):  # missing or truncated: known now
@@ -113,13 +114,15 @@ class PrefixTable:
         if not found.all() and self.null is not None:
             out[~found] = self.null
         shards, places = np.divmod(rows, self._users_a_shard)
+        if self._own < self.shape[0]:
+            out[found, self._own :] = self._common
         for number in set(shards[found].tolist()):
             here = shards == number
             try:
-                out[here] = self._shard(number).read(places[here])
+                out[here, : self._own] = self._shard(number).read(places[here])
             except UserError:
                 self._shard.cache_clear()  # it may be mended meanwhile
-                out[here] = self._shard(number).read(places[here])
+                out[here, : self._own] = self._shard(number).read(places[here])
         return out, found
 
     def shards(self) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -132,7 +135,15 @@ class PrefixTable:
         for number, shard in enumerate(self.manifest["shards"]):
             places = np.arange(shard["users"])
             places = places[~np.isin(places + number * self._users_a_shard, twice)]
-            yield self._index.ids(places + number * self._users_a_shard), self._shard(number).read(places)
+            own = self._shard(number).read(places)
+            common = np.broadcast_to(self._common, (len(own), *self._common.shape))
+            yield self._index.ids(places + number * self._users_a_shard), np.concatenate([own, common], axis=1)
+
+    @functools.cached_property
+    def _common(self) -> np.ndarray:
+        """[S, D] in the table's dtype: what stands behind every user's own soft tokens; S may be 0."""
+        none = np.zeros((0, self.shape[1]), self._dtype)
+        return none if self._own == self.shape[0] else np.array(self._projector["common"])
 
     @functools.cached_property
     def null(self) -> np.ndarray | None:

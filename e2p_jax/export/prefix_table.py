@@ -1,14 +1,13 @@
 """Every user's soft tokens, projected once, to be looked up when serving.
 
 A prefix table is a directory. `<digest>.ids.txt` holds the user ids, one a line, `<digest>.index.npy` the index that
-finds a line (`e2p_jax.vectors.index`). Shards, `<digest>.safetensors` (`prefixes` [n, K, D]), hold the lines' soft
-tokens in their order; all but the last have the same n. A shard's digest covers the projector, dtype, ids and vectors
-that it was made from, so a shard that is there and whole is right: a killed run goes on with what is missing, and an
-update projects only shards in which something changed. `<digest>.tokens.safetensors` (`embeddings` [V, D],
-which the model multiplies by the manifest's `token_scale`),
-`<digest>.tokenizer/`, `<digest>.projector.safetensors` (every parameter by name; `null` [K, D], the null user's soft
-tokens) and, where vLLM's chat endpoint can say what the run was trained on, `chat_template.jinja` are for
-`e2p_jax.export.client`.
+finds a line (`e2p_jax.vectors.index`). Shards, `<digest>.safetensors` (`prefixes` [n, K - S, D]), hold the lines' own
+soft tokens in their order; all but the last have the same n. A shard's digest covers the projector, dtype, ids and
+vectors that it was made from, so a shard that is there and whole is right: a killed run goes on with what is missing,
+and an update projects only shards in which something changed. `<digest>.tokens.safetensors` (`embeddings` [V, D],
+which the model multiplies by the manifest's `token_scale`), `<digest>.tokenizer/`, `<digest>.projector.safetensors`
+(every parameter by name; `common` [S, D], the soft tokens that all users share; `null` [K, D], the null user's) and,
+where vLLM's chat endpoint can say what the run was trained on, `chat_template.jinja` are for `e2p_jax.export.client`.
 
 Nothing is silently damaged: every row of a shard or of the token embeddings has a checksum beside it (`checksums` [n]),
 ids and tokenizer are named by what they hold, index and manifest carry a checksum of their own. `export_prefixes`
@@ -58,7 +57,7 @@ from e2p_jax.vectors.table import UserTable
 SHARD_BYTES = 1 << 26  # about; a shard is one call of the compiled projection
 LEAST_ROWS = 4096  # of a call, in a shard of as many: far fewer are multiplied in another order, to other last bits
 KEEP_HOURS = 24.0
-FORMAT = 2  # of the manifest and what it names
+FORMAT = 3  # of the manifest and what it names
 _DIGEST_BYTES = 16
 _PROJECTED, _MENDED = 1, 2  # of a shard; 0 is kept
 
@@ -100,6 +99,7 @@ def export_prefixes(run: Run, out: Path, dtype: str, keep_hours: float = KEEP_HO
         raise UserError("the run names no table of user vectors, or an empty one; give --embeddings TABLE")
     before, mended = open_out(out, run.model.fingerprint)
     projector = run.model.merged.projector
+    parameters = _parameters(projector, dtype)
     made_by = f"{projector_hash(projector)} {dtype} {len(table)}"
     distributed.check_same("projector or vectors", lambda: hashlib.sha256(made_by.encode()).digest())
     with explain_full_disk(out):
@@ -113,7 +113,7 @@ def export_prefixes(run: Run, out: Path, dtype: str, keep_hours: float = KEEP_HO
                 "shards": [dataclasses.asdict(shard) for shard in shards],
                 "tokens": write_tokens(out, narrowest(np.asarray(embeddings)), mended),
                 "tokenizer": write_tokenizer(run, out, mended),
-                "parameters": write_projector(out, _parameters(projector, dtype), mended),
+                "parameters": write_projector(out, parameters, mended),
             }
             if manifest["chat"]:
                 write_text(out / SERVING_TEMPLATE, serving_template(run.inputs.encoder.template))
@@ -151,12 +151,12 @@ def project_table(
     mesh = Mesh(np.array(jax.local_devices()), ("rows",))
     graph, state = nnx.split(projector)
     state = jax.device_put(jax.tree.map(np.asarray, state), NamedSharding(mesh, P()))
-    size = rows_a_shard(projector, dtype)
+    own, size = projector.settings.own_tokens, rows_a_shard(projector, dtype)
     padded = -(-min(size, max(len(table), LEAST_ROWS)) // mesh.size) * mesh.size
     by_row = NamedSharding(mesh, P("rows"))
 
     def project(state: nnx.State, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        made = nnx.merge(graph, state)(vectors).astype(dtype)
+        made = nnx.merge(graph, state)(vectors)[:, :own].astype(dtype)
         return made, jnp.isfinite(made).all(axis=(1, 2))
 
     def finish(shard: Shard, rows: np.ndarray, projected: jax.Array, finite: jax.Array) -> None:
@@ -178,7 +178,7 @@ def project_table(
         shard, vectors = _shard(made_by, table, rows)
         told[number, :-1] = np.frombuffer(bytes.fromhex(shard.name), np.uint8)
         path = out / f"{shard.name}.safetensors"
-        shape = (shard.users, projector.num_tokens, projector.token_mean[...].shape[0])
+        shape = (shard.users, own, projector.token_mean[...].shape[0])
         if intact(path, "prefixes", shape, dtype):
             continue
         told[number, -1] = _MENDED if path.exists() else _PROJECTED
@@ -198,7 +198,7 @@ def project_table(
 
 def rows_a_shard(projector: Projector, dtype: str) -> int:
     """A power of two, whatever the devices, so that shards are the same on another machine."""
-    width = projector.num_tokens * projector.token_mean[...].shape[0]  # K * D
+    width = projector.settings.own_tokens * projector.token_mean[...].shape[0]
     return 1 << max((SHARD_BYTES // (width * jnp.dtype(dtype).itemsize)).bit_length() - 1, 0)
 
 
@@ -219,12 +219,22 @@ def _values(projector: Projector) -> dict[str, np.ndarray]:
 
 
 def _parameters(projector: Projector, dtype: str) -> dict[str, np.ndarray]:
-    """What readers need to project a vector, and `null`, the null user's soft tokens, if there is one."""
+    """What readers need to project a vector, and soft tokens that are no single user's: `common` and `null`.
+
+    Raises:
+      UserError: those are not finite.
+    """
     values = _values(projector)
+    graph, state = nnx.split(projector)
+    here = nnx.merge(graph, jax.tree.map(np.asarray, state))  # whole on this process, of however many
+    if projector.settings.shared_tokens:
+        common = here(jnp.asarray(values["input_mean"]))[projector.settings.own_tokens :]
+        values["common"] = np.asarray(common.astype(dtype))
     if projector.null_user_rate:
-        graph, state = nnx.split(projector)
-        here = nnx.merge(graph, jax.tree.map(np.asarray, state))  # one process of several is here
         values["null"] = np.asarray(here(jnp.full_like(values["input_mean"], jnp.nan)).astype(dtype))
+    for name, whose in ("common", "that all users share"), ("null", "of the null user"):
+        if not np.isfinite(values.get(name, np.zeros(1)).astype(np.float32)).all():
+            raise UserError(f"the soft tokens {whose} are not finite in {dtype}; choose a --dtype of wider range")
     return values
 
 
@@ -274,6 +284,7 @@ def _describe(run: Run, table: UserTable, dtype: str) -> dict[str, Any]:
         "token_scale": decoder.embedding_scale,
         "model_type": model_type(run),
         "num_tokens": config.projector.num_tokens,
+        "own_tokens": config.projector.own_tokens,
         "width": decoder.hidden_size,
         "dtype": dtype,
         "users": len(table),

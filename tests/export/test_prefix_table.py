@@ -1,6 +1,7 @@
 """The table of prefixes: exact, resumable, updated where something changed, and refused where it does not fit."""
 
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -258,6 +259,42 @@ def test_parquet_holds_a_row_a_user(make_run: Callable, small_shards: None, tmp_
     assert held["id"].to_pylist() == once and set(held["version"].to_pylist()) == {table.version}
     rows = held["prefix"].combine_chunks().flatten().to_numpy().reshape(len(once), 3, 32)
     assert np.array_equal(rows, table.lookup(once).astype(rows.dtype))
+
+
+def test_what_all_users_share_is_stored_once(make_run: Callable, small_shards: None, tmp_path: Path):
+    """Every way to read a user's soft tokens has them in their place, behind the user's own."""
+    run = with_table(make_run("after_bos", 3, "mlp", null=0.5, shared=2), tmp_path, vectors_of())
+    export_prefixes(run, tmp_path / "out", "float32")
+    table, users = PrefixTable(tmp_path / "out"), [f"user-{user}" for user in range(COUNT)]
+    p = {name: np.asarray(value, np.float64) for name, value in run.model.params["projector"].items()}
+    shared = p["token_mean"] + p["token_std"] * p["shared"].reshape(2, -1)
+    assert not np.allclose(*shared)
+    wanted = np.concatenate([by_hand(run, vectors_of()), np.tile(shared, (COUNT, 1, 1))], axis=1)
+    assert wanted.shape == (COUNT, *table.shape) == (COUNT, 3, 32)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    close(table.lookup(users), wanted)
+    close(np.concatenate([rows for _, rows in table.shards()]), wanted)
+    close(table.project(vectors_of()), wanted)
+    some, found = table.get_many(["nobody", "user-7"])
+    close(some[:, 1:], np.stack([shared, shared]))
+    assert found.tolist() == [False, True] and not np.allclose(some[0, 0], some[1, 0])
+    held = [read_tensors(tmp_path / "out" / f"{shard['name']}.safetensors", "") for shard in table.manifest["shards"]]
+    assert [each["prefixes"].shape for each in held] == [(8, 1, 32)] * 5 + [(5, 1, 32)]
+
+    (path,) = (tmp_path / "out").glob("*.projector.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"projector.safetensors: missing or damaged; rerun `e2p prefixes`"):
+        PrefixTable(tmp_path / "out").lookup(users[:1])
+    assert export_prefixes(run, tmp_path / "out", "float32").projected == 0
+    close(PrefixTable(tmp_path / "out").lookup(users), wanted)
+
+
+def test_shared_soft_tokens_that_are_not_finite_are_refused(make_run: Callable, tmp_path: Path):
+    run = with_table(make_run("after_bos", 3, "mlp", null=0.5, shared=2), tmp_path, vectors_of())
+    projector = run.model.params["projector"] | {"shared": np.full(64, np.inf, np.float32)}
+    model = dataclasses.replace(run.model, params=run.model.params | {"projector": projector})
+    with pytest.raises(UserError, match="the soft tokens that all users share are not finite in float32; choose a"):
+        export_prefixes(dataclasses.replace(run, model=model), tmp_path / "out", "float32")
 
 
 def test_mismatches_are_refused(make_run: Callable, small_shards: None, tmp_path: Path):

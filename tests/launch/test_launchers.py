@@ -79,9 +79,7 @@ def test_local(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp
     check([LAUNCH / "local.sh", "2"], config, reference, tmp_path, ["data-tensor", "fsdp-tensor"])
 
 
-def test_local_begins_with_a_run(
-    program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path
-) -> None:
+def test_local_begins_with_a_run(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path) -> None:
     """Every process reads the other run's projector, and what is not trained stays it."""
     started = config.change(
         projector={"start": str(reference / "data-tensor")}, train={"trainable": ("projector/bias",)}
