@@ -29,9 +29,9 @@ _WORD = (1 << 64) - 1
 class PrefixTable:
     """User id -> soft tokens. Rows, ids and their index stay on disk, memory-mapped; what all users share is read once.
 
-    Manifest, ids and index are verified when the table is opened, a user's soft tokens whenever they are looked up. An
-    update of the table swaps its manifest: a reader keeps the version that it opened, whose files stay as long as it is
-    there, and `reload` gives the new one. Threads may share a reader.
+    Manifest, ids, index and what is shared are verified when the table is opened, a user's own soft tokens whenever
+    they are looked up. An update of the table swaps its manifest: a reader keeps the version that it opened, whose
+    files stay as long as it is there, and `reload` gives the new one. Threads may share a reader.
     """
 
     def __init__(self, directory: Path, fingerprint: str | None = None):
@@ -77,6 +77,8 @@ class PrefixTable:
         sizes = [shard["users"] for shard in shards]
         if sum(sizes) != self._index.rows or set(sizes[:-1]) - {sizes[0]} or sizes[-1] > sizes[0]:
             raise UserError(f"{directory}: {self._index.rows} ids for shards of {sizes[:3]} users and more; {REMEDY}")
+        shared = self._own < self.shape[0]  # [S, D], behind every user's own
+        self._common = np.array(self._projector["common"]) if shared else np.zeros((0, self.shape[1]), self._dtype)
 
     def _open_ids(self, name: str) -> UserIndex:
         path = self.directory / f"{name}.ids.txt"
@@ -114,8 +116,7 @@ class PrefixTable:
         if not found.all() and self.null is not None:
             out[~found] = self.null
         shards, places = np.divmod(rows, self._users_a_shard)
-        if self._own < self.shape[0]:
-            out[found, self._own :] = self._common
+        out[found, self._own :] = self._common
         for number in set(shards[found].tolist()):
             here = shards == number
             try:
@@ -138,12 +139,6 @@ class PrefixTable:
             own = self._shard(number).read(places)
             common = np.broadcast_to(self._common, (len(own), *self._common.shape))
             yield self._index.ids(places + number * self._users_a_shard), np.concatenate([own, common], axis=1)
-
-    @functools.cached_property
-    def _common(self) -> np.ndarray:
-        """[S, D] in the table's dtype: what stands behind every user's own soft tokens; S may be 0."""
-        none = np.zeros((0, self.shape[1]), self._dtype)
-        return none if self._own == self.shape[0] else np.array(self._projector["common"])
 
     @functools.cached_property
     def null(self) -> np.ndarray | None:

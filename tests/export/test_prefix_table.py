@@ -24,7 +24,7 @@ from e2p_jax.datasets.prepared import load_table
 from e2p_jax.errors import UserError
 from e2p_jax.export import prefix_table
 from e2p_jax.export.parquet import write_parquet
-from e2p_jax.export.prefix_reader import PrefixTable
+from e2p_jax.export.prefix_reader import PrefixTable, manifest_checksum
 from e2p_jax.export.prefix_table import export_prefixes
 from e2p_jax.tensors import read_tensors
 from e2p_jax.train.run import Run
@@ -284,9 +284,20 @@ def test_what_all_users_share_is_stored_once(make_run: Callable, small_shards: N
     (path,) = (tmp_path / "out").glob("*.projector.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"projector.safetensors: missing or damaged; rerun `e2p prefixes`"):
-        PrefixTable(tmp_path / "out").lookup(users[:1])
+        PrefixTable(tmp_path / "out")  # every user would have them: known before one is served
     assert export_prefixes(run, tmp_path / "out", "float32").projected == 0
     close(PrefixTable(tmp_path / "out").lookup(users), wanted)
+
+
+def test_a_table_of_before_is_read(make_run: Callable, small_shards: None, tmp_path: Path):
+    """Its shards hold all of a user's soft tokens, and its manifest does not say how many are the user's own."""
+    export_prefixes(with_table(make_run("after_bos", 3, "linear"), tmp_path, vectors_of()), tmp_path / "out", "float32")
+    table, path = PrefixTable(tmp_path / "out"), tmp_path / "out" / "manifest.json"
+    manifest = {name: value for name, value in table.manifest.items() if name != "own_tokens"}
+    path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+    before = PrefixTable(tmp_path / "out")
+    assert "own_tokens" not in before.manifest and before.shape == (3, 32)
+    assert np.array_equal(before.lookup(["user-8", "user-31"]), table.lookup(["user-8", "user-31"]))
 
 
 def test_shared_soft_tokens_that_are_not_finite_are_refused(make_run: Callable, tmp_path: Path):

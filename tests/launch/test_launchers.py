@@ -80,7 +80,7 @@ def test_local(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp
 
 
 def test_local_begins_with_a_run(program: pytest.MonkeyPatch, config: Config, reference: Path, tmp_path: Path) -> None:
-    """Every process reads the other run's projector, and what is not trained stays it."""
+    """Every process reads the other run's projector, and the first loss is a trained one's."""
     started = config.change(
         projector={"start": str(reference / "data-tensor")}, train={"trainable": ("projector/bias",)}
     )
